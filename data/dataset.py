@@ -1,0 +1,227 @@
+"""From files to batches: conversations in LLaVA's layout, dense targets, manipulation samples, cached visual tokens.
+
+    python -m data.dataset data/cache/train/conversations.json        # check a file (yours too) and list every bad record
+
+A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image paths are relative to
+`--images` (default: the file's folder) and may not leave it. Records without `image` are text alone; they see a flat grey picture.
+
+Two ways to read a record with several turns, `Conversations(turns=...)`:
+    "branch"  every turn is asked of the picture alone. The picture is read once and its state is shared by the questions, so four
+              questions cost little more than one, and no question gives away another's answer. For independent questions (ours).
+    "pack"    the turns follow each other in one sequence, as LLaVA trains them. For turns that speak of earlier ones.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import questions
+from data.tokenizer import NUMBER_BASE, NUMBERS
+
+IGNORE = -100  # label of a token that is not to be predicted
+N_NUMBERS = 5  # an answer holds at most so many numbers: u, v and the approach's x, y, z
+GREY = 128
+
+
+@dataclass
+class Batch:
+    """Q questions on each of B pictures. Rows b * Q .. b * Q + Q - 1 of the token tensors belong to picture b."""
+
+    rows: np.ndarray  # (B,) record numbers
+    tokens: Tensor  # (B * Q, T) int64, right-padded with <|endoftext|>
+    lengths: Tensor  # (B * Q,) int64, true lengths
+    labels: Tensor  # (B * Q, T) int64, IGNORE outside answers
+    prompts: (
+        Tensor  # (B * Q,) int64, length of the (first) prompt: its last token's state is what the policy head will read
+    )
+    numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers / 100, NaN where there are fewer
+
+
+def read_picture(path, size: int) -> np.ndarray:
+    """Any picture file -> uint8 (size, size, 3); resized when its size is another."""
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+            return np.asarray(
+                picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
+            )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def load_records(file, root=None) -> list[dict]:
+    """Read and check a conversation file; raises ValueError listing the bad records (file, index, field), all of them at once."""
+    file = Path(file)
+    root = Path(root) if root else file.parent
+    try:
+        records = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; `python -m data.build --out {file.parent}` makes one") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{file}: expected a list of at least one record (LLaVA's layout)")
+    problems = [p for i, record in enumerate(records) for p in questions.check_record(record, root, i, str(file))]
+    if problems:
+        more = f"\n.. and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError("\n".join(problems[:20]) + more)
+    return records
+
+
+class Conversations:
+    """A conversation file, tokenized. `batch(rows, rng)` draws questions; `pictures(rows)` reads pictures.
+
+    Args: file, images (root of the image paths, default the file's folder), encoding (tiktoken.Encoding), image_size in pixels,
+        turns "branch" | "pack", limit (first records only, 0 = all), max_length in tokens (longer turns are cut, with a count in `cut`).
+    """
+
+    def __init__(self, file, encoding, image_size: int, images=None, turns: str = "branch", limit: int = 0, max_length: int = 512):
+        self.root = Path(images) if images else Path(file).parent
+        self.records, self.image_size, self.encoding, self.cut = load_records(file, self.root), image_size, encoding, 0
+        self.records = self.records[: limit or None]
+        self.end, user, assistant = (
+            encoding.encode_single_token(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")
+        )
+        self.items: list[
+            list[tuple[list[int], list[int], int, list[float]]]
+        ] = []  # per record: (tokens, labels, prompt, numbers)
+        for record in self.records:
+            said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
+            items = []
+            for question, answer in zip(said[::2], said[1::2], strict=True):
+                prompt = [user, *encoding.encode_ordinary(question), assistant]
+                reply = [*encoding.encode_ordinary(answer), self.end]
+                numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if NUMBER_BASE <= t < NUMBER_BASE + NUMBERS]
+                items.append((prompt + reply, [IGNORE] * len(prompt) + reply, len(prompt), numbers[:N_NUMBERS]))
+            if turns == "pack":
+                items = [(sum((i[0] for i in items), []), sum((i[1] for i in items), []), items[0][2], items[0][3])]
+            self.cut += sum(len(i[0]) > max_length for i in items)
+            self.items.append([(t[:max_length], y[:max_length], min(p, max_length), n) for t, y, p, n in items])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def pictures(self, rows) -> Tensor:
+        """Record numbers -> uint8 (B, 3, S, S)."""
+        S = self.image_size
+        grey = np.full((S, S, 3), GREY, np.uint8)
+        out = [
+            read_picture(self.root / self.records[r]["image"], S) if "image" in self.records[r] else grey for r in rows
+        ]
+        return torch.from_numpy(np.stack(out).transpose(0, 3, 1, 2).copy())
+
+    def batch(self, rows, rng: np.random.Generator, per_picture: int = 4, grounding: float = 0.5) -> Batch:
+        """Draw `per_picture` questions for each record; `grounding` is the chance to draw among those answered with numbers."""
+        chosen = []
+        for r in rows:
+            items = self.items[r]
+            numeric, worded = [i for i in items if i[3]], [i for i in items if not i[3]]
+            for _ in range(per_picture):
+                pool = (numeric if rng.random() < grounding else worded) or items
+                chosen.append(pool[rng.integers(len(pool))])
+        return self.collate(rows, chosen)
+
+    def collate(self, rows, items) -> Batch:
+        T = max(len(i[0]) for i in items)
+        tokens = torch.full((len(items), T), self.end)
+        labels = torch.full((len(items), T), IGNORE)
+        numbers = torch.full((len(items), N_NUMBERS), float("nan"))
+        for k, (ids, targets, _, values) in enumerate(items):
+            tokens[k, : len(ids)] = torch.tensor(ids)
+            labels[k, : len(ids)] = torch.tensor(targets)
+            numbers[k, : len(values)] = torch.tensor(values)
+        lengths, prompts = (torch.tensor([f(i) for i in items]) for f in (lambda i: len(i[0]), lambda i: i[2]))
+        return Batch(np.asarray(rows), tokens, lengths, labels, prompts, numbers)
+
+
+def load_manipulation(file) -> list[dict]:
+    """manipulation.jsonl as written by data/build.py; a bad line is named with its number and field."""
+    out = []
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); `python -m data.build` makes one") from None
+    wanted = {"image": 0, "instruction": 0, "u": 0, "v": 0, "approach": 3, "rotation6d": 6}
+    for number, line in enumerate(lines, 1):
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{file}, line {number}: not valid JSON") from None
+        for key, length in wanted.items():
+            value = sample.get(key) if isinstance(sample, dict) else None
+            good = (
+                isinstance(value, str) and value.strip()
+                if key in ("image", "instruction")
+                else np.isfinite(np.atleast_1d(value if value is not None else np.nan).astype(float)).all()
+            )
+            if not good or (length and len(value) != length):
+                raise ValueError(f"{file}, line {number}: field {key!r} is {value!r}")
+        if Path(sample["image"]).is_absolute() or ".." in Path(sample["image"]).parts:
+            raise ValueError(f"{file}, line {number}: image {sample['image']!r} leaves the folder of the file")
+        out.append(sample)
+    if not out:
+        raise ValueError(f"{file}: no samples")
+    return out
+
+
+@torch.no_grad()
+def visual_tokens(vision, folder, names: list[str], world, batch: int = 64) -> np.ndarray:
+    """Visual tokens (n, P, W) float16 of picture files `names` under `folder`, computed once per encoder and kept on disk.
+
+    The file's name holds a digest of the encoder's weights and of the list, so another encoder never reads these. Several processes
+    share the work. Memory-mapped: only the rows that are used are read.
+    """
+    digest = hashlib.sha256("\n".join(names).encode())
+    for key, value in sorted(vision.state_dict().items()):
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    path = Path(folder) / f"tokens-{digest.hexdigest()[:16]}.npy"
+    cfg = vision.cfg
+    shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        if world.first:
+            np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+        world.barrier()
+        out = np.lib.format.open_memmap(partial, "r+")
+        for start in range(world.rank * batch, len(names), world.size * batch):
+            part = [
+                read_picture(Path(folder) / n, cfg.image_size)
+                if n
+                else np.full((cfg.image_size,) * 2 + (3,), GREY, np.uint8)
+                for n in names[start : start + batch]
+            ]
+            pictures = torch.from_numpy(np.stack(part).transpose(0, 3, 1, 2).copy()).to(world.device)
+            out[start : start + batch] = vision(pictures).half().cpu().numpy()
+        out.flush()
+        world.barrier()
+        if world.first:
+            partial.rename(path)
+        world.barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a conversation file; every bad record is listed.")
+    parser.add_argument("file")
+    parser.add_argument("--images", help="folder the image paths are relative to (default: the file's folder)")
+    args = parser.parse_args()
+    try:
+        records = load_records(args.file, args.images)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(
+        f"{args.file}: {len(records)} records, {sum(len(r['conversations']) // 2 for r in records)} turns, all well-formed"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,521 @@
+"""Questions and answers about one rendered picture, written from what the simulator knows about it (numpy only).
+
+    facts (a dict, one per picture, from data/build.py)
+      |-- turns(facts, rng)             questions of every family         -> [Turn, ...] -> to_llava -> LLaVA's JSON
+      |-- turns(facts, rng, "general")  only: what is it, its colour, a caption, is there a cabinet
+      '-- dialogue(facts, rng)          3-5 turns that read well in a demonstration
+    instruction -> contact_question -> (the model) -> parse_contact       the robot's question and its answer
+
+| family   | asks                                      | answers                                                     |
+|----------|-------------------------------------------|-------------------------------------------------------------|
+| object   | what it is                                | "a cabinet"                                                 |
+| caption  | for a description                         | "a brown cabinet", "a brown cabinet with two drawers"       |
+| colour   | for the colour of the object or of a part | "brown"                                                     |
+| parts    | which movable parts are in view           | "the top drawer and the bottom drawer"                      |
+| count    | how many movable parts, how many drawers  | "two", "none"                                               |
+| state    | open or closed, of a part                 | "closed"                                                    |
+| where    | where a part is                           | "(37,52)": centre, hundredths of width and height           |
+| box      | for the box of the object or of a part    | "(20,41,55,63)": left, top, right, bottom                   |
+| presence | is there a drawer, is there a cabinet     | "yes", "no": half of each, with plausible negatives         |
+| possible | can this be done now                      | "yes", "no, there is no lid", "no, the lid is already open" |
+| plan     | how to do it, what next, what can be done | "move to the lid, grip it, swing it open"                   |
+| contact  | where to touch, and from which direction  | "37 52 05 71 93": pixel (u, v), approach (x, y, z)          |
+
+Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question.
+No question gives away the answer of another one: those about "this object" come first, then those that name a part,
+half of them without the object's noun. An ANSWER still helps the turns after it: evaluation asks each question alone.
+"No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
+no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
+
+Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 for the families; LLaVA (arXiv 2304.08485) for the
+layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from templates, not from people.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, make_object
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+MIN_VISIBLE = 0.001  # share of the picture's pixels below which a part is not asked about (16 pixels at 128 x 128)
+CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks closed; the start jitter is 0.08
+OPEN_FROM = 0.25  # openness from which a part looks open; in between nothing about its state is asked
+STATE_CLOSED = 0.2  # share of the pictures with nothing open that are asked for a state, or nearly all were "closed"
+ABSENT_COUNT = 0.3  # share of "how many drawers" that is asked where there is none
+CLOSE_CLOSED = (
+    0.15  # share of "no" that asks to close what is closed: about the share of opened scenes, where it is a "yes"
+)
+CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of its part words is counted
+
+PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
+CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
+SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
+COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+ASK = {
+    "object": ("What is this?", "What is this object?", "What object is in the picture?", "Name this object.",
+               "What do you see?", "What kind of thing is this?"),
+    "caption": ("Describe this object briefly.", "Give a short caption of the picture.", "Caption this picture.",
+                "What is in the picture, and in which colour?", "Describe this object in a few words."),
+    "full caption": ("Describe this object and what can move on it.", "Caption this picture with the movable parts.",
+                     "Describe this object with its movable parts.", "What is this, and what can move on it?"),
+    "colour": ("What colour is this object?", "What colour is it?", "Name the colour of this object.",
+               "Which colour does this object have?", "What color is this object?"),
+    "part colour": ("What colour is {the}?", "Name the colour of {the}.", "Which colour does {the} have?",
+                    "What color is {the}?"),
+    "parts": ("Which parts of this object can you see that move?", "Which movable parts can you see?",
+              "What can be moved on this object?", "Name the parts of this object that can move.",
+              "List the movable parts in view."),
+    "count": ("How many movable parts can you see?", "How many parts of this object can move?",
+              "Count the movable parts.", "What is the number of movable parts in view?"),
+    "count kind": ("How many {kinds} can you see?", "Count the {kinds}.", "How many {kinds} are there?",
+                   "What is the number of {kinds}?"),
+    "state": ("Is {the} open or closed?", "Is {the} closed or open?", "In which state is {the}, open or closed?",
+              "Tell me whether {the} is open or closed."),
+    "where": ("Where is {the}?", "Where in the picture is {the}?", "Give the position of {the}.", "Locate {the}.",
+              "Point to {the}."),
+    "box": ("Give the bounding box of {the}.", "What is the bounding box of {the}?", "Put a box around {the}.",
+            "Which bounding box holds {the}?"),
+    "presence": ("Is there {a} in this picture?", "Is there {a}?", "Can you see {a}?", "Does the picture show {a}?",
+                 "Do you see {a} here?"),
+    "possible": ("Is it possible to {act}?", "Can a robot {act} now?", "{act}: possible right now?",
+                 "Would it work to {act}?", "Could you {act} right now?"),
+    "plan": ("How do I {act}?", "Which steps does it take to {act}?", "Goal: {act}. What are the steps?",
+             "Plan how to {act}.", "How would a robot {act}?"),
+    "next": ("Goal: {act}. Done so far: {done}. What next?", "I want to {act}. So far: {done}. Next step?",
+             "Current goal is: {act}. Last steps: {done}. Immediate next step?",
+             "Task: {act}. Finished: {done}. What follows?"),
+    "actions": ("What actions are possible now?", "What could a robot do with this object?",
+                "Which actions are possible on this object?", "What can be done with this object now?"),
+}  # fmt: skip
+
+# Half with the object's noun, a quarter with "object", a quarter with neither: the part is told by its own name.
+INSTRUCTIONS_NOUN = ("{act} of the {noun}", "{act} on the {noun}", "{act} of this {noun}", "on the {noun}, {act}")
+INSTRUCTIONS_PLAIN = ("{act} of the object", "{act} of this object", "{act}", "{act}, please")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer. part: label or kind of the part that the question names; None = the whole object."""
+
+    family: str
+    question: str
+    answer: str
+    part: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def a(words: str) -> str:
+    """With "a" or "an", by SOUND: "an orange box", "a USB stick", "an LED", "a unit", "an hour"."""
+    word = words.split()[0]
+    if len(word) > 1 and word.isupper():  # spelled letter by letter
+        vowel = word[0] in "AEFHILMNORSX"
+    elif re.match(r"hour|honest|honou?r|heir", word.lower()):
+        vowel = True
+    else:
+        vowel = word[0] in "aeiouAEIOU" and not re.match(r"uni([^mn]|$)|us[aeiu]|eu|on(e|ce)\b|ut[ei]", word.lower())
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
+
+
+def count_word(n: int) -> str:
+    return COUNT_WORDS[n] if n < len(COUNT_WORDS) else str(n)
+
+
+def join(items: Sequence[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]
+
+
+def act(verb: str, thing: str) -> str:
+    """ "pull off the cap", but a pronoun goes inside: "pull it off"."""
+    first, *rest = verb.split()
+    return " ".join([first, thing, *rest] if thing == "it" else [verb, thing])
+
+
+def pick(rng: np.random.Generator, options: Sequence):
+    return options[int(rng.integers(len(options)))]
+
+
+def clear(noun: str, label: str) -> bool:
+    """May noun and label stand together? Not "the door of the door", "the lamp head of the lamp"."""
+    return not set(noun.split()) & set(label.split())
+
+
+def named(label: str, noun: str, rng: np.random.Generator) -> str:
+    """Half of the time "the top drawer", else "the top drawer of the cabinet"."""
+    with_noun = rng.random() < 0.5 and clear(noun, label)
+    return f"the {label} of the {noun.removeprefix('pair of ')}" if with_noun else f"the {label}"
+
+
+def number(c: float, size: float = 1.0) -> str:
+    """Two digits, floor(100 c / size) clipped to "00" .. "99". A direction d in [-1, 1] is written number(d + 1, 2)."""
+    if not math.isfinite(c) or not size > 0:
+        raise ValueError(f"number(c={c}, size={size}): c must be finite and size positive")
+    return f"{min(max(math.floor(100 * c / size), 0), 99):02d}"
+
+
+def point(values: Sequence[float], size: float) -> str:
+    """Pixels as text, without spaces because a space is a token of its own: (12.8, 64) of 128 -> "(10,50)"."""
+    return f"({','.join(number(value, size) for value in values)})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The robot's question: the instruction, and the contact as text
+
+
+def instruction(part, noun: str, rng: np.random.Generator) -> str:
+    """The sentence for the robot: verb and label of a part in one of eight wordings, half of them with the noun.
+
+    part: an entry of facts["parts"], or anything with the attributes `verb` and `label` (objects.Part).
+    """
+    verb, label = (part["verb"], part["label"]) if isinstance(part, Mapping) else (part.verb, part.label)
+    with_noun = rng.random() < 0.5 and clear(noun, label)
+    wording = pick(rng, INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN)
+    return wording.format(act=act(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
+
+
+def contact_question(instruction: str) -> str:
+    """The question around an instruction, the same in training and in use. ValueError when the instruction is empty."""
+    text = " ".join(instruction.split()).rstrip(".!? ")
+    if not text:
+        raise ValueError("the instruction is empty; say what to do, for example 'open the top drawer'")
+    return f"Predict the contact point and direction: {text[0].lower() + text[1:]}."
+
+
+def contact_answer(contact: Mapping, image_size: int) -> str:
+    """ "u v a b c" from contact["u"], ["v"] (pixels) and ["approach"]: a unit vector in the camera frame (x right,
+    y down, z forward) along which the gripper comes."""
+    pixel = [number(contact[key], image_size) for key in ("u", "v")]
+    return " ".join(pixel + [number(d + 1, 2) for d in contact["approach"]])
+
+
+def parse_contact(text: str) -> tuple[float, float, np.ndarray] | None:
+    """Back from text: u, v as shares of the picture (0..1), approach as (3,) unit vector. None if it is no contact.
+
+    Strict: five two-digit numbers with single spaces, only white space around them is forgiven. A number stands for the
+    middle of its bin: u and v are at most 0.005 off, a component of the direction 0.01 (before normalisation).
+    """
+    if not re.fullmatch(r"[0-9]{2}( [0-9]{2}){4}", text.strip()):
+        return None
+    u, v, *direction = ((int(word) + 0.5) / 100 for word in text.split())
+    approach = 2 * np.array(direction) - 1  # never zero: middles of bins are odd hundredths
+    return u, v, approach / np.linalg.norm(approach)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking into the facts
+
+
+def listing_order(part: Mapping) -> tuple:
+    """Sort key from the label alone, so a set of parts has ONE listing: drawers, doors ..; top first, left first."""
+    kind = PART_KINDS.index(part["kind"]) if part["kind"] in PART_KINDS else len(PART_KINDS)
+    return kind, part["kind"], [SIDES.index(word) for word in part["label"].split() if word in SIDES], part["label"]
+
+
+def visible_parts(facts: Mapping) -> list[dict]:
+    least = MIN_VISIBLE * facts["image_size"] ** 2
+    return sorted((p for p in facts["parts"] if p["pixels"] >= least and p["centre"] and p["box"]), key=listing_order)
+
+
+def state(part: Mapping) -> str | None:
+    """ "open", "closed", or None where these are no words for it or the picture does not decide."""
+    if part["kind"] not in CLOSABLE_KINDS or CLOSED_UP_TO < part["openness"] < OPEN_FROM:
+        return None
+    return "open" if part["openness"] >= OPEN_FROM else "closed"
+
+
+def ready(part: Mapping) -> bool:
+    return part["openness"] <= CLOSED_UP_TO
+
+
+@functools.cache
+def plain_parts(category: str) -> dict[tuple[str, str], float]:
+    """(verb, label) -> chance to be a random plain part of a random instance, counted on fixed sample instances."""
+    found: dict[tuple[str, str], float] = {}
+    for seed in range(CATALOGUE_SAMPLES):
+        parts = make_object(category, np.random.default_rng(seed)).parts
+        plain = [(part.verb, part.label) for part in parts if part.kind in PLAIN_KINDS]
+        for key in plain:
+            found[key] = found.get(key, 0) + 1 / len(plain) / CATALOGUE_SAMPLES
+    return found
+
+
+@functools.cache
+def vocabulary(shares: tuple[tuple[str, float], ...]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """({noun: weight}, {(verb, label): weight}) of things that may be absent. Words of UNSEEN parts are in no text."""
+    nouns, parts = {}, {}
+    for category, share in shares:
+        nouns[NOUNS[category]] = share
+        for key, n in plain_parts(category).items() if category not in UNSEEN else ():
+            parts[key] = parts.get(key, 0) + share * n
+    return nouns, parts
+
+
+def draw(rng: np.random.Generator, weights: Mapping):
+    """A key of `weights`, as often as its weight says; None if there is none."""
+    if not weights:
+        return None
+    p = np.array(list(weights.values()))
+    return list(weights)[int(rng.choice(len(p), p=p / p.sum()))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The families
+
+
+def caption(facts: Mapping, parts: Sequence[Mapping] = ()) -> str:
+    """ "a brown cabinet"; with parts: "a brown cabinet with two drawers and a door"."""
+    groups: dict[str, list[str]] = {}
+    for part in parts:
+        groups.setdefault(part["kind"], []).append(part["label"])
+    words = [a(g[0]) if len(g) == 1 else f"{count_word(len(g))} {plural(kind)}" for kind, g in groups.items()]
+    return a(f"{facts['colour']} {NOUNS[facts['category']]}") + (f" with {join(words)}" if words else "")
+
+
+def steps(part: Mapping) -> list[str]:
+    """What the gripper does: a pull needs a grip, a push only a touch."""
+    opening = "pull it out" if part["joint"] == "prismatic" else "swing it open"
+    last = opening if part["verb"] == "open" else act(part["verb"], "it")
+    return [f"move to the {part['label']}", "grip it" if part["primitive"] == "pull" else "touch it", last]
+
+
+def ask(rng: np.random.Generator, family: str, answer: str, kind=None, part=None, **slots) -> Turn:
+    """A turn with one of the wordings of ASK[kind], or of ASK[family]."""
+    return Turn(family, pick(rng, ASK[kind or family]).format(**slots), answer, part)
+
+
+def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Generator) -> tuple[list, list]:
+    """(turns about "this object", turns that name a thing), not a word about parts: as in any set of pictures."""
+    noun = NOUNS[facts["category"]]
+    whole = [
+        ask(rng, "object", a(noun)),
+        ask(rng, "caption", caption(facts)),
+        ask(rng, "colour", facts["colour"]),
+    ]
+    # Not "is there a door?" - "no" where the object has a door without being a Door
+    others = {n: w for n, w in nouns.items() if n != noun and all(clear(n, p["label"]) for p in facts["parts"])}
+    if (other := draw(rng, others)) is None:
+        return whole, []
+    yes = rng.random() < 0.5
+    return whole, [ask(rng, "presence", "yes" if yes else "no", a=a(noun if yes else other))]
+
+
+def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[list, list]:
+    """(turns about the parts of "this object" that name none of them, turns that name a part)."""
+    noun, size, parts = NOUNS[facts["category"]], facts["image_size"], visible_parts(facts)
+    decided = [p for p in parts if ready(p) or state(p) == "open"]
+
+    whole = [ask(rng, "count", count_word(len(parts)))]
+    if parts:
+        whole.append(ask(rng, "caption", caption(facts, parts), "full caption"))
+        whole.append(ask(rng, "parts", join([f"the {p['label']}" for p in parts])))
+    if parts and len(decided) == len(parts):
+        actions = [act(p["verb"], f"the {p['label']}") for p in parts if state(p) != "open"]
+        whole.append(ask(rng, "plan", join(actions or ["nothing, everything is already open"]), "actions"))
+
+    # Every part: where it is, and where to touch it if that is known. One part: its colour, state and box.
+    naming = [ask(rng, "box", point(facts["box"], size), the="this object")] if facts["box"] else []
+    for part in parts:
+        the, label = named(part["label"], noun, rng), part["label"]
+        naming.append(ask(rng, "where", point(part["centre"], size), None, label, the=the))
+        if part["contact"]:
+            question = contact_question(instruction(part, noun, rng))
+            naming.append(Turn("contact", question, contact_answer(part["contact"], size), label))
+    stated = [p for p in parts if state(p)]
+    if not any(state(p) == "open" for p in stated) and rng.random() >= STATE_CLOSED:
+        stated = []
+    for kind, options in (("part colour", parts), ("state", stated), ("box", parts)):
+        for part in [pick(rng, options)] if options else []:
+            answer = {"part colour": part["colour"], "state": state(part), "box": point(part["box"], size)}[kind]
+            the = named(part["label"], noun, rng)
+            naming.append(ask(rng, kind.removeprefix("part "), answer, kind, part["label"], the=the))
+
+    # What is there and what is not. Where only one answer could be given nothing is asked, which keeps the balance.
+    kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
+    absent: dict[str, float] = {}
+    for (_, label), weight in words.items():
+        if (kind := label.split()[-1]) not in {p["kind"] for p in facts["parts"]}:
+            absent[kind] = absent.get(kind, 0) + weight
+    other = draw(rng, absent)
+    if kinds and other:
+        yes = rng.random() < 0.5
+        kind = pick(rng, kinds) if yes else other
+        naming.append(ask(rng, "presence", "yes" if yes else "no", None, kind, a=a(kind)))
+        kind = other if rng.random() < ABSENT_COUNT else pick(rng, kinds)
+        n = sum(p["kind"] == kind for p in parts)
+        naming.append(ask(rng, "count", count_word(n), "count kind", kind, kinds=plural(kind)))
+
+    # What could be done, and how
+    if move := possible(facts, words, rng):
+        verb, label, answer = move
+        naming.append(ask(rng, "possible", answer, None, label, act=act(verb, named(label, noun, rng))))
+    if decided:
+        part = pick(rng, decided)
+        todo, is_open, kind = steps(part), state(part) == "open", pick(rng, ("plan", "next"))
+        n_done = int(rng.integers(len(todo) + 1)) if kind == "next" and not is_open else 0
+        answer = ", ".join(todo) if kind == "plan" else (*todo, "done")[n_done]
+        if is_open:
+            answer = f"nothing, the {part['label']} is already open"
+        goal, done = act(part["verb"], named(part["label"], noun, rng)), ", ".join(todo[:n_done]) or "nothing"
+        naming.append(ask(rng, "plan", answer, kind, part["label"], act=goal, done=done))
+    return whole, naming
+
+
+def possible(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[str, str, str] | None:
+    """(verb, label, answer) of an action that may or may not be possible. The answer is drawn first, one half each.
+
+    Something is absent when its name is no part's name with words added or dropped: where there is a "top left drawer"
+    nobody asks for a "top drawer", but "the middle drawer" of two drawers is a fair question.
+    """
+    plain = [p for p in visible_parts(facts) if p["kind"] in PLAIN_KINDS]
+    opened, closed = [p for p in plain if state(p) == "open"], [p for p in plain if ready(p)]
+    names = [set(p["label"].split()) for p in facts["parts"]]
+    absent = {}
+    for (verb, label), weight in words.items():
+        asked = set(label.split())
+        if not any(asked <= name or name <= asked for name in names):
+            absent[verb, label] = weight
+    other = draw(rng, absent)
+    if not other or not (opened or closed):
+        return None
+    if rng.random() < 0.5:
+        part = pick(rng, opened + closed)
+        return "close" if state(part) == "open" else part["verb"], part["label"], "yes"
+    if opened and rng.random() < 0.5:
+        part = pick(rng, opened)
+        return part["verb"], part["label"], f"no, the {part['label']} is already open"
+    closable = [p for p in closed if state(p)]
+    if closable and rng.random() < CLOSE_CLOSED:
+        label = pick(rng, closable)["label"]
+        return "close", label, f"no, the {label} is already closed"
+    return *other, f"no, there is no {other[1]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+def turns(
+    facts: Mapping,
+    rng: np.random.Generator,
+    allowed: str = "all",
+    shares: Mapping[str, float] | None = None,
+) -> list[Turn]:
+    """All questions about one picture; the same facts and the same state of rng give the same turns.
+
+    Args     facts: one picture, as data/build.py writes them. allowed: "all", or "general" for pictures of unseen
+             categories (no part, position, contact, affordance or plan). shares: category -> its share of the data set;
+             "no" takes its nouns and part words from there, in these proportions. Default: equal shares of SEEN and
+             GADGET, so that no word of an unseen category occurs (strict rule). For the paper's rule add UNSEEN: only
+             their nouns are used, their parts never.
+    Returns  turns with different questions: in random order those about "this object", then in random order the rest.
+    Raises   ValueError for another `allowed`, an unknown category, or facts that lack a field.
+    """
+    if allowed not in ("all", "general"):
+        raise ValueError(f"allowed={allowed!r}; choose 'all' or 'general'")
+    if missing := [key for key in ("category", "image_size", "box", "colour", "parts") if key not in facts]:
+        raise ValueError(f"facts lack {', '.join(missing)}; data/build.py writes one complete dict per picture")
+    if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
+        raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
+    nouns, words = vocabulary(tuple((shares or dict.fromkeys((*SEEN, GADGET), 1.0)).items()))
+    whole, naming = general_turns(facts, nouns, rng)
+    if allowed == "all":
+        for group, more in zip((whole, naming), part_turns(facts, words, rng), strict=True):
+            group += more
+    found: dict[str, Turn] = {}
+    for turn in [group[i] for group in (whole, naming) for i in rng.permutation(len(group))]:
+        found.setdefault(turn.question, turn)  # "Is there a door?" can come up twice: for the object and for a part
+    return list(found.values())
+
+
+def dialogue(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """Three to five turns in a natural order: what it is, its colour, its parts, what is possible, a plan."""
+    found: dict[str, Turn] = {}
+    for turn in turns(facts, rng):
+        named_part = turn.family in ("state", "possible", "plan")
+        if (turn.part is not None) == named_part:
+            found.setdefault(turn.family, turn)
+    if "state" in found and "possible" in found:
+        del found[pick(rng, ("state", "possible"))]
+    out = [found[family] for family in ("object", "colour", "parts", "state", "possible", "plan") if family in found]
+    return out if len(out) >= 3 else [*out, found["caption"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA's layout
+
+
+def to_llava(record_id: str, image: str | None, turns: Sequence[Turn]) -> dict:
+    """{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", "value": ..}, ..]}.
+
+    image: path relative to the data folder, or None for text alone. ValueError without turns.
+    """
+    if not turns:
+        raise ValueError(f"record {record_id!r}: no turns")
+    said = [{"from": who, "value": s} for t in turns for who, s in (("human", t.question), ("gpt", t.answer))]
+    if image is not None:
+        said[0]["value"] = "<image>\n" + said[0]["value"]
+    return {"id": record_id, **({} if image is None else {"image": image}), "conversations": said}
+
+
+def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
+    """What is wrong with one record of a LLaVA-format file, a line each: "source, record index: field: problem".
+
+    Unknown keys are fine; `image` may be missing (text alone). An image must be an existing file inside `root`, also
+    after symbolic links are followed. Whether it can be decoded is found out when it is read.
+    """
+    problems = []
+
+    def bad(field, problem):
+        problems.append(f"{source}, record {index}: {field}: {problem}")
+
+    if not isinstance(record, dict):
+        bad("record", f"expected an object with 'conversations', got {type(record).__name__}")
+        return problems
+    image, said = record.get("image"), record.get("conversations")
+    if "image" in record and (not isinstance(image, str) or not image.strip()):
+        bad("image", f"expected a path, got {image!r}; leave the field out for text alone")
+    elif image:
+        try:
+            path = Path(root, image)
+            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
+                bad("image", f"{image!r} is absolute or has '..'; write it relative to {root}")
+            elif not path.resolve().is_relative_to(Path(root).resolve()):
+                bad("image", f"{image!r} is a link that leaves {root}")
+            elif not path.is_file():
+                bad("image", f"no file {path}")
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+            bad("image", f"{image[:80]!r} is no usable path ({error})")
+    if not isinstance(said, list) or not said:
+        bad("conversations", f"expected a list of turns, got {'an empty list' if said == [] else type(said).__name__}")
+        return problems
+    for i, turn in enumerate(said):
+        field, who = f"conversations[{i}]", ("human", "gpt")[i % 2]
+        if not isinstance(turn, dict):
+            bad(field, f"expected an object with 'from' and 'value', got {type(turn).__name__}")
+            continue
+        if turn.get("from") != who:
+            bad(f"{field}.from", f"expected {who!r} (turns alternate, human first), got {turn.get('from')!r}")
+        value = turn.get("value")
+        if not isinstance(value, str) or not value.replace("<image>", "").strip():
+            bad(f"{field}.value", f"expected text, got {value!r}")
+        elif "<image>" in value and not image:
+            bad(f"{field}.value", "holds <image>, but the record has no image")
+    if len(said) % 2:
+        bad("conversations", f"{len(said)} entries: the last question has no answer")
+    return problems

@@ -1,0 +1,234 @@
+"""What train.py, finetune_policy.py and data/build.py share outside the science: flags, progress, metrics, checkpoints, processes.
+
+    cfg = cli(Config, __doc__)          every field of a dataclass becomes a flag, booleans become --x / --no-x
+    world = World(cfg.device)           one process, or one of several under torchrun
+    run = Run(cfg, world, total_steps)  OUT/metrics.csv, one updating line, OUT/checkpoint.pt, --resume
+
+Exact resume needs no saved random state: whatever is random at step i is drawn from a generator seeded by (seed, i).
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def cli(config_class, doc: str, argv: list[str] | None = None):
+    """Flags from a dataclass: name, default and type from the field, help from the comment behind it in the source."""
+    source = inspect.getsource(config_class).splitlines()
+    notes = {
+        line.split(":")[0].strip(): line.split("#", 1)[1].strip() for line in source if ":" in line and "#" in line
+    }
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for f in dataclasses.fields(config_class):
+        flag, note = "--" + f.name.replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=note)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default, help=note)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+class World:
+    """This process among its peers. Alone unless started by torchrun; then gloo on CPUs, nccl on GPUs."""
+
+    def __init__(self, device: str = "auto"):
+        import torch
+
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and self.size > 1:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device(device)
+        if self.size > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module):
+        """PyTorch's own data parallel when there are several processes."""
+        import torch
+
+        return torch.nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        import torch
+
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.item()
+
+    def barrier(self) -> None:
+        import torch
+
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        import torch
+
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def rows_of_step(seed: int, step: int, batch: int, n: int) -> np.ndarray:
+    """Which of n records step number `step` trains on: passes through fresh permutations, a function of (seed, step) alone."""
+    out = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, k = divmod(position, n)
+        out.append(_permutation(seed, epoch, n)[k])
+    return np.array(out)
+
+
+_permutations: dict = {}
+
+
+def _permutation(seed, epoch, n):
+    key = (seed, epoch, n)
+    if key not in _permutations:
+        for old in [k for k in _permutations if k[0] == seed and k[2] == n and k[1] < epoch - 1]:
+            del _permutations[old]
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(n)
+    return _permutations[key]
+
+
+class Run:
+    """Metrics, progress line and checkpoints of one training run in folder cfg.out. Only the first process writes."""
+
+    def __init__(self, cfg, world: World, total: int, log_every: int = 20):
+        self.out, self.world, self.total, self.log_every = Path(cfg.out), world, total, log_every
+        self.cfg, self.start_step, self.start_time, self.before = cfg, 0, time.monotonic(), 0.0
+        self.averages: dict[str, list[float]] = {}
+        if world.first:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "run.json").write_text(
+                    json.dumps(dataclasses.asdict(cfg) | {"command": " ".join(sys.argv)}, indent=1) + "\n"
+                )
+            except OSError as error:
+                raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+
+    # -- checkpoints
+
+    def save(self, step: int, modules, optimizer) -> None:
+        """Everything that the next step depends on, in one file that appears whole or not at all."""
+        import torch
+
+        from robomamba import write_atomically
+
+        if self.world.first:
+            state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
+            state["seconds"] = self.before + time.monotonic() - self.start_time
+            write_atomically(self.out / "checkpoint.pt", lambda tmp: torch.save(state, tmp))
+        self.world.barrier()
+
+    def resume(self, modules, optimizer) -> int:
+        """Load OUT/checkpoint.pt if it is there; returns the first step still to do. metrics.csv is cut back to it."""
+        import torch
+
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return 0
+        state = torch.load(path, map_location=self.world.device, weights_only=True)
+        for module, values in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(values)
+        optimizer.load_state_dict(state["optimizer"])
+        self.before, self.start_step = state["seconds"], state["step"]
+        if self.world.first and (self.out / "metrics.csv").exists():
+            with open(self.out / "metrics.csv", newline="") as file:
+                rows = [r for r in csv.reader(file) if r and (r[0] == "step" or int(r[0]) <= state["step"])]
+            with open(self.out / "metrics.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+        return state["step"]
+
+    def finish(self) -> None:
+        """The run is complete: its checkpoint is no longer needed."""
+        if self.world.first:
+            (self.out / "checkpoint.pt").unlink(missing_ok=True)
+            print(flush=True)
+
+    # -- metrics
+
+    def log(self, step: int, **values: float) -> None:
+        """Collect; every `log_every` steps write the means to metrics.csv and refresh the line. `step` counts finished steps."""
+        for key, value in values.items():
+            self.averages.setdefault(key, []).append(float(value))
+        if step % self.log_every and step != self.total:
+            return
+        means = {k: sum(v) / len(v) for k, v in self.averages.items()}
+        self.averages = {}
+        self.write(step, **means)
+        seconds = time.monotonic() - self.start_time
+        rate = (step - self.start_step) / max(seconds, 1e-9)
+        text = f"step {step}/{self.total}  " + "  ".join(f"{k} {v:.4g}" for k, v in means.items())
+        self.say(
+            f"{text}  {rate:.2f} steps/s  {(self.total - step) / max(rate, 1e-9) / 60:.1f} min left",
+            end="\r" if sys.stdout.isatty() else "\n",
+        )
+
+    def say(self, text: str, end: str = "\n") -> None:
+        if self.world.first:
+            print(f"{text:110s}", end=end, flush=True)
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one row a value to metrics.csv: step, seconds, name, value."""
+        if not self.world.first:
+            return
+        path = self.out / "metrics.csv"
+        new = not path.exists() or (step <= self.log_every and self.start_step == 0 and not hasattr(self, "_opened"))
+        self._opened = True
+        with open(path, "w" if new else "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "seconds", "name", "value"])
+            seconds = f"{self.before + time.monotonic() - self.start_time:.1f}"
+            writer.writerows([step, seconds, k, f"{v:.6g}"] for k, v in values.items())
+
+
+def stop_on_nan(step: int, loss, named_parameters) -> None:
+    """Raise FloatingPointError naming the step and the first parameter (or its gradient) that is not finite."""
+    import torch
+
+    if torch.isfinite(loss):
+        return
+    for name, p in named_parameters:
+        for what, value in (("", p), (".grad", p.grad)):
+            if value is not None and not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"step {step}: loss is {loss.item()}; first bad tensor {name}{what}; lower --lr or look at the data"
+                )
+    raise FloatingPointError(
+        f"step {step}: loss is {loss.item()} while all parameters are finite; look at the batch of this step"
+    )
+
+
+def digest(module) -> str:
+    """A fingerprint of every bit of a module's weights."""
+    h = hashlib.sha256()
+    for name, p in sorted(module.state_dict().items()):
+        h.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()

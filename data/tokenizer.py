@@ -1,0 +1,176 @@
+"""The tokenizer: byte-pair encoding learned here, read by tiktoken from a file on disk. Nothing is ever downloaded.
+
+    ranks = train_ranks(texts, size=768)            # learn merges on our own questions and answers
+    write_ranks("data/vocab.tiktoken", ranks)       # tiktoken's file format: base64(token) rank, one a line
+    encoding = load_encoding("data/vocab.tiktoken") # a tiktoken.Encoding
+    python -m data.tokenizer "open the top drawer: (37,52)" [data/vocab.tiktoken]     # look at the pieces
+
+How the ids are laid out (R = number of ranks):
+
+    0 .. 255      the single bytes: any Unicode text can be written, nothing is ever <unk>
+    256 .. 355    the numbers "00" .. "99": number n is id NUMBER_BASE + n, so a coordinate is ONE token out of 100
+    356 .. R-1    the most frequent pieces of words, in the order in which they were learned
+    R, R+1, R+2   <|endoftext|> (also the padding), <|user|>, <|assistant|>
+
+Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn, " 37"
+and "37". The price is a token for each space, so a point is written "(37,52)": five tokens, one less than "(37, 52)".
+Longer numbers fall into pairs from the left ("2024" = "20" "24"; "123" = "12" "3").
+
+Text that people wrote goes through `encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
+Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
+Differs: RoboMamba uses GPT-NeoX's 50,280 tokens; a laptop-sized model cannot afford to learn that embedding.
+"""
+
+import base64
+import binascii
+import collections
+import heapq
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
+import tiktoken
+
+# two digits | a lone digit | a word, with the space before it | one mark, with the space before it | one white space.
+# Every character falls into some branch: tiktoken silently DROPS text that its pattern does not match.
+PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
+
+NUMBER_BASE = 256  # id of "00"; number n is NUMBER_BASE + n
+NUMBERS = 100
+END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = (END, USER, ASSISTANT)  # ids R, R+1, R+2
+
+
+def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
+    """Join, from the left, every two neighbours that spell `token`: [a, b, a] and "ab" give [ab, a]."""
+    out = []
+    for piece in pieces:
+        if out and len(out[-1]) + len(piece) == len(token) and out[-1] + piece == token:
+            out[-1] = token  # cannot be joined a second time: it is already as long as `token`
+        else:
+            out.append(piece)
+    return out
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """Learn byte-pair ranks: again and again the most frequent pair of neighbours inside words becomes a token.
+
+    Args     texts: any strings, each read once. size: wanted number of ranks, >= 356, special tokens not counted.
+    Returns  token -> rank, ranks 0 .. len-1; fewer than `size` when the texts run out of pairs. The same texts in any
+             order give the same ranks: equal counts are decided by the smaller bytes.
+    Raises   ValueError when size leaves no room for the bytes and the numbers.
+    Differs  from the textbook: pairs are counted by what they SPELL ("a"+"bc" and "ab"+"c" are one entry), because
+             tiktoken joins any two neighbours whose spelling has a rank. So it cuts words as they were cut here.
+    """
+    if size < NUMBER_BASE + NUMBERS:
+        raise ValueError(
+            f"size={size} is too small: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}"
+        )
+    ranks = {bytes([b]): b for b in range(NUMBER_BASE)}
+    ranks |= {b"%02d" % n: NUMBER_BASE + n for n in range(NUMBERS)}
+
+    # Words, not running text: each different word is kept once, with its count, so megabytes shrink to some thousand.
+    # Numbers stay out: a digit has no neighbour other than its pair, and all pairs have their rank.
+    counts = collections.Counter(
+        word for text in texts for word in regex.findall(PATTERN, text) if not word.isdecimal()
+    )
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
+    total = collections.Counter()  # spelling of a pair -> how often it occurs
+    where = collections.defaultdict(set)  # spelling of a pair -> indices of the words that (may) hold it
+    for i, (pieces, n) in enumerate(words):
+        for a, b in zip(pieces, pieces[1:], strict=False):
+            total[a + b] += n
+            where[a + b].add(i)
+
+    # A heap gives the most frequent pair at once. Its counts may be old: an entry that no longer holds is skipped,
+    # a fresh one was pushed when the count changed.
+    heap = [(-n, pair) for pair, n in total.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < size:
+        n, token = heapq.heappop(heap)
+        if -n != total[token] or n == 0:
+            continue
+        ranks.setdefault(token, len(ranks))
+        changed = set()
+        for i in where.pop(token):
+            old, n = words[i]
+            new = merge(old, token)
+            words[i] = (new, n)
+            for pieces, sign in ((old, -n), (new, n)):
+                for a, b in zip(pieces, pieces[1:], strict=False):
+                    total[a + b] += sign
+                    changed.add(a + b)
+            for a, b in zip(new, new[1:], strict=False):
+                where[a + b].add(i)
+        for pair in changed:
+            heapq.heappush(heap, (-total[pair], pair))
+    return ranks
+
+
+def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
+    """Write tiktoken's own format, a line "base64(token) rank" each. Atomic: the old file or the new, never half."""
+    path = Path(path)
+    lines = [
+        base64.b64encode(token).decode() + f" {rank}\n"
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    try:
+        temporary.write_text("".join(lines))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_ranks(path: str | Path) -> dict[bytes, int]:
+    """Read and check a ranks file.
+
+    Raises  FileNotFoundError when it is missing. ValueError naming file and line for a line that is not "base64 rank"
+            and for a token or rank that comes twice; naming the file for a byte without rank or a gap in the ranks.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such vocabulary file; `python -m data.build` writes one")
+    ranks, seen = {}, set()
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            word, rank = line.split(b" ")
+            token, rank = base64.b64decode(word, validate=True), int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{path}, line {number}: expected 'base64 rank', got {line[:60]!r}") from None
+        if not token:
+            raise ValueError(f"{path}, line {number}: empty token")
+        if token in ranks or rank in seen:
+            raise ValueError(f"{path}, line {number}: token {token!r} or rank {rank} occurs twice")
+        ranks[token] = rank
+        seen.add(rank)
+    missing = [b for b in range(NUMBER_BASE) if bytes([b]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path}: byte {missing[0]:#04x} has no rank ({len(missing)} of 256 missing); the file is cut or not ours"
+        )
+    if max(seen) != len(seen) - 1 or min(seen) != 0:
+        raise ValueError(f"{path}: ranks must be 0 .. {len(seen) - 1} without a gap, found {min(seen)} .. {max(seen)}")
+    return ranks
+
+
+def load_encoding(path: str | Path) -> tiktoken.Encoding:
+    """The tokenizer from OUR file on disk.
+
+    Returns  tiktoken.Encoding: `n_vocab` (ranks + 3) is the size of the embedding, `eot_token` the id of end and
+             padding, `encode_single_token(USER)` that of another special token.
+    Raises   as `read_ranks`.
+    """
+    ranks = read_ranks(path)
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit('usage: python -m data.tokenizer "some text" [vocabulary file]')
+    shown = load_encoding(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).with_name("vocab.tiktoken"))
+    for token_id in shown.encode_ordinary(sys.argv[1]):
+        print(f"{token_id:6d}  {shown.decode_single_token_bytes(token_id)!r}")

@@ -1,0 +1,177 @@
+"""Stage 2: a policy head of about 0.1 % of the parameters learns to manipulate; everything else stays frozen, bit for bit.
+
+    python finetune_policy.py --checkpoint runs/cotrain --data data/cache/train --out runs/policy        # about a minute on two CPU cores
+    python finetune_policy.py --checkpoint runs/cotrain --random-backbone --out runs/random              # the floor: nothing was learned before
+
+The backbone never changes, so each (picture, instruction) is read once: its pooled state (RoboMamba section 3.3) is computed and kept, and the
+head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here in shares of the picture, plus the geodesic angle between
+the predicted and the true gripper rotation. Yaw about the approach is filled by a fixed rule (sim_eval.rotation_from_approach), because
+a suction cup leaves it free: with the paper's random yaw the angle could not fall below 90 degrees on average.
+
+Logged (metrics.csv): loss; on --val every --eval-every epochs: pixel_px (median distance in pixels), approach_degrees (median angle of the
+approach axis, which is what decides), rotation_degrees (median angle of the whole rotation).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.dataset import load_manipulation, visual_tokens
+from data.questions import contact_question
+from data.run import Run, World, cli, cosine, digest, stop_on_nan
+from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
+
+
+@dataclass
+class PolicyConfig:
+    checkpoint: str = "runs/cotrain"  # folder of the co-trained model
+    data: str = "data/cache/train"  # folder made by data.build
+    val: str = "data/cache/val"  # folder made by data.build --split val; "" = none
+    out: str = "runs/policy"  # folder of the new checkpoint
+    device: str = "auto"  # auto | cpu | cuda
+    seed: int = 0
+    samples: int = 10_000  # manipulation samples used (the paper's 10K)
+    epochs: int = 60
+    batch_size: int = 128
+    lr: float = 2e-3  # peak
+    weight_decay: float = 0.01
+    direction_weight: float = 0.3  # of the geodesic angle in radians against the pixel's L1 in shares of the picture
+    head: str = "two_mlp"  # two_mlp | one_mlp (paper Table 6)
+    hidden: int = 8  # hidden width of the head
+    pool: str = "last"  # last | first_last | mean
+    random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
+    eval_every: int = 5  # epochs
+    half: bool = False  # save weight matrices in float16
+
+
+def geodesic(a: Tensor, b: Tensor) -> Tensor:
+    """Angle in radians between rotations (.., 3, 3), paper Eq. 6; clamped so that its gradient stays finite."""
+    trace = (a * b).sum((-1, -2))  # Tr(a^T b)
+    return torch.arccos(((trace - 1) / 2).clamp(-1 + 1e-6, 1 - 1e-6))
+
+
+def targets(samples: list[dict], image_size: int) -> tuple[Tensor, Tensor]:
+    """Pixels (n, 2) in -1 .. 1 and rotations (n, 3, 3) of manipulation samples."""
+    pixel = torch.tensor([[s["u"], s["v"]] for s in samples]) * 2 / image_size - 1
+    return pixel.float(), rotation_from_6d(torch.tensor([s["rotation6d"] for s in samples]).float())
+
+
+@torch.no_grad()
+def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: World, batch: int = 64) -> Tensor:
+    """(n, D): the state the head reads for each sample. Several samples of one picture share its reading."""
+    names = list(dict.fromkeys(s["image"] for s in samples))
+    tokens = visual_tokens(model.vision, folder, names, world)
+    where = {name: i for i, name in enumerate(names)}
+    out = []
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        prompts = [torch.tensor(model.prompt(contact_question(s["instruction"]))) for s in part]
+        lengths = torch.tensor([len(p) for p in prompts])
+        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=model.encoding.eot_token)
+        shown, owner = np.unique([where[s["image"]] for s in part], return_inverse=True)
+        inputs = (torch.from_numpy(tokens[shown]).float(), ids, lengths, torch.from_numpy(owner))
+        out.append(model.pooled(*(x.to(world.device) for x in inputs)))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def errors(head: PolicyHead, states: Tensor, pixel: Tensor, rotation: Tensor, image_size: int) -> dict:
+    """Median errors of a head: pixels, degrees of the approach axis, degrees of the whole rotation."""
+    said_pixel, r6 = head(states)
+    said = rotation_from_6d(r6)
+    axis = torch.arccos((said[..., 2] * rotation[..., 2]).sum(-1).clamp(-1, 1))
+    return {
+        "pixel_px": (said_pixel - pixel).norm(dim=-1).median().item() * image_size / 2,
+        "approach_degrees": axis.median().rad2deg().item(),
+        "rotation_degrees": geodesic(said, rotation).median().rad2deg().item(),
+    }
+
+
+def finetune(cfg: PolicyConfig) -> dict:
+    """Train the head; returns the last validation errors, shares and seconds (also written to OUT/policy.json)."""
+    start = time.monotonic()
+    world = World(cfg.device)
+    model = RoboMamba.from_pretrained(cfg.checkpoint).to(world.device)
+    torch.manual_seed(cfg.seed)
+    if cfg.random_backbone:
+        init_weights(model)
+    model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
+    dataclasses.replace(model.config)  # checks the new head's names
+    model.head = PolicyHead(model.config.head, model.config.lm.d_model)
+    init_weights(model.head)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True).to(world.device)
+    frozen = {name: digest(getattr(model, name)) for name in ("vision", "projector", "lm")}
+    run = Run(cfg, world, cfg.epochs, log_every=1)
+    share = count(model.head) / count(model)
+    run.say(
+        f"head {count(model.head):,d} parameters trained, {100 * share:.3f} % of {count(model):,d}; the rest is frozen"
+    )
+
+    # Read every sample once; from here on the backbone is not needed.
+    size = model.config.vision.image_size
+    samples = load_manipulation(Path(cfg.data) / "manipulation.jsonl")[: cfg.samples]
+    states = pooled_states(model, cfg.data, samples, world)
+    pixel, rotation = (x.to(world.device) for x in targets(samples, size))
+    if cfg.val:
+        val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl")
+        val_states = pooled_states(model, cfg.val, val_samples, world)
+        val_targets = [x.to(world.device) for x in targets(val_samples, size)]
+    read_seconds = time.monotonic() - start
+    run.say(f"read {len(samples)} samples in {read_seconds:.0f} s")
+
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    steps, result = -(-len(samples) // cfg.batch_size), {}
+    for epoch in range(cfg.epochs):
+        order = torch.from_numpy(np.random.default_rng([cfg.seed, epoch]).permutation(len(samples)))
+        total = 0.0
+        for k, rows in enumerate(order.split(cfg.batch_size)):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * cosine(epoch * steps + k, cfg.epochs * steps, warmup=steps)
+            said_pixel, r6 = model.head(states[rows])
+            l_pos = (said_pixel - pixel[rows]).abs().mean() / 2  # Eq. 5, shares of the picture
+            l_dir = geodesic(rotation_from_6d(r6), rotation[rows]).mean()  # Eq. 6, radians
+            loss = l_pos + cfg.direction_weight * l_dir
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stop_on_nan(epoch * steps + k, loss, model.head.named_parameters())
+            optimizer.step()
+            total += loss.item() * len(rows)
+        run.log(epoch + 1, loss=total / len(samples))
+        if cfg.val and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
+            result = errors(model.head, val_states, *val_targets, size)
+            run.write(epoch + 1, **result)
+
+    for name, before in frozen.items():
+        if digest(getattr(model, name)) != before:
+            raise RuntimeError(f"{name} was frozen but has changed")
+    model.save_pretrained(cfg.out, half=cfg.half)
+    result |= {"head_parameters": count(model.head), "head_share": share, "samples": len(samples)}
+    result |= {"read_seconds": round(read_seconds, 1), "seconds": round(time.monotonic() - start, 1)}
+    (Path(cfg.out) / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
+    run.finish()
+    run.say("  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    run.say(
+        f"saved {cfg.out}; vision, projector and language model are bit-equal to {cfg.checkpoint if not cfg.random_backbone else 'their random start'}"
+    )
+    return result
+
+
+def main() -> None:
+    cfg = cli(PolicyConfig, __doc__)
+    try:
+        finetune(cfg)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

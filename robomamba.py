@@ -1,0 +1,833 @@
+"""RoboMamba in one file: a picture and a sentence in; words, or a contact point and a gripper direction, out.
+
+    picture (S, S, 3) -> VisionTransformer -> Projector -> visual tokens --.
+                                                                           Mamba blocks -> lm_head -> an answer in words
+    sentence -> byte-pair tokens -> embedding -> text tokens --------------'          `--> PolicyHead -> pixel + 6D rotation
+
+Run it:
+    python robomamba.py --image scene.png --ask "What is this object?"
+    python robomamba.py --image scene.png --act "Open the top drawer."
+    python robomamba.py --presets                                   # parameter counts of every preset
+
+Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba, policy head,
+the whole model, checkpoints, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`.
+
+Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4); CLIP, arXiv 2103.00020.
+
+What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
+  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px, a stack of strided convolutions instead of one patch
+             convolution (early convolutions train faster from nothing), trained here by `train.py --stage vision`: no CLIP weights needed
+  language   4 Mamba blocks of width 192 instead of 64 of width 2560
+  start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state of so small a model
+             hardly depends on the picture (tests/test_model.py measures it)
+  position   a fixed 2-D sine code is added to the visual tokens after the projector (the paper adds none)
+  pooling    the policy head reads the last prompt state (`pool="last"`); the paper's code averages it with the first text state
+"""
+
+# Symbols beyond those of selective_scan.py:
+#   S  side of the square picture in pixels      P  visual tokens = (S / patch)^2      V  vocabulary
+#   W  width of the vision transformer           T  text tokens                        Q  questions asked about one picture
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.questions import contact_question
+from data.tokenizer import load_encoding, write_ranks
+from selective_scan import scan_step, selective_scan
+
+# ------------------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class VisionConfig:
+    """The image encoder. Defaults are the `tiny` preset; CLIP's own shapes are in PRESETS["robomamba-2.8b"]."""
+
+    image_size: int = 128  # S, pixels
+    patch_size: int = 16  # pixels
+    width: int = 192  # W
+    n_layer: int = 4
+    n_head: int = 6
+    mlp_ratio: int = 4
+    stem: tuple = (
+        24,
+        48,
+        96,
+    )  # channels of 3x3 stride-2 convolutions before the last one; () = CLIP's single patch convolution
+    select_layer: int = (
+        -1
+    )  # which hidden state is the output; -1 = after the last block, -2 = the paper's second to last
+    output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class LMConfig:
+    """The Mamba language model. Fields named as in Mamba's own config where it has them."""
+
+    d_model: int = 192
+    n_layer: int = 4
+    vocab_size: int = 1024
+    d_state: int = 8  # N
+    d_conv: int = 4  # K
+    expand: int = 2  # E = expand * d_model
+    dt_rank: int = 0  # R; 0 = ceil(d_model / 16)
+    dt_min: float = 0.02  # range of the initial step size (Mamba: 0.001 .. 0.1)
+    dt_max: float = 0.5
+    a_min: float = 0.02  # range of the initial -A; (1, d_state) is Mamba's S4D-real start 1, 2, .., N
+    a_max: float = 4.0
+    bc_norm: bool = True  # normalise B and C to unit root mean square; off for published weights
+    norm_eps: float = 1e-5
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+@dataclass
+class HeadConfig:
+    """The policy head (paper section 3.3, appendix Table 6)."""
+
+    kind: str = "two_mlp"  # "two_mlp": pixel and rotation apart (the paper's choice); "one_mlp": one MLP with 8 outputs
+    hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
+    pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
+
+
+@dataclass
+class RoboMambaConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    lm: LMConfig = field(default_factory=LMConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    projector_hidden: tuple = (384,)
+    position_code: bool = True  # fixed 2-D sine code on the visual tokens
+
+    def __post_init__(self):
+        v, lm, head = self.vision, self.lm, self.head
+        if v.image_size % v.patch_size or v.width % v.n_head:
+            raise ValueError(
+                f"vision: patch_size {v.patch_size} must divide image_size {v.image_size}, n_head {v.n_head} width {v.width}"
+            )
+        if v.stem and 2 ** (len(v.stem) + 1) != v.patch_size:
+            raise ValueError(
+                f"vision.stem: {len(v.stem)} + 1 convolutions of stride 2 do not make patch_size {v.patch_size}"
+            )
+        if self.position_code and lm.d_model % 4:
+            raise ValueError(f"lm.d_model {lm.d_model} must be a multiple of 4 for position_code")
+        if head.kind not in ("two_mlp", "one_mlp") or head.pool not in ("last", "first_last", "mean"):
+            raise ValueError(
+                f"head: kind {head.kind!r} or pool {head.pool!r} is not one this file knows (see HeadConfig)"
+            )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "config") -> "RoboMambaConfig":
+        return _dataclass_from_dict(cls, values, source)
+
+
+def _dataclass_from_dict(cls, values, source):
+    """Strict: an unknown key, a missing dict or a value of another type is an error that names it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+    out = {}
+    for key, value in values.items():
+        default = known[key]
+        if is_dataclass(default):
+            value = _dataclass_from_dict(type(default), value, f"{source}.{key}")
+        elif isinstance(default, tuple):
+            if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
+                raise ValueError(f"{source}.{key}: expected a list of numbers, got {value!r}")
+            value = tuple(value)
+        elif isinstance(default, bool) != isinstance(value, bool) or not isinstance(
+            value, (int, float) if isinstance(default, float) else type(default)
+        ):
+            raise ValueError(f"{source}.{key}: expected {type(default).__name__}, got {value!r}")
+        if type(default) is int and key not in ("select_layer", "dt_rank") and not 1 <= value <= 2**20:
+            raise ValueError(f"{source}.{key}: {value} is outside 1 .. {2**20}")
+        out[key] = value
+    return cls(**out)
+
+
+_CLIP_L = VisionConfig(224, 14, 1024, 24, 16, stem=(), select_layer=-2, output_norm=False)
+_MAMBA = dict(vocab_size=50280, d_state=16, dt_min=0.001, dt_max=0.1, a_min=1.0, a_max=16.0, bc_norm=False)
+_PUBLISHED = {
+    "mamba-130m": (768, 24),
+    "mamba-370m": (1024, 48),
+    "mamba-790m": (1536, 48),
+    "mamba-1.4b": (2048, 48),
+    "robomamba-2.8b": (2560, 64),
+}
+PRESETS = {
+    "tiny": RoboMambaConfig(),
+    "small": RoboMambaConfig(
+        VisionConfig(width=384, n_layer=8), LMConfig(384, 8, d_state=16), HeadConfig(hidden=(24,)), (768,)
+    ),
+    **{
+        name: RoboMambaConfig(
+            _CLIP_L,
+            LMConfig(d, n, **_MAMBA),
+            HeadConfig(hidden=(d // 4, d // 8), pool="first_last"),
+            projector_hidden=(4096, d),
+            position_code=False,
+        )
+        for name, (d, n) in _PUBLISHED.items()
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- vision
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), CLIP's activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens (no mask). Names are those of CLIP checkpoints."""
+
+    def __init__(self, width: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, P, W = x.shape
+        q, k, v = (
+            p(x).view(B, P, self.n_head, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, heads, P, W/heads)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, W))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        W = cfg.width
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(W), nn.LayerNorm(W)
+        self.self_attn = Attention(W, cfg.n_head)
+        self.mlp = nn.Sequential()  # named children, so that the keys are CLIP's mlp.fc1 and mlp.fc2
+        self.mlp.add_module("fc1", nn.Linear(W, cfg.mlp_ratio * W))
+        self.mlp.add_module("act", QuickGELU())
+        self.mlp.add_module("fc2", nn.Linear(cfg.mlp_ratio * W, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's image tower: class token, learned positions, pre-norm blocks; returns the patch tokens of one layer.
+
+    Source: CLIP section 2.4; RoboMamba section 3.1 takes the second-to-last layer of ViT-L and drops the class token.
+    Differs: `stem` replaces the single patch convolution by strided 3x3 ones (see the file's docstring); () is CLIP's.
+    """
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.cfg, W = cfg, cfg.width
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.zeros(W))
+        self.embeddings.patch_embedding = self._patch_embedding(cfg)
+        self.embeddings.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, W)
+        self.pre_layrnorm = nn.LayerNorm(W)  # spelt as in the published checkpoints
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layer))
+        self.post_layernorm = nn.LayerNorm(W)
+
+    @staticmethod
+    def _patch_embedding(cfg: VisionConfig) -> nn.Module:
+        if not cfg.stem:
+            return nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        layers, channels = [], (3, *cfg.stem)
+        for c_in, c_out in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
+        return nn.Sequential(*layers, nn.Conv2d(channels[-1], cfg.width, 3, stride=2, padding=1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> float, CLIP's mean and deviation."""
+        S = self.cfg.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, S, S):
+            raise ValueError(f"images: expected uint8 (B, 3, {S}, {S}), got {images.dtype} {tuple(images.shape)}")
+        dtype = self.pre_layrnorm.weight.dtype
+        mean, std = (
+            torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (self.cfg.image_mean, self.cfg.image_std)
+        )
+        return ((images.float() / 255 - mean) / std).to(dtype)
+
+    def forward_all(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 1 + P, W): class token first, then the patches row by row, at `select_layer`."""
+        x = self.embeddings.patch_embedding(self.normalise(images)).flatten(2).transpose(1, 2)  # (B, P, W)
+        x = (
+            torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
+            + self.embeddings.position_embedding.weight
+        )
+        x = self.pre_layrnorm(x)
+        n = self.cfg.n_layer + 1 + self.cfg.select_layer if self.cfg.select_layer < 0 else self.cfg.select_layer
+        for block in self.encoder.layers[:n]:
+            x = block(x)
+        return self.post_layernorm(x) if self.cfg.output_norm else x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, P, W) patch tokens, class token dropped."""
+        return self.forward_all(images)[:, 1:]
+
+
+def projector(widths: tuple) -> nn.Sequential:
+    """Linear, GELU, Linear, .. over `widths` (paper section 3.1: the MLP between the encoder and the language model)."""
+    layers = []
+    for w_in, w_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(w_in, w_out), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def position_code(side: int, d_model: int) -> Tensor:
+    """Fixed 2-D sine code: (side * side, d_model); half the channels speak of the row, half of the column; amplitude 0.5."""
+    w = math.pi * torch.linspace(0.5, side, d_model // 4)
+    angle = (torch.arange(side)[:, None] + 0.5) / side * w  # (side, d_model / 4)
+    code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, d_model / 2)
+    rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
+    return 0.5 * torch.cat([rows, columns], 2).reshape(side * side, d_model)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- mamba
+
+
+class LayerState(NamedTuple):
+    """All that one Mamba block remembers of the past; its size does not depend on how long the past was."""
+
+    conv: Tensor  # (B, K-1, E) the last inputs of the causal convolution
+    ssm: Tensor  # (B, E, N) float32, the state h
+
+
+class MambaMixer(nn.Module):
+    """The selective state-space mixer (Mamba paper, Fig. 3 and Algorithm 2; RoboMamba Fig. 2, right).
+
+    Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan are float32 always.
+    """
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        D, E, N, R, K = cfg.d_model, cfg.d_inner, cfg.d_state, cfg.rank, cfg.d_conv
+        self.cfg = cfg
+        self.in_proj = nn.Linear(D, 2 * E, bias=False)
+        self.conv1d = nn.Conv1d(E, E, K, groups=E, padding=K - 1)  # holds the published names; applied by `conv` below
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, E)
+        self.A_log = nn.Parameter(torch.empty(E, N))
+        self.D = nn.Parameter(torch.empty(E))
+        self.out_proj = nn.Linear(E, D, bias=False)
+
+    def initial_state(self, batch: int) -> LayerState:
+        cfg, w = self.cfg, self.in_proj.weight
+        conv = w.new_zeros(batch, cfg.d_conv - 1, cfg.d_inner)
+        return LayerState(conv, torch.zeros(batch, cfg.d_inner, cfg.d_state, device=w.device))
+
+    def conv(self, x: Tensor) -> Tensor:
+        """Causal depthwise convolution of (B, L + K - 1, E), the past in front, to (B, L, E), as K shifted products."""
+        K = self.cfg.d_conv
+        L, w = x.shape[1] - K + 1, self.conv1d.weight[:, 0]  # (E, K)
+        y = torch.addcmul(self.conv1d.bias, x[:, :L], w[:, 0])
+        for k in range(1, K):
+            y = torch.addcmul(y, x[:, k : k + L], w[:, k])
+        return y
+
+    def selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): the input-dependent parameters (Algorithm 2, lines 2-4)."""
+        cfg = self.cfg
+        dt, B, C = self.x_proj(u).split([cfg.rank, cfg.d_state, cfg.d_state], -1)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+        if cfg.bc_norm:
+            B, C = (F.rms_norm(x.float(), (cfg.d_state,), eps=cfg.norm_eps) for x in (B, C))
+        return dt, -torch.exp(self.A_log.float()), B, C
+
+    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """(B, L, D) and the state before it -> (B, L, D) and the state after it."""
+        state = state or self.initial_state(len(x))
+        u, z = self.in_proj(x).chunk(2, -1)  # (B, L, E) each: the convolution's branch and the gate's
+        u = torch.cat([state.conv.to(u.dtype), u], 1)  # (B, K-1 + L, E)
+        tail = u[:, u.shape[1] - (self.cfg.d_conv - 1) :]
+        u = F.silu(self.conv(u))
+        dt, A, B, C = self.selection(u)
+        y, ssm = selective_scan(u, dt, A, B, C, self.D, state.ssm)
+        return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(tail, ssm)
+
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One token: (B, D) and the state before it -> (B, D) and the state after it; equals `forward` on L = 1."""
+        u, z = self.in_proj(x).chunk(2, -1)  # (B, E)
+        window = torch.cat([state.conv.to(u.dtype), u[:, None]], 1)  # (B, K, E)
+        u = F.silu(self.conv(window)[:, 0])
+        dt, A, B, C = self.selection(u)
+        y, ssm = scan_step(u, dt, A, B, C, self.D, state.ssm)
+        return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(window[:, 1:], ssm)
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm x)."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.mixer = MambaMixer(cfg)
+
+    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer(self.norm(x), state)
+        return x + y, state
+
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer.step(self.norm(x), state)
+        return x + y, state
+
+
+class MambaBackbone(nn.Module):
+    """Embedding, blocks, final norm. Works on embeddings, so that visual tokens can take the place of words."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers = nn.ModuleList(MambaBlock(cfg) for _ in range(cfg.n_layer))
+        self.norm_f = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+
+    def forward(self, x: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Embeddings (B, L, D) after `states` (one per block, None = nothing before) -> final-norm states (B, L, D), new `states`."""
+        states = states or [None] * len(self.layers)
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block(x, state)
+            after.append(state)
+        return self.norm_f(x), after
+
+    def step(self, x: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
+        """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self.norm_f(x), after
+
+
+class MambaLM(nn.Module):
+    """The Mamba language model with tied output embedding; parameter names are those of the published checkpoints."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = MambaBackbone(cfg)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head.weight = self.backbone.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> logits (B, L, V)."""
+        return self.lm_head(self.backbone(self.backbone.embedding(tokens))[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------- policy head
+
+
+class Action(NamedTuple):
+    """Where and how to take hold of the part. Camera frame: x right, y down, z forward."""
+
+    u: float  # column of the contact pixel, 0 .. S
+    v: float  # row
+    rotation: np.ndarray  # (3, 3), columns = gripper forward, left, approach
+
+    @property
+    def approach(self) -> np.ndarray:
+        """(3,) unit vector along which the gripper travels to the contact; a pull goes back along it."""
+        return self.rotation[:, 2]
+
+
+class PolicyHead(nn.Module):
+    """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
+
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2" and "MLP x1"). ReLU between layers, no bias at the end, as in its code.
+    """
+
+    def __init__(self, cfg: HeadConfig, d_model: int):
+        super().__init__()
+        self.outputs = (2, 6) if cfg.kind == "two_mlp" else (8,)
+        self.mlps = nn.ModuleList(self._mlp((d_model, *cfg.hidden, n)) for n in self.outputs)
+
+    @staticmethod
+    def _mlp(widths: tuple) -> nn.Sequential:
+        layers = []
+        for w_in, w_out in zip(widths[:-1], widths[1:-1], strict=False):
+            layers += [nn.Linear(w_in, w_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([mlp(pooled) for mlp in self.mlps], -1).split([2, 6], -1)
+
+
+def rotation_from_6d(r6: Tensor) -> Tensor:
+    """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3) rotation, columns [forward, left, approach].
+
+    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts the gripper's up (= approach) first, then its forward.
+    """
+    approach = F.normalize(r6[..., :3], dim=-1, eps=1e-6)
+    forward = r6[..., 3:] - (approach * r6[..., 3:]).sum(-1, keepdim=True) * approach
+    forward = F.normalize(forward, dim=-1, eps=1e-6)
+    return torch.stack([forward, torch.linalg.cross(approach, forward, dim=-1), approach], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- whole model
+
+
+class RoboMamba(nn.Module):
+    """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train.
+
+    Args: config; `encoding`, the tokenizer (a tiktoken.Encoding), needed by everything that takes or returns words.
+    """
+
+    def __init__(self, config: RoboMambaConfig, encoding=None):
+        super().__init__()
+        self.config, self.encoding = config, encoding
+        self.vision = VisionTransformer(config.vision)
+        self.projector = projector((config.vision.width, *config.projector_hidden, config.lm.d_model))
+        self.lm = MambaLM(config.lm)
+        self.head = PolicyHead(config.head, config.lm.d_model)
+        init_weights(self)
+
+    # -- tokens
+
+    def prompt(self, question: str) -> list[int]:
+        """`<|user|> question <|assistant|>` as token ids. The last one's state is what the policy head reads."""
+        if not question or not question.strip():
+            raise ValueError("the question or instruction is empty; say what the robot should do or tell")
+        special = {name: self.encoding.encode_single_token(name) for name in ("<|user|>", "<|assistant|>")}
+        return [special["<|user|>"], *self.encoding.encode_ordinary(question.strip()), special["<|assistant|>"]]
+
+    # -- forward
+
+    def look(self, images: Tensor) -> list[LayerState]:
+        """Read the picture: uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block after it.
+
+        The state is all that the model remembers of a picture, so several questions can branch from one reading.
+        """
+        tokens = self.vision(images) if images.ndim == 4 else images.to(self.projector[0].weight.dtype)
+        x = self.projector(tokens)  # (B, P, D)
+        if self.config.position_code:
+            side = self.config.vision.image_size // self.config.vision.patch_size
+            x = x + position_code(side, x.shape[-1]).to(x)
+        return self.lm.backbone(x)[1]
+
+    def hidden(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of.
+
+        Every picture is read once. Row r belongs to picture owner[r]; by default rows b * Q .. b * Q + Q - 1 belong to picture b.
+        `images` (B, ..) as in `look`, or None = no picture.
+        """
+        states = None
+        if images is not None:
+            if owner is None:
+                if len(tokens) % len(images):
+                    raise ValueError(f"{len(tokens)} rows of tokens are not a multiple of {len(images)} pictures")
+                owner = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // len(images))
+            states = [LayerState(*(s[owner] for s in state)) for state in self.look(images)]
+        return self.lm.backbone(self.lm.backbone.embedding(tokens), states)[0]
+
+    def forward(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, labels: Tensor | None = None):
+        """Next-token logits and, with labels, the loss (paper section 3.2, stage 1: cross-entropy on the answer only).
+
+        Args:
+            images: uint8 (B, 3, S, S), or visual tokens (B, P, W), or None for text alone.
+            tokens: (B * Q, T) int64, right-padded.   lengths: (B * Q,) true lengths; what lies beyond is never a target.
+            labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
+        Returns: logits (B * Q, T, V), loss () or None.
+        """
+        logits = self.lm.lm_head(self.hidden(images, tokens))
+        if labels is None:
+            return logits, None
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        target = labels.masked_fill(~inside, -100)[:, 1:]
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+
+    def pooled(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, owner: Tensor | None = None) -> Tensor:
+        """(B * Q, D): what the policy head reads. The last TRUE token is indexed; `[:, -1]` would be padding."""
+        h = self.hidden(images, tokens, owner)
+        last = h[torch.arange(len(h), device=h.device), lengths - 1]
+        if self.config.head.pool == "last":
+            return last
+        if self.config.head.pool == "first_last":
+            return (h[:, 0] + last) / 2
+        inside = (torch.arange(h.shape[1], device=h.device) < lengths[:, None]).unsqueeze(-1)
+        return (h * inside).sum(1) / lengths[:, None]
+
+    # -- use
+
+    def _picture(self, image) -> Tensor:
+        """Path, PIL image or uint8 array (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays must fit."""
+        S = self.config.vision.image_size
+        if isinstance(image, str | os.PathLike):
+            try:
+                with Image.open(image) as file:
+                    image = file.convert("RGB")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{image}: cannot be read as a picture ({error})") from None
+        if isinstance(image, Image.Image):
+            image = np.asarray(
+                image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
+                if image.size != (S, S) or image.mode != "RGB"
+                else image
+            )
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.shape != (S, S, 3):
+            raise ValueError(
+                f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; resize it or pass a file"
+            )
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.lm.lm_head.weight.device)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        image,
+        question: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
+
+        Args: image as in `predict_action`, or None; temperature 0 = greedy, else sampling from the top_k / top_p tokens with `seed`.
+        """
+        states = self.look(self._picture(image)) if image is not None else None
+        backbone, device = self.lm.backbone, self.lm.lm_head.weight.device
+        end = self.encoding.encode_single_token("<|endoftext|>")
+        tokens = torch.tensor([self.prompt(question)], device=device)
+        h, states = backbone(backbone.embedding(tokens), states)
+        h, answer, rng = h[:, -1], [], torch.Generator().manual_seed(seed)
+        for _ in range(max_new_tokens):
+            token = sample(self.lm.lm_head(h)[0], temperature, top_k, top_p, rng)
+            if token == end:
+                break
+            answer.append(token)
+            h, states = backbone.step(backbone.embedding(torch.tensor([token], device=device)), states)
+        return self.encoding.decode([t for t in answer if t < self.encoding.n_vocab]).strip()
+
+    @torch.inference_mode()
+    def predict_action(self, image, instruction: str) -> Action:
+        """One forward pass, nothing decoded: path, PIL image or uint8 (S, S, 3), and a sentence -> contact pixel and gripper rotation."""
+        tokens = self.prompt(contact_question(instruction))
+        device = self.lm.lm_head.weight.device
+        pooled = self.pooled(
+            self._picture(image), torch.tensor([tokens], device=device), torch.tensor([len(tokens)], device=device)
+        )
+        pixel, r6 = self.head(pooled)
+        u, v = (
+            ((pixel[0].float() + 1) * self.config.vision.image_size / 2)
+            .clamp(0, self.config.vision.image_size - 1e-3)
+            .tolist()
+        )
+        return Action(u, v, rotation_from_6d(r6[0].float()).cpu().numpy())
+
+    # -- checkpoints
+
+    def save_pretrained(self, path, half: bool = False) -> None:
+        """Write `path`/{model.safetensors, config.json, vocab.tiktoken}; each file appears whole or not at all.
+
+        Args: half, store weight matrices in float16 (A_log, D, dt bias, norms stay float32); loading gives float32 again.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        weights = {
+            k: p.detach().cpu().contiguous() for k, p in self.state_dict().items() if k != "lm.lm_head.weight"
+        }  # tied
+        if half:
+            weights = {k: w.half() if w.ndim >= 2 and not k.endswith("A_log") else w for k, w in weights.items()}
+        write_ranks(path / "vocab.tiktoken", self.encoding._mergeable_ranks)
+        write_atomically(
+            path / "config.json", lambda tmp: Path(tmp).write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        )
+        write_atomically(path / "model.safetensors", lambda tmp: save_file(weights, tmp, {"format": "pt"}))
+
+    @classmethod
+    def from_pretrained(cls, path, device: str = "cpu") -> "RoboMamba":
+        """Read a folder written by `save_pretrained`. Raises ValueError naming the file and every tensor that does not fit."""
+        path = Path(path)
+        for name in ("config.json", "vocab.tiktoken", "model.safetensors"):
+            if not (path / name).is_file():
+                raise ValueError(
+                    f"{path / name}: no such file; a checkpoint folder holds config.json, vocab.tiktoken and model.safetensors"
+                )
+        try:
+            values = json.loads((path / "config.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+        config = RoboMambaConfig.from_dict(values, str(path / "config.json"))
+        with torch.device("meta"):
+            model = cls(config, load_encoding(path / "vocab.tiktoken"))
+        load_tensors(model, path / "model.safetensors")
+        return model.to(device).eval()
+
+
+def load_tensors(model: nn.Module, file: Path) -> None:
+    """Fill a model built on the meta device from a safetensors file, in float32; every misfit is named in one ValueError."""
+    expected = {k: tuple(p.shape) for k, p in model.state_dict().items() if k != "lm.lm_head.weight"}
+    try:
+        with safe_open(str(file), "pt") as tensors:
+            found = {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
+            problems = [f"missing {k}" for k in expected.keys() - found.keys()] + [
+                f"surplus {k}" for k in found.keys() - expected.keys()
+            ]
+            problems += [
+                f"{k} is {found[k]}, expected {expected[k]}"
+                for k in expected.keys() & found.keys()
+                if found[k] != expected[k]
+            ]
+            if problems:
+                raise ValueError(f"{file}: " + "; ".join(sorted(problems)))
+            weights = {k: tensors.get_tensor(k).to(torch.float32, copy=True) for k in expected}  # own, aligned memory
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    model.load_state_dict(weights, strict=False, assign=True)
+    if isinstance(model, RoboMamba):
+        model.lm.lm_head.weight = model.lm.backbone.embedding.weight
+    model.requires_grad_(True)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary path)` beside `path`, flush it to disk, then rename: a kill at any moment leaves the old file or the new."""
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        write(str(tmp))
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torch.Generator) -> int:
+    """One token id from logits (V,)."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    p = torch.softmax(logits.float().cpu() / temperature, -1)
+    p, order = p.sort(descending=True)
+    keep = p.cumsum(0) - p < top_p  # the token that crosses top_p is kept, so at least one is
+    if top_k:
+        keep[top_k:] = False
+    return int(order[torch.multinomial(p * keep, 1, generator=rng)])
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module) -> None:
+    """Every initial value, in one place; called once, last.
+
+    | parameter | value | why |
+    |---|---|---|
+    | linear, conv weights | normal, sd min(0.02 * sqrt(768 / fan_in), 1 / sqrt(fan_in)) | activations of about unit size at any width |
+    | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
+    | embeddings, class token, positions | normal, sd 0.02 | tied with the output: larger logits start too sure |
+    | A_log | log of N values spaced evenly in log from a_min to a_max (1, 2, .., N for Mamba's own range) | slow to fast memories |
+    | dt_proj.weight | uniform +- R^-1/2 | keeps the variance of dt (Mamba's code) |
+    | dt_proj.bias | inverse softplus of exp(U(log dt_min, log dt_max)) | softplus(bias) is the initial step size |
+    | D | 1 | a plain skip |
+    | biases | 0 | |
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=min(0.02 * math.sqrt(768 / fan_in), fan_in**-0.5))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for module in model.modules():
+        if isinstance(module, VisionTransformer):
+            nn.init.normal_(module.embeddings.class_embedding, std=0.02)
+        if isinstance(module, MambaLM):
+            nn.init.normal_(module.backbone.embedding.weight, std=0.02)  # the tied lm_head was drawn above
+            for block in module.backbone.layers:
+                block.mixer.out_proj.weight /= math.sqrt(module.cfg.n_layer)
+        if isinstance(module, MambaMixer):
+            cfg = module.cfg
+            if (cfg.a_min, cfg.a_max) == (1.0, float(cfg.d_state)):
+                a = torch.arange(1.0, cfg.d_state + 1)
+            else:
+                a = torch.logspace(math.log10(cfg.a_min), math.log10(cfg.a_max), cfg.d_state)
+            module.A_log.copy_(a.log().expand_as(module.A_log))
+            module.D.fill_(1.0)
+            nn.init.uniform_(module.dt_proj.weight, -(cfg.rank**-0.5), cfg.rank**-0.5)
+            dt = torch.exp(torch.empty_like(module.dt_proj.bias).uniform_(math.log(cfg.dt_min), math.log(cfg.dt_max)))
+            module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+# --------------------------------------------------------------------------------------------------------------------------- main
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def print_presets() -> None:
+    print(f"{'preset':16s}{'vision':>14s}{'projector':>12s}{'language':>15s}{'head':>11s}{'head %':>8s}{'total':>15s}")
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model = RoboMamba(replace(config))
+        parts = [count(m) for m in (model.vision, model.projector, model.lm, model.head)]
+        print(
+            f"{name:16s}{parts[0]:14,d}{parts[1]:12,d}{parts[2]:15,d}{parts[3]:11,d}{100 * parts[3] / sum(parts):8.3f}{sum(parts):15,d}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask RoboMamba about a picture, or where to take hold.")
+    parser.add_argument(
+        "--checkpoint",
+        default=Path(__file__).parent / "data/pretrained/robomamba-tiny",
+        help="folder written by save_pretrained",
+    )
+    parser.add_argument("--image", help="picture file")
+    parser.add_argument("--ask", help="a question; the answer is printed")
+    parser.add_argument("--act", help="an instruction; contact pixel and gripper rotation are printed")
+    parser.add_argument("--presets", action="store_true", help="print the parameter counts of every preset")
+    args = parser.parse_args()
+    if args.presets:
+        return print_presets()
+    if not args.image or (args.ask is None) == (args.act is None):
+        parser.error("give --image and one of --ask and --act (or --presets)")
+    try:
+        model = RoboMamba.from_pretrained(args.checkpoint)
+        if args.ask is not None:
+            print(model.generate(args.image, args.ask))
+        else:
+            action = model.predict_action(args.image, args.act)
+            print(f"pixel u {action.u:.1f} v {action.v:.1f} (of {model.config.vision.image_size})")
+            print("rotation, columns forward, left, approach, camera frame x right, y down, z forward:")
+            print(np.array2string(action.rotation, precision=3, suppress_small=True))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Shared, miniature things for the tests: a tokenizer, a model, a picture."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.tokenizer import load_encoding, train_ranks, write_ranks
+from robomamba import HeadConfig, LMConfig, RoboMamba, RoboMambaConfig, VisionConfig
+
+TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56 78 90", "yes", "no, there is no lid"]
+
+
+@pytest.fixture(scope="session")
+def encoding(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.tiktoken"
+    write_ranks(path, train_ranks(TEXTS, 400))
+    return load_encoding(path)
+
+
+def mini_config(vocab_size: int) -> RoboMambaConfig:
+    vision = VisionConfig(image_size=32, patch_size=8, width=24, n_layer=2, n_head=3, stem=(8, 16))
+    return RoboMambaConfig(vision, LMConfig(32, 2, vocab_size, d_state=4), HeadConfig(hidden=(4,)), projector_hidden=(24,))
+
+
+@pytest.fixture
+def mini(encoding):
+    """A random model of some thousand parameters on 32-pixel pictures."""
+    torch.manual_seed(0)
+    return RoboMamba(mini_config(encoding.n_vocab), encoding).eval()
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

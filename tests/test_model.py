@@ -1,0 +1,303 @@
+"""The model: step equals forward, splits, padding, branching, initial values, checkpoints, bad input.
+
+pytest tests/test_model.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import robomamba
+from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d, sample
+
+TIGHT = 1e-5  # float32: sums of some hundred terms of size one
+
+
+def close(a, b, tolerance=TIGHT):
+    scale = b.abs().max().clamp(min=1e-6)
+    assert (a - b).abs().max() <= tolerance * scale, f"largest gap {(a - b).abs().max():.2e} of scale {scale:.2e}"
+
+
+def uint8_picture(picture):
+    return torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
+
+
+@pytest.fixture
+def tiny(encoding):
+    config = RoboMambaConfig.from_dict(PRESETS["tiny"].to_dict())
+    config.lm.vocab_size = encoding.n_vocab
+    torch.manual_seed(0)
+    return RoboMamba(config, encoding).eval()
+
+
+# ---- one model, several ways to run it
+
+
+@torch.no_grad()
+def test_step_equals_forward_for_the_whole_tiny_model(tiny):
+    pictures = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    tokens = torch.randint(0, tiny.config.lm.vocab_size, (2, 19))
+    whole = tiny.hidden(pictures, tokens)
+    states, steps = tiny.look(pictures), []
+    for t in range(tokens.shape[1]):
+        h, states = tiny.lm.backbone.step(tiny.lm.backbone.embedding(tokens[:, t]), states)
+        steps.append(h)
+    close(torch.stack(steps, 1), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [1, 2, 3, 8, 16])
+def test_any_split_of_a_sequence_gives_the_same_output(mini, cut):
+    x = torch.randn(2, 17, 32)
+    whole, last = mini.lm.backbone(x)
+    a, states = mini.lm.backbone(x[:, :cut])
+    b, states = mini.lm.backbone(x[:, cut:], states)
+    close(torch.cat([a, b], 1), whole)
+    for got, wanted in zip(states, last, strict=True):
+        close(got.ssm, wanted.ssm)
+        close(got.conv, wanted.conv)
+
+
+@torch.no_grad()
+def test_language_model_is_causal(mini):
+    tokens = torch.randint(0, 300, (1, 12))
+    changed = tokens.clone()
+    changed[0, 7] += 1
+    a, b = mini.lm(tokens), mini.lm(changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert not torch.allclose(a[:, 7], b[:, 7])
+
+
+@torch.no_grad()
+def test_questions_that_branch_from_one_reading_equal_questions_asked_alone(mini):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(0, 300, (6, 5))
+    together = mini.hidden(pictures, tokens)
+    alone = torch.cat([mini.hidden(pictures[i // 3 : i // 3 + 1], tokens[i : i + 1]) for i in range(6)])
+    close(together, alone)
+    with pytest.raises(ValueError, match="not a multiple"):
+        mini.hidden(pictures, tokens[:5])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["last", "first_last", "mean"])
+def test_padding_never_reaches_the_pooled_state(mini, pool):
+    mini.config.head.pool = pool
+    pictures = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(0, 300, (1, 9))
+    short = mini.pooled(pictures, tokens[:, :6], torch.tensor([6]))
+    padded = mini.pooled(pictures, tokens, torch.tensor([6]))
+    close(padded, short)
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_answer_tokens_inside_the_length(mini):
+    tokens = torch.randint(0, 300, (2, 6))
+    labels = torch.full((2, 6), -100)
+    labels[0, 3:] = tokens[0, 3:]
+    labels[1, 5] = tokens[1, 5]  # beyond the true length 4: must not count
+    logits, loss = mini(None, tokens, torch.tensor([6, 4]), labels)
+    by_hand = -torch.log_softmax(logits[0, 2:5], -1)[torch.arange(3), tokens[0, 3:]].mean()
+    close(loss, by_hand)
+
+
+def test_generation_is_greedy_decoding_of_the_full_forward_pass(mini, picture):
+    ids = mini.prompt("open the top drawer")
+    with torch.no_grad():
+        for _ in range(6):
+            logits, _ = mini(uint8_picture(picture), torch.tensor([ids]), torch.tensor([len(ids)]))
+            ids.append(int(logits[0, -1].argmax()))
+    answer = ids[len(mini.prompt("open the top drawer")) :]
+    end = mini.encoding.eot_token
+    answer = answer[: answer.index(end)] if end in answer else answer
+    assert mini.generate(picture, "open the top drawer", max_new_tokens=6) == mini.encoding.decode(answer).strip()
+
+
+def test_sampling_respects_top_k_and_top_p_and_the_seed():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    rng = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    assert sample(logits, 0.0, 0, 1.0, rng()) == 0
+    assert {sample(logits, 5.0, 2, 1.0, torch.Generator().manual_seed(s)) for s in range(60)} == {0, 1}
+    assert {sample(logits, 1.0, 0, 0.5, torch.Generator().manual_seed(s)) for s in range(60)} == {0}
+    assert sample(logits, 1.0, 0, 1.0, rng()) == sample(logits, 1.0, 0, 1.0, rng())
+
+
+# ---- initial values
+
+
+def test_step_sizes_of_the_built_model_start_in_their_range(tiny):
+    for block in tiny.lm.backbone.layers:
+        dt = torch.nn.functional.softplus(block.mixer.dt_proj.bias)
+        assert (dt >= tiny.config.lm.dt_min * 0.999).all() and (dt <= tiny.config.lm.dt_max * 1.001).all()
+        decay = block.mixer.A_log.exp()
+        assert torch.allclose(decay.min(), torch.tensor(tiny.config.lm.a_min)) and torch.allclose(
+            decay.max(), torch.tensor(tiny.config.lm.a_max)
+        )
+
+
+@torch.no_grad()
+def test_the_picture_reaches_the_last_state_at_step_0(tiny, encoding):
+    """Replace the picture: the last prompt state must move by more than 5 %. With Mamba's own start it hardly does."""
+    pictures = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    ids = torch.tensor([tiny.prompt("open the top drawer of the cabinet")] * 2)
+
+    def moved(model):
+        h = model.hidden(pictures, ids)[:, -1]
+        return ((h[0] - h[1]).abs().mean() / h.abs().mean()).item()
+
+    standard = RoboMambaConfig.from_dict(tiny.config.to_dict())
+    lm = standard.lm
+    lm.bc_norm, lm.a_min, lm.a_max, lm.dt_min, lm.dt_max = False, 1.0, 8.0, 0.001, 0.1
+    torch.manual_seed(0)
+    theirs, ours = moved(RoboMamba(standard, encoding)), moved(tiny)
+    print(f"share of the last state that a new picture moves: {ours:.3f}, with Mamba's standard start {theirs:.5f}")
+    assert ours > 0.05 > theirs
+
+
+def test_mamba_s_own_start_is_1_to_n(encoding):
+    block = robomamba.MambaMixer(robomamba.LMConfig(32, 1, 300, d_state=16, a_min=1.0, a_max=16.0))
+    robomamba.init_weights(block)
+    assert torch.allclose(block.A_log.exp(), torch.arange(1.0, 17.0).expand(64, 16))
+
+
+# ---- shapes and names of the published models
+
+
+def test_presets_have_the_published_parameter_counts():
+    with torch.device("meta"):
+        model = RoboMamba(PRESETS["robomamba-2.8b"])
+    assert count(model.lm) == 2_768_345_600  # state-spaces/mamba-2.8b
+    assert count(model.lm.backbone.layers[0]) == 41_244_160
+    assert count(model.vision) == 303_179_776  # CLIP ViT-L/14's image tower without its output projection
+    assert count(model.head) == 3_690_880  # 3.7M, "0.11 %" in the paper's Table 6
+    tiny = RoboMamba(PRESETS["tiny"])
+    assert count(tiny.head) / count(tiny) <= 0.001
+
+
+def test_parameter_names_are_those_of_the_published_checkpoints(mini):
+    keys = set(mini.state_dict())
+    layer = "lm.backbone.layers.1."
+    for name in ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
+        assert f"{layer}mixer.{name}" in keys
+    assert {layer + "norm.weight", "lm.backbone.embedding.weight", "lm.backbone.norm_f.weight", "lm.lm_head.weight"} <= keys
+    clip = "vision.encoder.layers.0."
+    for name in ("self_attn.q_proj.weight", "self_attn.out_proj.bias", "layer_norm1.weight", "layer_norm2.bias", "mlp.fc1.weight", "mlp.fc2.bias"):
+        assert clip + name in keys
+    assert {"vision.embeddings.class_embedding", "vision.embeddings.position_embedding.weight", "vision.pre_layrnorm.weight", "vision.post_layernorm.bias"} <= keys
+
+
+# ---- rotations and actions
+
+
+def test_6d_to_rotation_is_a_rotation_and_keeps_the_approach():
+    r = rotation_from_6d(torch.randn(50, 6))
+    close(r.transpose(-1, -2) @ r, torch.eye(3).expand(50, 3, 3))
+    close(torch.linalg.det(r), torch.ones(50))
+    six = torch.randn(6)
+    close(rotation_from_6d(six)[:, 2], six[:3] / six[:3].norm())
+
+
+def test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops(mini, picture):
+    action = mini.predict_action(picture, "Open the top drawer.")
+    assert 0 <= action.u < 32 and 0 <= action.v < 32
+    assert np.allclose(action.rotation.T @ action.rotation, np.eye(3), atol=1e-5)
+    assert np.allclose(action.approach, action.rotation[:, 2])
+    again = mini.predict_action(Image.fromarray(picture), "open the top drawer")
+    assert np.array_equal(again.rotation, action.rotation) and (again.u, again.v) == (action.u, action.v)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_save_and_load_give_the_same_model(mini, picture, tmp_path, half):
+    mini.save_pretrained(tmp_path / "m", half=half)
+    again = RoboMamba.from_pretrained(tmp_path / "m")
+    assert again.lm.lm_head.weight is again.lm.backbone.embedding.weight
+    assert again.config == mini.config
+    for name, p in again.named_parameters():
+        wanted = mini.state_dict()[name]
+        assert p.dtype == torch.float32
+        if half and wanted.ndim >= 2 and not name.endswith("A_log"):
+            assert torch.equal(p, wanted.half().float())
+        else:
+            assert torch.equal(p, wanted)
+    assert not list((tmp_path / "m").glob("*.tmp*"))
+    assert (tmp_path / "m").joinpath("config.json").is_file()
+    if not half:
+        assert np.array_equal(again.predict_action(picture, "open").rotation, mini.predict_action(picture, "open").rotation)
+
+
+def test_bad_checkpoints_are_refused_with_a_clear_line(mini, tmp_path):
+    folder = tmp_path / "m"
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        RoboMamba.from_pretrained(folder)
+    mini.save_pretrained(folder)
+    good_config, good_weights = (folder / "config.json").read_text(), load_file(folder / "model.safetensors")
+
+    def refused(pattern):
+        with pytest.raises(ValueError, match=pattern):
+            RoboMamba.from_pretrained(folder)
+
+    config = json.loads(good_config)
+    (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
+    refused("unknown key 'colour'")
+    (folder / "config.json").write_text(json.dumps(config | {"lm": config["lm"] | {"d_model": 10**12}}))
+    refused("d_model: 1000000000000 is outside")
+    (folder / "config.json").write_text("{")
+    refused("not valid JSON")
+    (folder / "config.json").write_text(good_config)
+    weights = dict(good_weights)
+    weights["lm.backbone.norm_f.weight"] = torch.zeros(3)
+    weights["surprise"] = weights.pop("projector.0.bias")
+    save_file(weights, folder / "model.safetensors")
+    refused(r"norm_f.weight is \(3,\), expected \(32,\); missing projector.0.bias; surplus surprise")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+    refused("not a readable safetensors file")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def broken(tmp):
+        open(tmp, "w").write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        robomamba.write_atomically(path, broken)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_input_is_named(mini, picture, tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        mini.predict_action(picture, "  ")
+    with pytest.raises(ValueError, match="empty"):
+        mini.generate(picture, "")
+    with pytest.raises(ValueError, match=r"uint8 \(32, 32, 3\), got float64"):
+        mini.predict_action(picture / 255.0, "open")
+    with pytest.raises(ValueError, match=r"got uint8 \(16, 32, 3\)"):
+        mini.predict_action(picture[:16], "open")
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(ValueError, match="x.png: cannot be read"):
+        mini.generate(tmp_path / "x.png", "what is this?")
+    with pytest.raises(ValueError, match="patch_size 7 must divide"):
+        RoboMambaConfig(robomamba.VisionConfig(patch_size=7))
+
+
+def test_command_line(mini, picture, tmp_path, capsys, monkeypatch):
+    mini.save_pretrained(tmp_path / "m")
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    base = ["robomamba.py", "--checkpoint", str(tmp_path / "m"), "--image", str(tmp_path / "p.png")]
+    monkeypatch.setattr("sys.argv", [*base, "--act", "open the drawer"])
+    robomamba.main()
+    assert "pixel u" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*base, "--act", ""])
+    with pytest.raises(SystemExit) as stopped:
+        robomamba.main()
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and "empty" in captured.err

@@ -1,0 +1,571 @@
+"""pytest tests/test_questions.py
+
+Questions and answers: true to the facts, one answer per question, nothing given away, "yes" as frequent as "no",
+numbers in the right bins, LLaVA records checked. The facts are made up by a small generator: no simulator is needed.
+"""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from data import questions
+from data.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, Part, body_colour, make_object, part_colour
+from data.questions import (
+    ASK,
+    PLAIN_KINDS,
+    Turn,
+    a,
+    check_record,
+    contact_answer,
+    contact_question,
+    dialogue,
+    instruction,
+    number,
+    parse_contact,
+    to_llava,
+    turns,
+)
+
+SIZE = 128  # pixels
+GENERAL = {"object", "caption", "colour", "presence"}
+WHOLE = ("object", "caption", "colour", "parts", "count")  # families that speak of "this object" when no part is named
+
+
+def make_facts(rng, categories=(*SEEN, GADGET), opened=0.15, hidden=0.1):
+    """Facts of a made-up picture of an object of the catalogue, in the form that data/build.py writes."""
+    spec = make_object(categories[rng.integers(len(categories))], np.random.default_rng(rng.integers(10_000)))
+    any_open, parts = rng.random() < opened, []
+    for part in spec.parts:
+        shown, (x, y), approach = rng.random() >= hidden, rng.uniform(20, 100, 2), rng.normal(size=3)
+        fact = {key: getattr(part, key) for key in ("label", "kind", "verb", "primitive", "joint")}
+        fact |= {"colour": part_colour(part), "pixels": int(rng.integers(20, 900)) if shown else 3}
+        fact |= {"centre": [x, y] if shown else None, "contact": None}
+        fact |= {"box": [int(x) - 8, int(y) - 5, int(x) + 9, int(y) + 6] if shown else None}
+        fact["openness"] = rng.uniform(0.15, 0.8) if any_open and rng.random() < 0.7 else rng.uniform(0, 0.08)
+        if shown and not any_open:
+            unit = approach / np.linalg.norm(approach)
+            fact["contact"] = {"u": x + 1.5, "v": y - 2.5, "approach": unit.tolist()}
+        parts.append(fact)
+    facts = {"category": spec.category, "seed": 1, "image_size": SIZE, "box": [5, 9, 120, 101], "parts": parts}
+    return json.loads(json.dumps({**facts, "colour": body_colour(spec)}))
+
+
+def scenes(n, seed=0, **kwargs):
+    rng = np.random.default_rng(seed)
+    return [make_facts(rng, **kwargs) for _ in range(n)]
+
+
+def words(text):
+    return set(re.findall(r"[\w-]+", text.lower()))
+
+
+def visible(facts):
+    return [p for p in facts["parts"] if p["pixels"] >= 16]
+
+
+@pytest.fixture(scope="module")
+def many():
+    """2,000 made-up pictures with all their questions."""
+    rng = np.random.default_rng(7)
+    return [(facts, turns(facts, rng)) for facts in scenes(2000)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    "a cabinet|an orange box|a USB stick|an LED lamp|a TV|a unit|an unopened box|an uneven box|an hour|a one-way door|"
+    "a used lid|an umbrella|a European plug|an eye|an oven|a usual door|a utility box|a pair of pliers|an honest door|"
+    "a house|an MRI|a universal remote|an ugly lid".split("|"),
+)
+def test_article_by_sound(phrase):
+    assert a(phrase.split(" ", 1)[1]) == phrase
+
+
+def test_every_text_picks_its_article_and_reads_as_a_sentence(many):
+    for facts, asked in many:
+        for turn in asked:
+            for text in (turn.question, turn.answer):
+                assert not re.search(r"\ba [aeiou]", text) and not re.search(r"\ban [^aeiou]", text), text
+                assert "{" not in text and "  " not in text and text.strip() == text and text
+            assert turn.question[-1] in "?." and len(turn.answer) <= 120, (turn, facts["parts"])
+    articles = Counter(w for _, asked in many for t in asked for w in re.findall(r"\ban?\b", t.answer))
+    assert articles["a"] > 500 and articles["an"] > 50  # the test above had something to look at
+
+
+def test_pronouns_plurals_and_lists():
+    assert (
+        questions.act("pull off", "it") == "pull it off" and questions.act("pull off", "the cap") == "pull off the cap"
+    )
+    assert [questions.plural(w) for w in ("door", "box", "switch")] == ["doors", "boxes", "switches"]
+    assert questions.join(["x"]) == "x" and questions.join(["x", "y", "z"]) == "x, y and z"
+
+
+def test_wordings_per_question():
+    assert all(4 <= len(set(w)) <= 8 for w in ASK.values())
+    assert len({w for group in ASK.values() for w in group}) == sum(
+        len(w) for w in ASK.values()
+    )  # none for two families
+    assert set(PLAIN_KINDS) < set(PART_KINDS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and contacts
+
+
+def test_numbers_fall_into_the_bins_of_the_interface():
+    for c in range(SIZE):
+        assert number(c, SIZE) == f"{100 * c // SIZE:02d}"  # whole numbers: exact
+    for size in (96, 100, 128, 224, 336):  # a bin's edge belongs to the bin it opens, also where 29 / 100 * 100 < 29
+        assert all(number(c, size) == f"{100 * c // size:02d}" for c in range(size))
+    assert [number(d + 1, 2) for d in (-1, -0.99, -0.02, 0, 0.5, 0.999, 1)] == [
+        "00",
+        "00",
+        "49",
+        "50",
+        "75",
+        "99",
+        "99",
+    ]
+    assert [number(c, SIZE) for c in (-5, 127.99, 128, 500)] == ["00", "99", "99", "99"]
+    for bad in ((math.nan, 1), (math.inf, 1), (1, 0)):
+        with pytest.raises(ValueError, match="c must be finite"):
+            number(*bad)
+
+
+def test_contact_survives_its_text_within_one_bin():
+    rng = np.random.default_rng(0)
+    for i in range(3000):
+        approach = rng.normal(size=3) if i % 4 else np.eye(3)[i // 4 % 3] * rng.choice([-1, 1])
+        approach /= np.linalg.norm(approach)
+        u, v = rng.uniform(0, SIZE, 2)
+        text = contact_answer({"u": u, "v": v, "approach": approach.tolist()}, SIZE)
+        got_u, got_v, got = parse_contact(text)
+        assert abs(got_u - u / SIZE) <= 0.005 + 1e-9 and abs(got_v - v / SIZE) <= 0.005 + 1e-9  # half a bin
+        assert abs(np.linalg.norm(got) - 1) < 1e-12
+        # half a bin of 0.02 in each of three components moves a unit vector by at most 0.01 * sqrt(3)
+        assert math.degrees(math.acos(min(1, float(got @ approach)))) <= math.degrees(0.01 * math.sqrt(3)) + 0.01
+        raw = 2 * (np.array([int(w) for w in text.split()[2:]]) + 0.5) / 100 - 1
+        assert np.abs(raw - approach).max() <= 0.01 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "37 52 05 71", "37 52 05 71 93 11", "37,52,05,71,93", "37  52 05 71 93", "3 52 05 71 93", "137 52 05 71 93",
+     "37 52 05 71 93.", "the contact is 37 52 05 71 93", "-7 52 05 71 93", "٣٧ 52 05 71 93", "37 52\n05 71 93"],
+)  # fmt: skip
+def test_what_is_no_contact_is_none(text):
+    assert parse_contact(text) is None
+
+
+def test_white_space_around_a_contact_is_forgiven():
+    u, v, approach = parse_contact(" 00 99 50 50 99\n")
+    assert (u, v) == (0.005, 0.995) and approach[2] > 0.99 and abs(approach[0] - approach[1]) < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions
+
+
+def test_instruction_names_verb_and_part_and_half_of_the_time_the_object():
+    rng = np.random.default_rng(0)
+    part = Part("part_0", "top drawer", "prismatic", (0, 0, 0), (1, 0, 0), 0, 0.3, [])
+    said = Counter(instruction(part, "cabinet", rng) for _ in range(4000))
+    assert len(said) == 8 and all("open the top drawer" in s for s in said)
+    assert abs(sum(n for s, n in said.items() if "cabinet" in s) / 4000 - 0.5) < 0.04  # 5 standard deviations
+    assert abs(sum(n for s, n in said.items() if "object" in s) / 4000 - 0.25) < 0.035
+    same = [
+        instruction({"verb": "open", "label": "top drawer"}, "cabinet", np.random.default_rng(i)) for i in range(20)
+    ]
+    assert same == [instruction(part, "cabinet", np.random.default_rng(i)) for i in range(20)]
+
+
+def test_instruction_never_says_the_door_of_the_door():
+    rng = np.random.default_rng(0)
+    for label, noun in (("left door", "door"), ("lamp head", "lamp")):
+        said = [instruction({"verb": "open", "label": label}, noun, rng) for _ in range(200)]
+        assert all(f" {noun}" not in s.replace(label, "") for s in said)
+    said = {instruction({"verb": "open", "label": "handle"}, "pair of pliers", rng) for _ in range(200)}
+    assert "open the handle of the pliers" in said and not any("pair" in s for s in said)
+
+
+def test_contact_question_is_the_same_for_the_same_instruction():
+    expected = "Predict the contact point and direction: open the top drawer."
+    for text in ("open the top drawer", "Open the top drawer.", "  open the  top drawer!\n"):
+        assert contact_question(text) == expected
+    for text in ("", "  \n", "..."):
+        with pytest.raises(ValueError, match="instruction is empty"):
+            contact_question(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Turns
+
+
+def test_same_seed_same_turns_and_questions_differ_within_a_picture(many):
+    for i, (facts, asked) in enumerate(many[:300]):
+        assert turns(facts, np.random.default_rng(i)) == turns(facts, np.random.default_rng(i))
+        assert len({t.question for t in asked}) == len(asked)
+    wordings = {t.question for _ in range(3) for t in turns(many[0][0], np.random.default_rng(_))}
+    assert len(wordings) > len(many[0][1])  # another seed asks otherwise
+    found = {t.family for _, asked in many for t in asked}
+    assert found == GENERAL | {"parts", "state", "count", "where", "box", "possible", "contact", "plan"}
+
+
+def test_turns_leave_the_facts_alone():
+    facts = scenes(1)[0]
+    before = json.dumps(facts)
+    turns(facts, np.random.default_rng(0))
+    assert json.dumps(facts) == before
+
+
+def test_a_question_has_one_answer(many):
+    """Exact match needs it: the same words about the same picture get the same answer, however they are drawn."""
+    for facts, _ in many[:60]:
+        answers = defaultdict(set)
+        for seed in range(60):
+            for turn in turns(facts, np.random.default_rng(seed)):
+                answers[turn.question].add((turn.answer, turn.family))
+        assert all(len(known) == 1 for known in answers.values()), answers
+
+
+def test_answers_are_true(many):
+    for facts, asked in many:
+        parts = {p["label"]: p for p in facts["parts"]}
+        shown, noun = visible(facts), NOUNS[facts["category"]]
+        kinds = Counter(p["kind"] for p in shown)
+        for turn in asked:
+            part = parts.get(turn.part)
+            if turn.family == "object":
+                assert turn.answer == a(noun)
+            elif turn.family == "colour":
+                assert turn.answer == (part["colour"] if part else facts["colour"])
+            elif turn.family == "parts":
+                assert words(turn.answer) - {"the", "and"} == set().union(*(p["label"].split() for p in shown))
+            elif turn.family == "count":
+                n = kinds[turn.part] if turn.part else len(shown)
+                assert turn.answer == ["none", "one", "two", "three", "four"][n]
+            elif turn.family == "state":
+                assert part in shown and turn.answer == ("open" if part["openness"] > 0.2 else "closed")
+                assert not 0.1 < part["openness"] < 0.25
+            elif turn.family == "where":
+                u, v = part["centre"]
+                assert turn.answer == f"({number(u, SIZE)},{number(v, SIZE)})"
+            elif turn.family == "box":
+                box = part["box"] if part else facts["box"]
+                assert turn.answer == "(" + ",".join(number(c, SIZE) for c in box) + ")"
+            elif turn.family == "contact":
+                assert turn.answer == contact_answer(part["contact"], SIZE) and parse_contact(turn.answer)
+                assert f"{part['verb']} the {part['label']}" in turn.question
+            elif turn.family == "presence" and turn.part:
+                assert turn.answer == ("yes" if kinds[turn.part] else "no")
+                assert (turn.answer == "yes") == any(p["kind"] == turn.part for p in facts["parts"])
+            elif turn.family == "presence":
+                assert turn.answer == ("yes" if f" {noun}" in turn.question else "no")
+            elif turn.family == "possible":
+                closing = "close the" in turn.question
+                if turn.answer == "yes":
+                    assert part in shown and (part["openness"] > 0.2) == closing
+                elif "already" in turn.answer:
+                    assert part in shown and (part["openness"] <= 0.1) == closing
+                    assert turn.answer == f"no, the {turn.part} is already {'closed' if closing else 'open'}"
+                else:
+                    assert turn.part not in parts and turn.answer == f"no, there is no {turn.part}"
+                    assert not any(set(turn.part.split()) <= set(label.split()) for label in parts)
+            elif turn.family == "plan" and part:
+                if part["openness"] > 0.2 and part["kind"] in questions.CLOSABLE_KINDS:
+                    assert turn.answer == f"nothing, the {turn.part} is already open"
+                else:
+                    assert part["openness"] <= 0.1 and "already" not in turn.answer
+                    steps = questions.steps(part)
+                    done = [s for s in steps if s in turn.question]
+                    expected = (*steps, "done")[len(done)]
+                    assert turn.answer in (expected, ", ".join(steps))
+        caption = [t.answer for t in asked if t.family == "caption"]
+        assert caption[0].startswith(a(f"{facts['colour']} {noun}")) and len(caption) == 1 + bool(shown)
+
+
+def test_wording_of_some_answers():
+    facts = scenes(1, categories=("StorageFurniture",), opened=0, hidden=0)[0]
+    facts["colour"], base = (
+        "orange",
+        dict(facts["parts"][0], contact=None, joint="prismatic", verb="open", primitive="pull"),
+    )
+    facts["parts"] = [
+        base | {"label": "door", "kind": "door", "joint": "revolute"},
+        base | {"label": "bottom drawer", "kind": "drawer"},
+        base | {"label": "top drawer", "kind": "drawer"},
+    ]
+    found = defaultdict(set)
+    for seed in range(200):
+        for turn in turns(facts, np.random.default_rng(seed)):
+            found[turn.family].add(turn.answer)
+    assert found["caption"] == {"an orange cabinet", "an orange cabinet with two drawers and a door"}
+    assert found["parts"] == {"the top drawer, the bottom drawer and the door"}  # one order, whatever the facts' order
+    assert {"three", "two", "one"} <= found["count"]
+    assert "open the top drawer, open the bottom drawer and open the door" in found["plan"]
+    assert "move to the top drawer, grip it, pull it out" in found["plan"]
+    assert "move to the door, grip it, swing it open" in found["plan"]
+    assert not {"no, there is no drawer", "no, there is no top left drawer"} & found["possible"]
+
+
+def test_what_is_asked_first_names_neither_object_nor_part(many):
+    for facts, asked in many:
+        secret = set(NOUNS[facts["category"]].split()) - {"of", "pair", "can"}  # "can you see": no trash can
+        secret |= set().union(*(p["label"].split() for p in facts["parts"]))
+        naming = [t.part is not None or t.family in ("presence", "box") for t in asked]
+        assert naming == sorted(naming)  # all the questions about "this object" come first
+        for turn, names in zip(asked, naming, strict=True):
+            if not names:
+                assert turn.family in WHOLE or turn.family == "plan"
+                assert not words(turn.question) & secret, turn
+                assert not {w + "s" for w in secret} & words(turn.question), turn
+    first = Counter(asked[0].family for _, asked in many)
+    assert min(first[family] for family in ("object", "caption", "colour", "parts")) > 100
+
+
+def test_half_of_the_part_questions_use_no_noun(many):
+    said = Counter()
+    for facts, asked in many:
+        noun = NOUNS[facts["category"]].removeprefix("pair of ")
+        for turn in asked:
+            if (
+                turn.part
+                and turn.family not in ("count", "presence")
+                and not set(noun.split()) & set(turn.part.split())
+            ):
+                said[noun in turn.question] += 1
+    assert said.total() > 5000 and 0.47 < said[True] / said.total() < 0.53
+
+
+def test_general_pictures_have_no_word_about_their_parts():
+    """Unseen categories under the paper's rule: what is it, its colour, a caption, is there (the object)."""
+    shares = dict.fromkeys((*SEEN, *UNSEEN, GADGET), 1.0)
+    for chosen in (None, shares):
+        rng = np.random.default_rng(3)
+        for facts in scenes(1000, seed=1, categories=UNSEEN, hidden=0.3):
+            noun = NOUNS[facts["category"]]
+            for turn in turns(facts, rng, allowed="general", shares=chosen):
+                assert turn.family in GENERAL and turn.part is None
+                said = words(turn.question) | words(turn.answer)
+                for part in facts["parts"]:
+                    assert not set(part["label"].split()) & said - set(noun.split()), turn
+                assert not re.search(r"\d|possible|robot|open|closed|mov(e|able)", turn.question + turn.answer)
+
+
+def test_strict_rule_no_word_of_unseen_categories(many):
+    """By default "no" takes its words from seen objects only."""
+    own = {n for c in UNSEEN for n in [NOUNS[c]]}
+    for _, asked in many:
+        text = " ".join(t.question + " " + t.answer for t in asked)
+        assert not any(re.search(rf"\b{re.escape(noun)}s?\b", text) for noun in own)
+
+
+def yes_share(answers):
+    assert set(answers) == {"yes", "no"}
+    return answers["yes"] / answers.total()
+
+
+def test_yes_and_no_are_balanced(many):
+    """Bounds .45-.55: with at least 900 questions five points are three standard deviations or more."""
+    answers = defaultdict(Counter)
+    for facts, asked in many:
+        opened = any(p["openness"] > 0.2 for p in visible(facts))
+        for turn in asked:
+            if turn.family in ("presence", "possible"):
+                key = "part presence" if turn.family == "presence" and turn.part else turn.family
+                answers[key][turn.answer.split(",")[0]] += 1
+                answers[f"{key}, opened scene {opened}"][turn.answer.split(",")[0]] += 1
+    for key in ("presence", "part presence", "possible"):
+        assert answers[key].total() > 900 and 0.45 <= yes_share(answers[key]) <= 0.55, (key, answers[key])
+        assert 0.4 <= yes_share(answers[f"{key}, opened scene True"]) <= 0.6, key  # some 200 questions
+    rng, unseen = np.random.default_rng(5), Counter()
+    for facts in scenes(2000, seed=2, categories=UNSEEN):
+        unseen.update(t.answer for t in turns(facts, rng, "general") if t.family == "presence")
+    assert 0.45 <= yes_share(unseen) <= 0.55
+
+
+def test_the_words_of_a_question_do_not_tell_its_answer(many):
+    """A table from the asked word to its most frequent answer (the blind way to answer) stays near one half."""
+    tables = {"presence": defaultdict(Counter), "possible": defaultdict(Counter)}
+    for _, asked in many:
+        for turn in asked:
+            if turn.family in tables and turn.part:
+                kind = turn.part.split()[-1], "close" in turn.question
+                tables[turn.family][kind][turn.answer.split(",")[0]] += 1
+    for family, table in tables.items():
+        right, n = sum(max(c.values()) for c in table.values()), sum(c.total() for c in table.values())
+        assert n > 900 and right / n < 0.6, (family, right / n, dict(table))
+    states = Counter(t.answer for _, asked in many for t in asked if t.family == "state")
+    assert 0.2 < states["open"] / states.total() < 0.6  # one picture in seven has something open
+
+
+def test_negative_nouns_follow_the_shares():
+    """With the data set's shares a noun is asked for with "no" about as often as with "yes"."""
+    known = (*SEEN, *UNSEEN, GADGET)
+    rng, asked = np.random.default_rng(0), defaultdict(Counter)
+    for facts in scenes(4000, seed=4, categories=known):
+        for turn in turns(facts, rng, "general", shares=dict.fromkeys(known, 1.0)):
+            if turn.family == "presence":
+                noun = next(n for n in NOUNS.values() if re.search(rf"\b{n}\b", turn.question))
+                asked[noun][turn.answer] += 1
+    for noun, answers in asked.items():
+        if noun != NOUNS["Door"]:  # never asked for with "no" where an object has a door
+            assert 0.3 < yes_share(answers) < 0.7, (noun, answers)
+
+
+def test_absent_parts_come_from_the_catalogue(many):
+    samples = [make_object(c, np.random.default_rng(seed)) for c in (*SEEN, GADGET) for seed in range(40)]
+    known = {part.label for spec in samples for part in spec.parts}
+    rng, shares = np.random.default_rng(0), dict.fromkeys((*SEEN, *UNSEEN, GADGET), 1.0)
+    assert any(label not in known for _, label in questions.plain_parts("Phone"))  # there is something to leave out
+    with_unseen = [turns(facts, rng, shares=shares) for facts, _ in many]  # their nouns, but none of their parts
+    for collection in ([asked for _, asked in many], with_unseen):
+        absent = {t.part for asked in collection for t in asked if "there is no" in t.answer}
+        assert len(absent) > 10 and absent <= known and {label.split()[-1] for label in absent} <= set(PLAIN_KINDS)
+
+
+def test_hidden_parts_are_not_asked_about_and_not_called_absent():
+    rng, n = np.random.default_rng(0), 0
+    for facts in scenes(600, seed=3, categories=("StorageFurniture", "Refrigerator", GADGET), hidden=0.5):
+        for part in facts["parts"]:
+            if part["pixels"] < 16 and rng.random() < 0.5:  # a few pixels are hidden, too
+                part |= {"centre": [50, 50], "box": [49, 49, 51, 50]}
+        hidden = {p["label"] for p in facts["parts"] if p["pixels"] < 16}
+        gone = {p["kind"] for p in facts["parts"]} - {p["kind"] for p in visible(facts)}
+        for turn in turns(facts, rng):
+            assert turn.part not in hidden | gone or turn.answer in ("yes", "one", "two"), turn
+            n += bool(hidden)
+        shown = next(t.answer for t in turns(facts, rng) if t.family == "count" and not t.part)
+        assert shown == questions.COUNT_WORDS[len(visible(facts))]
+    assert n > 1000
+
+
+def test_nothing_visible_is_no_crash():
+    for facts in scenes(50, hidden=1.0, opened=0) + [scenes(1)[0] | {"parts": [], "box": None}]:
+        asked = turns(facts, np.random.default_rng(0))
+        assert {t.family for t in asked} <= GENERAL | {"count", "box"}
+        assert [t.answer for t in asked if t.family == "count"] == ["none"]
+
+
+def test_bad_arguments_are_named():
+    facts, rng = scenes(1)[0], np.random.default_rng(0)
+    with pytest.raises(ValueError, match="allowed='none'"):
+        turns(facts, rng, allowed="none")
+    with pytest.raises(ValueError, match="facts lack box, parts"):
+        turns({k: v for k, v in facts.items() if k not in ("box", "parts")}, rng)
+    with pytest.raises(ValueError, match="unknown category 'Spoon'"):
+        turns(facts | {"category": "Spoon"}, rng)
+    with pytest.raises(ValueError, match="unknown category 'Fork'"):
+        turns(facts, rng, shares={"Fork": 1.0})
+
+
+def test_dialogue_has_three_to_five_turns():
+    families = Counter()
+    for i, facts in enumerate(scenes(300, seed=9, categories=(*SEEN, *UNSEEN), hidden=0.2)):
+        said = dialogue(facts, np.random.default_rng(i))
+        assert 3 <= len(said) <= 5 and said == dialogue(facts, np.random.default_rng(i))
+        assert said[0].family == "object" and len({t.family for t in said}) == len(said)
+        families.update(t.family for t in said)
+    assert families["parts"] > 200 and families["plan"] > 200
+    assert families["possible"] > 100 and families["state"] > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA's layout
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "1.png").write_bytes(b"png")
+    (tmp_path / "secret.png").write_bytes(b"png")
+    (tmp_path / "data" / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data" / "images" / "inside.png").symlink_to(tmp_path / "data" / "images" / "1.png")
+    return tmp_path / "data"
+
+
+PAIR = [Turn("object", "What is this?", "a box"), Turn("colour", "What colour is it?", "red")]
+
+
+def test_to_llava_is_llavas_layout(root):
+    record = to_llava("7", "images/1.png", PAIR)
+    assert record == {
+        "id": "7",
+        "image": "images/1.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "a box"},
+            {"from": "human", "value": "What colour is it?"},
+            {"from": "gpt", "value": "red"},
+        ],
+    }
+    text_only = to_llava("8", None, PAIR)
+    assert "image" not in text_only and "<image>" not in json.dumps(text_only)
+    for good in (record, text_only, record | {"model": "x", "image": "images/inside.png"}):
+        assert check_record(json.loads(json.dumps(good)), root, 0, "f.json") == []
+    with pytest.raises(ValueError, match="'9': no turns"):
+        to_llava("9", None, [])
+
+
+def test_every_generated_record_passes(root, many):
+    for i, (_, asked) in enumerate(many[:200]):
+        assert check_record(to_llava(str(i), "images/1.png", asked), root, i, "f.json") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "problem"),
+    [
+        ({"image": "images/2.png"}, "image", "no file"),
+        ({"image": "images"}, "image", "no file"),
+        ({"image": "../secret.png"}, "image", "'..'"),
+        ({"image": "images/../images/1.png"}, "image", "'..'"),
+        ({"image": "/etc/hostname"}, "image", "absolute"),
+        ({"image": "images/link.png"}, "image", "link that leaves"),
+        ({"image": "images/\x00.png"}, "image", ""),
+        ({"image": "x" * 5000}, "image", ""),
+        ({"image": 7}, "image", "expected a path"),
+        ({"image": " "}, "image", "expected a path"),
+        ({"image": None}, "image", "expected a path"),
+        ({"conversations": []}, "conversations", "empty list"),
+        ({"conversations": "hello"}, "conversations", "expected a list"),
+        ({"conversations": None}, "conversations", "expected a list"),
+        ({"conversations[0]": "hello"}, "conversations[0]", "expected an object"),
+        ({"conversations[0].from": "gpt"}, "conversations[0].from", "expected 'human'"),
+        ({"conversations[3].from": "human"}, "conversations[3].from", "expected 'gpt'"),
+        ({"conversations[1].from": None}, "conversations[1].from", "expected 'gpt'"),
+        ({"conversations[1].value": " \n"}, "conversations[1].value", "expected text"),
+        ({"conversations[2].value": None}, "conversations[2].value", "expected text"),
+        ({"conversations[0].value": "<image>\n"}, "conversations[0].value", "expected text"),
+        ({"drop": "conversations"}, "conversations", "last question has no answer"),
+        ({"drop": "image"}, "conversations[0].value", "no image"),
+    ],
+)
+def test_bad_record_is_named_with_file_index_and_field(root, change, field, problem):
+    record = json.loads(json.dumps(to_llava("7", "images/1.png", PAIR)))
+    for key, value in change.items():
+        where = re.fullmatch(r"conversations\[(\d)\](?:\.(\w+))?", key)
+        if key == "drop" and value == "image":
+            del record["image"]
+        elif key == "drop":
+            record["conversations"].pop()
+        elif where and where[2]:
+            record["conversations"][int(where[1])][where[2]] = value
+        elif where:
+            record["conversations"][int(where[1])] = value
+        else:
+            record[key] = value
+    problems = check_record(record, root, 12, "mine.json")
+    assert any(p.startswith(f"mine.json, record 12: {field}: ") and problem in p for p in problems), problems
+    assert len(problems) <= 2
+
+
+@pytest.mark.parametrize("record", [None, [], "x", 3])
+def test_a_record_that_is_no_object(root, record):
+    assert check_record(record, root, 5, "f.json")[0].startswith("f.json, record 5: record: expected an object")

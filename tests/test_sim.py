@@ -1,0 +1,334 @@
+"""pytest tests/test_sim.py -q
+
+The simulated world: pixels and points agree, the same seed is the same world, good actions work and bad ones do not.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pybullet as p
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sim_eval  # noqa: E402
+from data import objects  # noqa: E402
+from sim_eval import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
+
+CATEGORIES = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe", "Table", "WashingMachine")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    scene = sim_eval.Scene()
+    yield scene
+    scene.close()
+
+
+def feasible(scene, count, per_category=8, seed=4_000_000):
+    """Yields (rng, label) for up to `count` rendered scenes that the expert solves."""
+    for i in range(per_category):
+        for category in CATEGORIES:
+            scene.spawn(category, seed + i).render()
+            rng = np.random.default_rng(i)
+            label = scene.expert(rng)
+            if label is not None:
+                yield rng, label
+                count -= 1
+                if not count:
+                    return
+
+
+# ---- rotation -------------------------------------------------------------------------------------------------------
+def test_rotation_from_approach_is_the_shortest_arc():
+    for approach in [*unit(np.random.default_rng(0).normal(size=(200, 3))), *np.eye(3), *-np.eye(3)]:
+        rotation = rotation_from_approach(approach)
+        assert np.abs(rotation.T @ rotation - np.eye(3)).max() < 1e-9 and np.linalg.det(rotation) > 0
+        assert np.abs(rotation[:, 2] - approach).max() < 1e-9
+        turned = math.acos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))  # the rotation's own angle
+        assert abs(turned - math.acos(np.clip(approach[2], -1, 1))) < 1e-6
+    assert np.array_equal(rotation_from_approach(np.array([0.0, 0.0, 1.0])), np.eye(3))
+
+
+@pytest.mark.parametrize("bad", [[0, 0, 0], [math.nan, 0, 1], [1, 0]])
+def test_rotation_from_approach_names_a_bad_vector(bad):
+    with pytest.raises(ValueError, match="approach"):
+        rotation_from_approach(np.array(bad, float))
+
+
+# ---- pixel <-> point ------------------------------------------------------------------------------------------------
+def test_pixels_and_points_agree_with_rays(scene):
+    errors, half_pixel, links = [], [], []
+    for category in CATEGORIES:
+        scene.spawn(category, 11).render()
+        rows, columns = np.nonzero(scene.links != BACKGROUND)
+        for i in np.random.default_rng(0).choice(len(rows), 40, replace=False):
+            point = scene.backproject(columns[i], rows[i])
+            assert np.abs(scene.project(point[None])[0] - (columns[i], rows[i])).max() < 1e-9
+            link, hit, _ = scene._rays(scene.eye, (scene.eye + 1.3 * (point - scene.eye))[None])
+            errors.append(np.linalg.norm(hit[0] - point))
+            links.append(link[0] == scene.links[rows[i], columns[i]])
+            f, cx, cy = scene.intrinsics  # the usual convention, pixel centres: (u + 0.5, v + 0.5)
+            ray = np.array([(columns[i] + 0.5 - cx) / f, (rows[i] - 0.5 - cy) / f, 1.0])
+            other = scene.eye + scene.depth[rows[i], columns[i]] * ray @ scene.camera_rotation
+            link, hit, _ = scene._rays(scene.eye, (scene.eye + 1.3 * (other - scene.eye))[None])
+            half_pixel.append(np.linalg.norm(hit[0] - other))
+    # Drawn cylinders have corners and collision cylinders have not: a few pixels on them may be off by more.
+    assert np.median(errors) < 1e-4 and np.mean(np.array(errors) < 1e-3) > 0.9 and np.mean(links) > 0.98
+    assert np.median(half_pixel) > 10 * np.median(errors)
+
+
+def test_backprojection_equals_the_inverse_of_the_renderer_matrices(scene):
+    scene.spawn("Safe", 3).render()
+    near, far, S = scene.view.near_m, scene.view.far_m, scene.image_size
+    right, down, forward = scene.camera_rotation
+    view = p.computeViewMatrix(scene.eye.tolist(), (scene.eye + forward).tolist(), (-down).tolist())
+    lens = p.computeProjectionMatrixFOV(scene.view.fov_deg, 1.0, near, far)
+    inverse = np.linalg.inv(np.reshape(lens, (4, 4)).T @ np.reshape(view, (4, 4)).T)
+    for row, column in np.argwhere(scene.links != BACKGROUND)[::97]:
+        z = scene.depth[row, column]
+        buffer = far * (z - near) / (z * (far - near))  # what the depth buffer holds, 0..1
+        clip = inverse @ [2 * column / S - 1, 1 - 2 * (row + 1) / S, 2 * buffer - 1, 1.0]
+        assert np.abs(clip[:3] / clip[3] - scene.backproject(column, row)).max() < 1e-4  # single-precision matrices
+
+
+def test_pixels_off_the_object_have_no_point(scene):
+    scene.spawn("Safe", 3).render()
+    row, column = np.argwhere(scene.links == BACKGROUND)[0]
+    for u, v in [(column, row), (-1, 5), (5, scene.image_size)]:
+        assert scene.backproject(u, v) is None
+        assert scene.act(u, v, np.array([0.0, 0.0, 1.0])).reason == "off object"
+    assert scene.act(math.nan, 5, np.array([0.0, 0.0, 1.0])).reason == "not a number"
+
+
+# ---- the same seed is the same world --------------------------------------------------------------------------------
+FINGERPRINT = """
+import hashlib, sys
+import numpy as np
+from sim_eval import Scene, facts
+def fingerprint(scene, category, seed):
+    rgb = scene.spawn(category, seed).render()
+    label = scene.expert(np.random.default_rng(1))
+    outcome = scene.act(label.u, label.v, label.approach)
+    text = repr((scene.camera, scene.joints, scene.target, label, outcome.moved))
+    return hashlib.md5(rgb.tobytes() + scene.depth.tobytes() + scene.links.tobytes() + text.encode()).hexdigest()
+"""
+
+
+def test_same_seed_same_pixels_same_motion_in_any_order_and_process(scene):
+    names = {}
+    exec(FINGERPRINT, names)
+    jobs = [(category, seed) for category in CATEGORIES[:5] for seed in (1, 2)]
+    first = [names["fingerprint"](scene, *job) for job in jobs]
+    assert len(set(first)) == len(jobs)
+    assert [names["fingerprint"](scene, *job) for job in jobs[::-1]][::-1] == first
+    script = FINGERPRINT + f"\nscene = Scene()\nfor job in {jobs[::2]}: print('print', fingerprint(scene, *job))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("print ")] == first[::2]
+
+
+def test_repeated_actions_do_not_disturb_each_other(scene):
+    for _, label in feasible(scene, 4):
+        shifts = (0, 2, 5)
+        forwards = [scene.act(label.u + du, label.v, label.approach).moved for du in shifts]
+        assert [scene.act(label.u + du, label.v, label.approach).moved for du in shifts[::-1]][::-1] == forwards
+
+
+def test_a_new_draw_for_the_camera_leaves_the_object_alone(scene):
+    scene.spawn("StorageFurniture", 5)
+    urdf, joints, camera = objects.to_urdf(scene.spec), scene.joints, scene.camera
+    usual, scene.view = scene.view, sim_eval.View(tries=1, part_points=7)
+    scene.spawn("StorageFurniture", 5)
+    scene.view = usual
+    assert objects.to_urdf(scene.spec) == urdf and scene.joints == joints and scene.camera != camera
+
+
+def test_a_rewritten_file_of_the_same_name_is_loaded_anew(scene, monkeypatch, tmp_path):
+    path = str(tmp_path / "same_name.urdf")
+    mode = os.O_CREAT | os.O_TRUNC | os.O_RDWR
+    monkeypatch.setattr(tempfile, "mkstemp", lambda *_: (os.open(path, mode), path))
+    colours = {}
+    for category in ("Safe", "Microwave", "Safe"):
+        scene.spawn(category, 1)
+        colours.setdefault(category, []).append([shape[7] for shape in p.getVisualShapeData(scene.body)])
+    assert colours["Safe"][0] == colours["Safe"][1] != colours["Microwave"][0]
+
+
+def test_one_scene_per_process(scene):
+    with pytest.raises(RuntimeError, match="one Scene"):
+        sim_eval.Scene()
+
+
+# ---- cameras --------------------------------------------------------------------------------------------------------
+def test_cameras_are_spread_and_show_the_target(scene):
+    places, azimuths, visible = [], [], []
+    for i in range(6):
+        for category in CATEGORIES:
+            scene.spawn(category, i).render()
+            rows, columns = np.nonzero(scene.links == scene.target)
+            visible.append(len(rows) >= sim_eval.MIN_PART_PIXELS)
+            azimuths.append(scene.camera["azimuth_deg"])
+            if visible[-1]:
+                places.append((columns.mean() / scene.image_size, rows.mean() / scene.image_size))
+    assert np.mean(visible) > 0.95
+    assert np.std(places, axis=0).min() > 0.1 and np.std(azimuths) > 30  # a table that never looks must miss
+
+
+# ---- what actions do ------------------------------------------------------------------------------------------------
+def test_the_expert_opens_things_and_bad_actions_do_not(scene):
+    tried = len(CATEGORIES) * 4
+    result = {name: [] for name in ("expert", "tilted 60", "reversed", "hinge")}
+    for rng, label in feasible(scene, tried, per_category=4):
+        result["expert"].append(scene.act(label.u, label.v, label.approach).initial)
+        result["tilted 60"].append(scene.act(label.u, label.v, tilt(label.approach, math.pi / 3, rng)).initial)
+        reverse = scene.act(label.u, label.v, -label.approach)
+        result["reversed"].append(reverse.initial)
+        assert reverse.reason in ("unreachable", "on body", "wrong part", "no seal"), reverse
+        if scene.spec.parts[scene.target].joint == "revolute":
+            rows, columns = np.nonzero(scene.links == scene.target)
+            points = scene._backproject_pixels(rows, columns)
+            i = scene.motion(points, scene.target)[1].argmin()
+            result["hinge"].append(scene.act(columns[i], rows[i], label.approach).initial)
+    assert sum(result["expert"]) >= 0.9 * tried
+    assert len(result["hinge"]) >= 8 and np.mean(result["hinge"]) < 0.15
+    assert np.mean(result["tilted 60"]) < 0.1 and not any(result["reversed"])
+
+
+def test_labels_survive_small_errors_and_do_not_depend_on_luck(scene):
+    survived, same = [], []
+    for rng, label in feasible(scene, 14):
+        for _ in range(3):
+            du, dv = rng.uniform(-1, 1, 2)
+            outcome = scene.act(label.u + du, label.v + dv, tilt(label.approach, math.radians(5), rng))
+            survived.append(outcome.initial)
+        again = scene.expert(np.random.default_rng(99))
+        same.append(again is not None and math.hypot(again.u - label.u, again.v - label.v) < 3)
+    assert np.mean(survived) > 0.85 and np.mean(same) > 0.7
+
+
+def test_body_and_wrong_part_are_failures_with_their_reason(scene):
+    reasons = set()
+    for seed in range(12):
+        scene.spawn("StorageFurniture", seed).render()
+        for link in (BASE, *(j for j in range(len(scene.spec.parts)) if j != scene.target)):
+            for row, column in np.argwhere(scene.links == link)[::150]:
+                normal, _ = scene.normal(scene.backproject(column, row))
+                if normal is not None:
+                    outcome = scene.act(column, row, scene.camera_rotation @ -normal)
+                    assert not outcome.initial and outcome.moved == 0, outcome
+                    reasons.add(outcome.reason)
+    assert {"on body", "wrong part"} <= reasons
+
+
+def test_thresholds_and_early_stop(scene):
+    for _, label in feasible(scene, 5):
+        full = scene.act(label.u, label.v, label.approach)
+        assert full.long == (full.moved >= scene.long_threshold(scene.target)) and full.initial == (full.moved >= 0.01)
+        early = scene.act(label.u, label.v, label.approach, stop_at=0.01)
+        assert early.initial and 0.01 <= early.moved < 0.02 < full.moved
+
+
+def test_the_contact_keeps_to_the_part_while_it_moves(scene):
+    for _, label in feasible(scene, 5):
+        track = []
+        outcome = scene.act(label.u, label.v, label.approach, on_frame=lambda step, at: track.append((step, at)))  # noqa: B023
+        part = scene.spec.parts[scene.target]
+        path = np.array([at for _, at in track])
+        assert [step for step, _ in track] == list(range(len(track))) and len(track) > 20
+        assert np.abs(path[0] - scene.backproject(label.u, label.v)).max() < 1e-9
+        axis, origin = np.array(part.axis), np.array(part.origin)
+        if part.joint == "prismatic":
+            assert np.linalg.norm(np.cross(path - path[0], axis), axis=1).max() < 1e-9
+            assert abs((path[-1] - path[0]) @ axis - outcome.moved) < 0.01
+        else:  # constant height and radius about the hinge
+            assert np.ptp((path - origin) @ axis) < 1e-9
+            assert np.ptp(np.linalg.norm(np.cross(path - origin, axis), axis=1)) < 1e-9
+
+
+# ---- what a picture shows -------------------------------------------------------------------------------------------
+def test_facts_describe_the_picture(scene):
+    contacts = 0
+    for category in CATEGORIES:
+        scene.spawn(category, 21).render()
+        fact = facts(scene, np.random.default_rng(0))
+        assert json.loads(json.dumps(fact)) == fact
+        x0, y0, x1, y1 = fact["box"]
+        shown = scene.links != BACKGROUND
+        assert shown[y0 : y1 + 1, x0 : x1 + 1].sum() == shown.sum() > 0
+        assert fact["category"] == category and fact["seed"] == 21 and fact["colour"] in objects.COLOURS
+        for j, part in enumerate(fact["parts"]):
+            assert part["label"] == scene.spec.parts[j].label and part["pixels"] == (scene.links == j).sum()
+            assert 0 <= part["openness"] <= 0.081 and part["colour"] in objects.COLOURS
+            if part["contact"]:
+                contacts += 1
+                x0, y0, x1, y1 = part["box"]
+                assert x0 <= part["contact"]["u"] <= x1 and y0 <= part["contact"]["v"] <= y1
+                assert abs(np.linalg.norm(part["contact"]["approach"]) - 1) < 1e-4
+    assert contacts >= len(CATEGORIES) - 1
+    without = facts(scene, np.random.default_rng(0), expert=False)
+    assert all(part["contact"] is None for part in without["parts"])
+
+
+def test_dense_targets(scene):
+    for category in CATEGORIES:
+        scene.spawn(category, 31).render()
+        targets, kind = sim_eval.dense_targets(scene)
+        assert targets.shape == (16, 16, 6) and targets.dtype == np.float16 and np.isfinite(targets).all()
+        assert kind.shape == (16, 16) and kind.dtype == np.int8
+        cell = scene.image_size // 16
+        assert abs(targets[..., 4].astype(float).mean() - (scene.links != BACKGROUND).mean()) < 1e-3
+        assert abs(targets[..., 5].astype(float).mean() - (scene.links >= 0).mean()) < 1e-3
+        angles = []
+        for row, column in np.argwhere(np.abs(targets[..., 4]) == 1):  # cells that are full of object
+            block = scene.links[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            point = scene.backproject(column * cell + cell // 2, row * cell + cell // 2)
+            normal, _ = scene.normal(point)
+            mean = targets[row, column, 1:4].astype(float)
+            if normal is not None and np.linalg.norm(mean) > 0.97:  # flat
+                angles.append(math.degrees(math.acos(np.clip(unit(mean) @ scene.camera_rotation @ normal, -1, 1))))
+            if (block == block[0, 0]).all():
+                want = scene.spec.parts[block[0, 0]].kind if block[0, 0] >= 0 else "none"
+                assert objects.PART_KINDS[kind[row, column]] == want
+        assert len(angles) > 3 and np.median(angles) < 2
+    with pytest.raises(ValueError, match="image_size=100"):
+        scene.image_size, size = 100, scene.image_size
+        try:
+            sim_eval.dense_targets(scene)
+        finally:
+            scene.image_size = size
+
+
+def test_opened_parts_are_drawn_open(scene):
+    scene.spawn("Microwave", 2)
+    closed, part = scene.render().copy(), scene.spec.parts[0]
+    scene.set_joints([part.start + 0.6 * (part.upper - part.start)])
+    assert (scene.render() != closed).any()
+    assert facts(scene, np.random.default_rng(0), expert=False)["parts"][0]["openness"] == pytest.approx(0.6, abs=1e-3)
+    with pytest.raises(ValueError, match="2 values"):
+        scene.set_joints([0.0, 0.0])
+    with pytest.raises(ValueError, match="outside"):
+        scene.set_joints([part.upper + 1])
+
+
+def test_bad_spawns_are_named(scene):
+    with pytest.raises(ValueError, match="Spaceship"):
+        scene.spawn("Spaceship", 0)
+    with pytest.raises(ValueError, match="seed=-1"):
+        scene.spawn("Safe", -1)
+    with pytest.raises(ValueError, match="part=7"):
+        scene.spawn("Safe", 0, part=7)
+
+
+def test_contact_sheet(tmp_path):
+    code = f"import sim_eval; sim_eval.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width >= 2 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 50

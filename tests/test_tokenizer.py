@@ -1,0 +1,196 @@
+"""pytest tests/test_tokenizer.py
+
+The tokenizer: ids as documented, ranks as the definition of byte-pair encoding gives them, any text comes back, bad
+files are named.
+"""
+
+import base64
+import collections
+
+import numpy as np
+import pytest
+import regex
+from tiktoken.load import load_tiktoken_bpe
+
+from data import tokenizer
+from data.tokenizer import (
+    ASSISTANT,
+    END,
+    NUMBER_BASE,
+    NUMBERS,
+    PATTERN,
+    USER,
+    load_encoding,
+    merge,
+    read_ranks,
+    train_ranks,
+    write_ranks,
+)
+
+TEXTS = [
+    "open the top drawer of the cabinet, please",
+    "Where is the top drawer of the cabinet? (37,52)",
+    "Is it possible to open the bottom drawer? no, the bottom drawer is already open",
+    "aaaa aaaaa aaaaaa banana bananas ananas",  # runs that overlap themselves
+    "Predict the contact point and direction: open the lid. 37 52 05 71 93",
+]
+FIRST_LEARNED = NUMBER_BASE + NUMBERS
+
+
+def slow_train(texts, size):
+    """The definition without bookkeeping: all pairs are counted again for every merge. (ranks, word -> its pieces)."""
+    ranks = {bytes([b]): b for b in range(256)} | {f"{n:02d}".encode(): 256 + n for n in range(100)}
+    counts = collections.Counter(w for t in texts for w in regex.findall(PATTERN, t) if not w[0].isdecimal())
+    pieces = {word: [bytes([b]) for b in word.encode()] for word in counts}
+    while len(ranks) < size:
+        pairs = collections.Counter()
+        for word, n in counts.items():
+            for a, b in zip(pieces[word], pieces[word][1:], strict=False):
+                pairs[a + b] += n
+        if not pairs:
+            break
+        token = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        ranks[token] = len(ranks)
+        pieces = {word: merge(p, token) for word, p in pieces.items()}
+    return ranks, pieces
+
+
+@pytest.fixture(scope="module")
+def encoding(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.tiktoken"
+    write_ranks(path, train_ranks(TEXTS, 420))
+    return load_encoding(path)
+
+
+def test_merge_is_greedy_from_the_left():
+    assert merge([b"a"] * 5, b"aa") == [b"aa", b"aa", b"a"]
+    assert merge([b"ab", b"a", b"b", b"c"], b"ab") == [b"ab", b"ab", b"c"]
+    assert merge([b"a", b"bc", b"ab", b"c"], b"abc") == [b"abc", b"abc"]  # both spellings
+
+
+@pytest.mark.parametrize("size", [FIRST_LEARNED, FIRST_LEARNED + 1, FIRST_LEARNED + 17, 10_000])
+def test_ranks_equal_the_definition(size):
+    ranks = train_ranks(TEXTS, size)
+    assert ranks == slow_train(TEXTS, size)[0]
+    assert sorted(ranks.values()) == list(range(len(ranks)))
+    if size < 10_000:
+        assert len(ranks) == size
+    else:  # the texts run out of pairs: every word has become one token
+        assert ranks[b" cabinet"] and ranks[b" bananas"] and len(ranks) < size
+
+
+def test_ranks_equal_the_definition_on_random_words():
+    """Few letters, many repetitions: overlaps, ties and two ways to spell one token are common here."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join("".join(rng.choice(list("abé"), rng.integers(1, 9))) for _ in range(60)) for _ in range(5)]
+    expected, pieces = slow_train(texts, FIRST_LEARNED + 120)
+    assert train_ranks(texts, FIRST_LEARNED + 120) == expected
+    assert len(pieces) > 100
+
+
+def test_tiktoken_cuts_words_as_they_were_cut_in_training(tmp_path):
+    _, pieces = slow_train(TEXTS, 400)
+    write_ranks(tmp_path / "v", train_ranks(TEXTS, 400))
+    encoding = load_encoding(tmp_path / "v")
+    for word, expected in pieces.items():
+        assert encoding.decode_tokens_bytes(encoding.encode_ordinary(word)) == expected
+    assert max(len(p) for p in pieces.values()) > 1 and min(len(p) for p in pieces.values()) == 1
+
+
+def test_training_does_not_depend_on_the_order_of_texts():
+    assert train_ranks(TEXTS, 420) == train_ranks(TEXTS[::-1], 420) == train_ranks(iter(TEXTS), 420)
+
+
+def test_every_number_is_one_token_with_its_documented_id(encoding):
+    for n in range(NUMBERS):
+        assert encoding.encode_ordinary(f"{n:02d}") == [NUMBER_BASE + n]
+        for text in (f" {n:02d}", f"at {n:02d}.", f"x{n:02d}y", f"({n:02d},{n:02d})"):
+            assert NUMBER_BASE + n in encoding.encode_ordinary(text)
+    assert len(encoding.encode_ordinary("(37,52)")) == 5
+    assert len(encoding.encode_ordinary("37 52 05 71 93")) == 9
+    ids = encoding.encode_ordinary("2024123")
+    assert [encoding.decode([i]) for i in ids] == ["20", "24", "12", "3"]
+
+
+def test_frequent_words_become_one_token_with_their_space(encoding):
+    assert len(encoding.encode_ordinary(" the")) == 1 and encoding.encode_ordinary(" the")[0] >= FIRST_LEARNED
+    assert len(encoding.encode_ordinary(" drawer")) == 1
+
+
+def test_any_text_comes_back(encoding):
+    rng = np.random.default_rng(1)
+    points = [p for p in rng.integers(1, 0x110000, 3000) if not 0xD800 <= p < 0xE000]  # all planes, no lone surrogates
+    texts = [
+        "",
+        " ",
+        "  \n\t\r\n  x  ",
+        "naïve Ünïcødé",
+        "日本語 テスト",
+        "👩‍👩‍👧‍👦 ok",
+        "١٢٣ ½ ²",
+        "e\u0301 \x00\x1c\x85",
+        "don't_stop--now!!",
+    ]
+    texts += ["".join(map(chr, points[i : i + 20])) for i in range(0, len(points), 20)]
+    texts += ["".join(rng.choice(list(" \n\tab1(é,'"), 30)) for _ in range(100)]
+    for text in texts:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+        assert "".join(regex.findall(PATTERN, text)) == text  # nothing falls between the branches of the pattern
+
+
+def test_special_tokens_follow_the_ranks(encoding):
+    ranks = encoding.n_vocab - 3
+    assert ranks == 420
+    assert [encoding.encode_single_token(t) for t in (END, USER, ASSISTANT)] == [ranks, ranks + 1, ranks + 2]
+    assert encoding.eot_token == ranks
+    typed = encoding.encode_ordinary("<|user|> hello")  # written by a person: plain characters
+    assert max(typed) < ranks and encoding.decode(typed) == "<|user|> hello"
+
+
+def test_file_is_in_tiktokens_format(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # or tiktoken's own loader would keep a copy of the file for ever
+    ranks = train_ranks(TEXTS, 400)
+    write_ranks(tmp_path / "v", ranks)
+    assert load_tiktoken_bpe(str(tmp_path / "v")) == ranks == read_ranks(tmp_path / "v")
+    assert (tmp_path / "v").read_bytes().splitlines()[356 - 99] == base64.b64encode(b"01") + b" 257"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "v"
+    write_ranks(path, train_ranks(TEXTS, 400))
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tokenizer.os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_ranks(path, train_ranks(TEXTS, 380))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["v"]
+
+
+def test_bad_files_are_named(tmp_path):
+    path = tmp_path / "v"
+    with pytest.raises(FileNotFoundError, match="no such vocabulary"):
+        load_encoding(path)
+    with pytest.raises(ValueError, match="size=355"):
+        train_ranks(TEXTS, 355)
+    write_ranks(path, train_ranks(TEXTS, 360))
+    good = path.read_text().splitlines()
+    cases = {
+        "line 7: expected": good[:6] + ["not base64! 6"] + good[7:],
+        "line 8: expected": good[:7] + ["QQ== seven"] + good[8:],
+        "line 66: expected": good[:65] + ["QQ!== 65"] + good[66:],
+        "line 9: expected": good[:8] + ["QQ=="] + good[9:],
+        "line 3: expected": good[:2] + [""] + good[3:],
+        "line 361: token": good + [good[0]],
+        "line 361: .*rank 5 occurs twice": good + [base64.b64encode(b"new one").decode() + " 5"],
+        "byte 0xff has no rank": good[:255] + good[256:],
+        "0 .. 360 without a gap": good + [base64.b64encode(b"new one").decode() + " 400"],
+        "byte 0x00 has no rank": [],
+    }
+    for message, lines in cases.items():
+        path.write_text("".join(line + "\n" for line in lines))
+        with pytest.raises(ValueError, match=message) as error:
+            load_encoding(path)
+        assert str(path) in str(error.value)

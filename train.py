@@ -1,0 +1,430 @@
+"""Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). The policy head is finetune_policy.py's.
+
+    python -m data.build --scenes 24000 --workers 2 --out data/cache/train            # once
+    python train.py --stage vision  --data data/cache/train --out runs/vision
+    python train.py --stage align   --data data/cache/train --init runs/vision --out runs/align
+    python train.py --stage cotrain --data data/cache/train --init runs/align  --out runs/cotrain
+    torchrun --nproc-per-node 2 train.py --stage ...                                 # both cores, or several GPUs: the same global batch
+
+What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit at the end):
+
+    stage     trained             frozen             loss
+    vision    vision              -                  depth, normals, masks, kind of part in 16 x 16 cells; category and colour
+    align     projector           vision, lm         next token of the answers to "what is this?"-like questions
+    cotrain   projector, lm       vision             next token of all answers, general and robot questions together
+    (policy)  head                all the rest       finetune_policy.py
+
+Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weights can be fetched, so the encoder learns from the simulator's own
+ground truth. The language model starts from nothing too. Numbers ("37" of 00..99) are learned with a softened target (neighbouring bins
+share it, `--soft-numbers`), and a throw-away layer predicts all numbers of an answer at once from the last prompt state
+(`--number-weight`), which is the state that the policy head will read; both can be switched off.
+
+Logged (metrics.csv: step, seconds, name, value):
+    loss; vision: dense, kind, words and on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy
+    align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of answers that are
+    right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives away), contact_px, contact_degrees
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import objects, questions
+from data.dataset import GREY, IGNORE, N_NUMBERS, Conversations, read_picture, visual_tokens
+from data.run import Run, World, cli, cosine, digest, rows_of_step, stop_on_nan
+from data.tokenizer import NUMBER_BASE, NUMBERS, load_encoding
+from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
+
+
+@dataclass
+class TrainConfig:
+    stage: str = "cotrain"  # vision | align | cotrain
+    data: str = (
+        "data/cache/train"  # folder made by data.build, or a conversation file in LLaVA's layout (align, cotrain)
+    )
+    images: str = ""  # folder the image paths are relative to (default: where the conversation file lies)
+    val: str = "data/cache/val"  # folder made by data.build --split val; "" = no validation
+    init: str = ""  # checkpoint folder to start from; "" = a new model of --preset
+    preset: str = "tiny"  # robomamba.PRESETS
+    out: str = "runs/cotrain"  # folder of the new checkpoint and metrics.csv
+    resume: bool = False  # go on from OUT/checkpoint.pt, bit for bit
+    device: str = "auto"  # auto | cpu | cuda
+    seed: int = 0
+    max_steps: int = 2000
+    batch_size: int = 32  # pictures a step, over all processes
+    lr: float = 1e-3  # peak; linear warm-up, then cosine
+    warmup: int = 80  # steps
+    weight_decay: float = 0.05  # matrices only: never A_log, D, norms, biases, embeddings
+    clip: float = 1.0  # largest gradient norm
+    questions: int = 4  # asked of each picture in a step
+    grounding: float = 0.6  # chance that a question is one answered with numbers
+    turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
+    soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
+    number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
+    unfreeze_vision: bool = False  # cotrain trains the encoder too (a deviation from the paper)
+    log_every: int = 20  # steps
+    eval_every: int = 500  # steps
+    eval_records: int = 150  # of --val, align and cotrain
+    save_every: int = 200  # steps
+
+
+STAGES = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
+MAX_SHIFT_CELLS = 2  # vision stage: pictures are shifted by up to so many cells of 8 pixels
+LIGHT_JITTER = 0.15  # vision stage: brightness and contrast vary by this share
+
+# ---------------------------------------------------------------------------------------------------------------------- objectives
+
+
+class DenseObjective(nn.Module):
+    """Stage 0: patch tokens must tell what the simulator knows of their 2 x 2 cells, and their mean what the object is.
+
+    Targets (B, 16, 16, 6) are relative depth, normal x, y, z (camera frame), object mask, movable mask; kind (B, 16, 16) is an index into
+    objects.PART_KINDS; -1 means "not told" (pictures of unseen categories). The layers here are thrown away after the stage.
+    """
+
+    N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
+
+    def __init__(self, model: RoboMamba):
+        super().__init__()
+        self.vision, W = model.vision, model.config.vision.width
+        self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
+        self.cells = 16 // self.side  # cells along one side of a patch
+        self.kinds = len(objects.PART_KINDS)
+        self.dense = nn.Linear(W, self.cells**2 * (6 + self.kinds))
+        self.category, self.colour = nn.Linear(W, self.N_CATEGORIES), nn.Linear(W, len(objects.COLOURS))
+
+    def predict(self, pictures: Tensor):
+        """uint8 (B, 3, S, S) -> cells (B, 16, 16, 6 + kinds), category and colour logits."""
+        x = self.vision(pictures)
+        s, c = self.side, self.cells
+        cells = self.dense(x).view(len(x), s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(x), s * c, s * c, -1)
+        return cells, self.category(x.mean(1)), self.colour(x.mean(1))
+
+    def forward(self, pictures, target, kind, category, colour):
+        cells, category_logits, colour_logits = self.predict(pictures)
+        geometry = F.smooth_l1_loss(cells[..., :4], target[..., :4])
+        told = target[..., 4:6] >= 0
+        masks = F.binary_cross_entropy_with_logits(cells[..., 4:6], target[..., 4:6].clamp(0), weight=told.float())
+        weight = torch.ones(self.kinds, device=cells.device)
+        weight[0] = 0.5  # most cells hold no part
+        kinds = F.cross_entropy(cells[..., 6:].permute(0, 3, 1, 2), kind, weight=weight, ignore_index=-1)
+        words = F.cross_entropy(category_logits, category) + F.cross_entropy(colour_logits, colour)
+        loss = 2 * geometry + masks + 0.3 * kinds + 0.1 * words
+        return loss, {"dense": 2 * geometry + masks, "kind": kinds, "words": words}
+
+
+class AnswerObjective(nn.Module):
+    """Stages 1.1 and 1.2: next token of the answers (paper section 3.2), numbers softened, plus the throw-away number layer."""
+
+    def __init__(self, model: RoboMamba, soft_numbers: float, number_weight: float):
+        super().__init__()
+        self.model, self.number_weight = model, number_weight
+        D = model.config.lm.d_model
+        self.numbers = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, N_NUMBERS)) if number_weight else None
+        bins = torch.arange(NUMBERS, dtype=torch.float32)
+        soft = (
+            torch.softmax(-((bins[:, None] - bins) ** 2) / (2 * soft_numbers**2), 1)
+            if soft_numbers
+            else torch.eye(NUMBERS)
+        )
+        self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
+
+    def forward(self, images, tokens, prompts, labels, numbers, all_targets: float, all_numbers: float):
+        """Sums over this process, divided by the mean count per process, so that averaging gradients gives the global mean."""
+        hidden = self.model.hidden(images, tokens)
+        target = labels[:, 1:]
+        rows, columns = (target != IGNORE).nonzero(as_tuple=True)
+        target = target[rows, columns]
+        log_p = F.log_softmax(self.model.lm.lm_head(hidden[rows, columns]).float(), -1)  # (answer tokens, V)
+        number = target - NUMBER_BASE
+        is_number = (number >= 0) & (number < NUMBERS)
+        nll = -log_p.gather(1, target[:, None])[:, 0]
+        soft = -(self.soft[number.clamp(0, NUMBERS - 1)] * log_p[:, NUMBER_BASE : NUMBER_BASE + NUMBERS]).sum(1)
+        answer = torch.where(is_number, soft, nll).sum() / all_targets
+        if not self.number_weight:
+            return answer, {"answer": answer}
+        state = hidden[torch.arange(len(hidden), device=hidden.device), prompts - 1]
+        told = ~numbers.isnan()
+        off = ((self.numbers(state) - (2 * numbers.nan_to_num() - 1)).abs() * told).sum() / all_numbers
+        return answer + self.number_weight * off, {"answer": answer, "numbers": off / 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- vision data
+
+
+class DensePictures:
+    """Pictures and dense targets of a data.build folder."""
+
+    def __init__(self, folder: str, image_size: int):
+        self.folder, self.size = Path(folder), image_size
+        try:
+            with np.load(self.folder / "dense.npz") as file:
+                self.targets, self.kinds, self.category, self.colour = (
+                    file[k] for k in ("targets", "kinds", "category", "colour")
+                )
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder / 'dense.npz'}: cannot be read ({error}); `python -m data.build` makes it"
+            ) from None
+        self.names = picture_names(self.folder)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, rows, rng: np.random.Generator | None = None):
+        """Tensors for DenseObjective; with rng, shifted, mirrored and relit (targets follow)."""
+        pictures = np.stack([read_picture(self.folder / self.names[r], self.size) for r in rows])
+        target, kind = self.targets[rows].astype(np.float32), self.kinds[rows].astype(np.int64)
+        if rng is not None:
+            dy, dx = rng.integers(-MAX_SHIFT_CELLS, MAX_SHIFT_CELLS + 1, 2)
+            cell = self.size // 16
+            pictures, target, kind = shift(pictures, dy * cell, dx * cell), shift(target, dy, dx), shift(kind, dy, dx)
+            if rng.random() < 0.5:
+                pictures, target, kind = pictures[:, :, ::-1], target[:, :, ::-1].copy(), kind[:, :, ::-1].copy()
+                target[..., 1] *= -1  # the normal's x
+            gain, offset = rng.uniform(1 - LIGHT_JITTER, 1 + LIGHT_JITTER), rng.uniform(-255, 255) * LIGHT_JITTER / 2
+            pictures = np.clip((pictures - 127.0) * gain + 127 + offset, 0, 255).astype(np.uint8)
+        pictures = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+        return (
+            pictures,
+            torch.from_numpy(target),
+            torch.from_numpy(kind),
+            torch.from_numpy(self.category[rows].astype(np.int64)),
+            torch.from_numpy(self.colour[rows].astype(np.int64)),
+        )
+
+
+def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """(B, H, W, ..) moved by (dy, dx); the border is repeated."""
+    H, W = x.shape[1:3]
+    return x[:, np.clip(np.arange(H) - dy, 0, H - 1)][:, :, np.clip(np.arange(W) - dx, 0, W - 1)]
+
+
+def picture_names(folder: Path) -> list[str]:
+    """Picture files of a data.build folder in the order of its conversations.json, which is the order of dense.npz."""
+    import json
+
+    return [record["image"] for record in json.loads((Path(folder) / "conversations.json").read_text())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batch: int = 64) -> dict:
+    """Movable-part IoU and kind accuracy in cells, normal error in degrees on the object, category accuracy."""
+    both = either = right = parts = categories = 0
+    angles = []
+    for start in range(0, len(data), batch):
+        pictures, target, kind, category, _ = (
+            x.to(device) for x in data.batch(np.arange(start, min(start + batch, len(data))))
+        )
+        cells, category_logits, _ = objective.predict(pictures)
+        said, true = cells[..., 5] > 0, target[..., 5] > 0.5
+        both, either = both + (said & true).sum().item(), either + (said | true).sum().item()
+        on_part = kind > 0
+        right, parts = right + (cells[..., 6:].argmax(-1) == kind)[on_part].sum().item(), parts + on_part.sum().item()
+        solid = target[..., 4] > 0.95
+        cosine_ = F.cosine_similarity(cells[..., 1:4][solid], target[..., 1:4][solid], dim=-1)
+        angles.append(torch.rad2deg(torch.arccos(cosine_.clamp(-1, 1))))
+        categories += (category_logits.argmax(1) == category).sum().item()
+    return {
+        "movable_iou": both / max(either, 1),
+        "kind_accuracy": right / max(parts, 1),
+        "normal_degrees": torch.cat(angles).median().item(),
+        "category_accuracy": categories / len(data),
+    }
+
+
+@torch.no_grad()
+def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, device, batch: int = 32) -> dict:
+    """Share of answers right to the letter, by family, with the picture and with a grey one; contact error of the decoded numbers.
+
+    Every answer token is predicted from the true ones before it. All of them being right is the same as greedy decoding being right.
+    """
+    hits, blanks = {}, {}
+    px, degrees = [], []
+    S = model.config.vision.image_size
+    grey = model.vision(torch.full((1, 3, S, S), GREY, dtype=torch.uint8, device=device))
+    for start in range(0, len(data), batch):
+        rows = range(start, min(start + batch, len(data)))
+        flat = [(r, k) for r in rows for k in range(len(data.items[r]))]
+        b = data.collate([r for r, _ in flat], [data.items[r][k] for r, k in flat])
+        ids, target = b.tokens.to(device), b.labels[:, 1:]
+        at = (target != IGNORE).nonzero(as_tuple=True)
+        owner = torch.tensor([r - start for r, _ in flat], device=device)
+        shown = torch.from_numpy(np.array(tokens[start : rows.stop])).float().to(device)
+        said = [torch.full_like(target, IGNORE) for _ in range(2)]
+        for guess, images, owners in zip(said, (shown, grey), (owner, torch.zeros_like(owner)), strict=True):
+            guess[at] = model.lm.lm_head(model.hidden(images, ids, owners)[at]).argmax(-1).cpu()
+        right, right_blank = ((guess == target).all(1).tolist() for guess in said)
+        for i, (r, k) in enumerate(flat):
+            family = data.records[r].get("families", ["all"] * (k + 1))[k]
+            hits.setdefault(family, []).append(right[i])
+            blanks.setdefault(family, []).append(right_blank[i])
+            if family == "contact":
+                is_answer = target[i] != IGNORE
+                guess, true = (
+                    questions.parse_contact(data.encoding.decode(x[i][is_answer][:-1].tolist())) for x in (said[0], target)
+                )
+                if guess and true:
+                    px.append(S * float(np.hypot(guess[0] - true[0], guess[1] - true[1])))
+                    degrees.append(float(np.degrees(np.arccos(np.clip(np.dot(guess[2], true[2]), -1, 1)))))
+    out = {f"exact.{k}": float(np.mean(v)) for k, v in sorted(hits.items())}
+    out |= {f"blank.{k}": float(np.mean(v)) for k, v in sorted(blanks.items())}
+    if px:
+        out |= {"contact_px": float(np.median(px)), "contact_degrees": float(np.median(degrees))}
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- main
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices only; none for A_log, D, norms, biases, embeddings, positions."""
+    decay, rest = [], []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or name.endswith("A_log") or "embedding" in name and "patch" not in name
+            (rest if plain else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
+    """--init's checkpoint, or a new model of --preset with the vocabulary of the data."""
+    if cfg.init:
+        return RoboMamba.from_pretrained(cfg.init)
+    if cfg.preset not in PRESETS:
+        raise ValueError(f"--preset {cfg.preset}: expected one of {', '.join(PRESETS)}")
+    encoding = load_encoding(vocabulary)
+    config = RoboMambaConfig.from_dict(PRESETS[cfg.preset].to_dict())
+    config.lm.vocab_size = encoding.n_vocab
+    torch.manual_seed(cfg.seed)
+    return RoboMamba(config, encoding)
+
+
+def train(cfg: TrainConfig) -> dict:
+    """Run one stage; returns the last validation numbers."""
+    if cfg.stage not in STAGES:
+        raise ValueError(f"--stage {cfg.stage}: expected one of {', '.join(STAGES)}")
+    world = World(cfg.device)
+    if cfg.batch_size % world.size:
+        raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {world.size} processes")
+    source = Path(cfg.data)
+    file, folder = (source / "conversations.json", source) if source.is_dir() else (source, source.parent)
+    own_vocabulary = folder / "vocab.tiktoken"
+    model = start_model(
+        cfg, own_vocabulary if own_vocabulary.exists() else Path(__file__).parent / "data/vocab.tiktoken"
+    ).to(world.device)
+
+    # What is trained and what is frozen.
+    trained = STAGES[cfg.stage] + (("vision",) if cfg.unfreeze_vision else ())
+    frozen = {}
+    for name in ("vision", "projector", "lm", "head"):
+        part = getattr(model, name).requires_grad_(name in trained)
+        if name not in trained:
+            frozen[name] = digest(part)
+    run = Run(cfg, world, cfg.max_steps, cfg.log_every)
+    run.say(
+        "  ".join(
+            f"{n} {count(getattr(model, n)):,d} {'trained' if n in trained else 'frozen'}"
+            for n in ("vision", "projector", "lm", "head")
+        )
+    )
+
+    # Data and objective.
+    size = model.config.vision.image_size
+    torch.manual_seed(cfg.seed + 1)  # the throw-away layers
+    if cfg.stage == "vision":
+        objective = DenseObjective(model)
+        data = DensePictures(cfg.data, size)
+        val = DensePictures(cfg.val, size) if cfg.val else None
+        evaluate = lambda: evaluate_vision(objective, val, world.device)  # noqa: E731
+    else:
+        objective = AnswerObjective(model, cfg.soft_numbers, cfg.number_weight)
+        data = Conversations(file, model.encoding, size, cfg.images, cfg.turns)
+        cached = (
+            None
+            if cfg.unfreeze_vision
+            else visual_tokens(model.vision, data.root, [r.get("image", "") for r in data.records], world)
+        )
+        if cfg.val:
+            val = Conversations(Path(cfg.val) / "conversations.json", model.encoding, size, limit=cfg.eval_records)
+            val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], world)
+        evaluate = lambda: evaluate_answers(model, val, val_tokens, world.device)  # noqa: E731
+    objective.to(world.device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(objective, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.98))
+    first = run.resume([objective], optimizer) if cfg.resume else 0
+    parallel = world.wrap(objective)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda")
+    result = {}
+
+    # The loop, in time order.
+    for step in range(first, cfg.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * cosine(step, cfg.max_steps, cfg.warmup)
+        rows = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))[world.rank :: world.size]
+        rng = np.random.default_rng([cfg.seed, step, world.rank])
+        if cfg.stage == "vision":
+            inputs = data.batch(rows, rng)
+            counts = ()
+        else:
+            b = data.batch(
+                rows,
+                rng,
+                cfg.questions if cfg.turns == "branch" else 1,
+                cfg.grounding if cfg.stage == "cotrain" else 0.0,
+            )
+            images = data.pictures(rows) if cached is None else torch.from_numpy(cached[rows]).float()
+            inputs = (images, b.tokens, b.prompts, b.labels, b.numbers)
+            told = (b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()
+            counts = tuple(max(world.sum(n), 1) / world.size for n in told)
+        with autocast:
+            loss, parts = parallel(*(x.to(world.device) for x in inputs), *counts)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        stop_on_nan(step, loss, objective.named_parameters())
+        nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], cfg.clip)
+        optimizer.step()
+        run.log(step + 1, loss=loss.item(), **{k: v.item() for k, v in parts.items()})
+        if cfg.val and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
+            objective.eval()
+            if world.first:
+                result = evaluate()
+                run.write(step + 1, **result)
+                run.say(f"step {step + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+            world.barrier()
+            objective.train()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.max_steps:
+            run.save(step + 1, [objective], optimizer)
+
+    # Nothing that was frozen may have moved by a single bit.
+    for name, before in frozen.items():
+        if digest(getattr(model, name)) != before:
+            raise RuntimeError(f"{name} was frozen but has changed")
+    if world.first:
+        model.save_pretrained(cfg.out)
+        run.finish()
+        print(f"saved {cfg.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}", flush=True)
+    world.barrier()
+    world.close()
+    return result
+
+
+def main() -> None:
+    cfg = cli(TrainConfig, __doc__)
+    try:
+        train(dataclasses.replace(cfg))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
