@@ -2,31 +2,37 @@
 
     picture (S, S, 3) -> VisionTransformer -> Projector -> visual tokens --.
                                                                            Mamba blocks -> lm_head -> an answer in words
-    sentence -> byte-pair tokens -> embedding -> text tokens --------------'          `--> PolicyHead -> pixel + 6D rotation
+    sentence -> byte-pair tokens -> embedding -> text tokens --------------'          `--> PolicyHead -> pixel + 6D
+    rotation
 
 Run it:
     python robomamba.py --image scene.png --ask "What is this object?"
     python robomamba.py --image scene.png --act "Open the top drawer."
     python robomamba.py --presets                                   # parameter counts of every preset
 
-Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba, policy head,
-the whole model, checkpoints, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`.
+Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba,
+policy head, the whole model, checkpoints, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`.
 
-Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4); CLIP, arXiv 2103.00020.
+Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4);
+CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
-  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px, a stack of strided convolutions instead of one patch
-             convolution (early convolutions train faster from nothing), trained here by `train.py --stage vision`: no CLIP weights needed
+  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px, a stack of strided convolutions instead
+  of one patch
+             convolution (early convolutions train faster from nothing), trained here by `train.py --stage vision`: no
+             CLIP weights needed
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
-  start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state of so small a model
+  start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state
+  of so small a model
              hardly depends on the picture (tests/test_model.py measures it)
   position   a fixed 2-D sine code is added to the visual tokens after the projector (the paper adds none)
-  pooling    the policy head reads the last prompt state (`pool="last"`); the paper's code averages it with the first text state
+  pooling    the policy head reads the last prompt state (`pool="last"`); the paper's code averages it with the first
+  text state
 """
 
 # Symbols beyond those of selective_scan.py:
 #   S  side of the square picture in pixels      P  visual tokens = (S / patch)^2      V  vocabulary
-#   W  width of the vision transformer           T  text tokens                        Q  questions asked about one picture
+#   W  width of the vision transformer           T  text tokens                        Q  questions about one picture
 
 import argparse
 import json
@@ -49,7 +55,7 @@ from data.questions import contact_question
 from data.tokenizer import load_encoding, write_ranks
 from selective_scan import scan_step, selective_scan
 
-# ------------------------------------------------------------------------------------------------------------------------- config
+# ---- config ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -123,7 +129,8 @@ class RoboMambaConfig:
         v, lm, head = self.vision, self.lm, self.head
         if v.image_size % v.patch_size or v.width % v.n_head:
             raise ValueError(
-                f"vision: patch_size {v.patch_size} must divide image_size {v.image_size}, n_head {v.n_head} width {v.width}"
+                f"vision: patch_size {v.patch_size} must divide image_size {v.image_size}, "
+                f"and n_head {v.n_head} must divide width {v.width}"
             )
         if v.stem and 2 ** (len(v.stem) + 1) != v.patch_size:
             raise ValueError(
@@ -198,7 +205,7 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------------- vision
+# ---- vision ----------------------------------------------------------------------------------------------------------
 
 
 class QuickGELU(nn.Module):
@@ -300,7 +307,7 @@ class VisionTransformer(nn.Module):
 
 
 def projector(widths: tuple) -> nn.Sequential:
-    """Linear, GELU, Linear, .. over `widths` (paper section 3.1: the MLP between the encoder and the language model)."""
+    """Linear, GELU, Linear, .. over `widths` (paper section 3.1: the MLP between encoder and language model)."""
     layers = []
     for w_in, w_out in zip(widths, widths[1:], strict=False):
         layers += [nn.Linear(w_in, w_out), nn.GELU()]
@@ -308,7 +315,7 @@ def projector(widths: tuple) -> nn.Sequential:
 
 
 def position_code(side: int, d_model: int) -> Tensor:
-    """Fixed 2-D sine code: (side * side, d_model); half the channels speak of the row, half of the column; amplitude 0.5."""
+    """Fixed 2-D sine code (side * side, d_model), amplitude 0.5; half the channels tell the row, half the column."""
     w = math.pi * torch.linspace(0.5, side, d_model // 4)
     angle = (torch.arange(side)[:, None] + 0.5) / side * w  # (side, d_model / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, d_model / 2)
@@ -316,7 +323,7 @@ def position_code(side: int, d_model: int) -> Tensor:
     return 0.5 * torch.cat([rows, columns], 2).reshape(side * side, d_model)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- mamba
+# ---- mamba -----------------------------------------------------------------------------------------------------------
 
 
 class LayerState(NamedTuple):
@@ -329,7 +336,8 @@ class LayerState(NamedTuple):
 class MambaMixer(nn.Module):
     """The selective state-space mixer (Mamba paper, Fig. 3 and Algorithm 2; RoboMamba Fig. 2, right).
 
-    Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan are float32 always.
+    Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan are float32
+    always.
     """
 
     def __init__(self, cfg: LMConfig):
@@ -359,7 +367,7 @@ class MambaMixer(nn.Module):
         return y
 
     def selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): the input-dependent parameters (Algorithm 2, lines 2-4)."""
+        """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): what the input selects (Algorithm 2, lines 2-4)."""
         cfg = self.cfg
         dt, B, C = self.x_proj(u).split([cfg.rank, cfg.d_state, cfg.d_state], -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
@@ -415,7 +423,7 @@ class MambaBackbone(nn.Module):
         self.norm_f = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Embeddings (B, L, D) after `states` (one per block, None = nothing before) -> final-norm states (B, L, D), new `states`."""
+        """Embeddings (B, L, D) after `states` (one a block or None) -> final-norm states (B, L, D), new `states`."""
         states = states or [None] * len(self.layers)
         after = []
         for block, state in zip(self.layers, states, strict=True):
@@ -447,7 +455,7 @@ class MambaLM(nn.Module):
         return self.lm_head(self.backbone(self.backbone.embedding(tokens))[0])
 
 
-# --------------------------------------------------------------------------------------------------------------------- policy head
+# ---- policy head -----------------------------------------------------------------------------------------------------
 
 
 class Action(NamedTuple):
@@ -466,7 +474,8 @@ class Action(NamedTuple):
 class PolicyHead(nn.Module):
     """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
 
-    Source: RoboMamba section 3.3 and Table 6 ("MLP x2" and "MLP x1"). ReLU between layers, no bias at the end, as in its code.
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2" and "MLP x1"). ReLU between layers, no bias at the end, as in
+    its code.
     """
 
     def __init__(self, cfg: HeadConfig, d_model: int):
@@ -486,9 +495,11 @@ class PolicyHead(nn.Module):
 
 
 def rotation_from_6d(r6: Tensor) -> Tensor:
-    """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3) rotation, columns [forward, left, approach].
+    """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3) rotation, columns [forward, left,
+    approach].
 
-    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts the gripper's up (= approach) first, then its forward.
+    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts the gripper's up (= approach) first,
+    then its forward.
     """
     approach = F.normalize(r6[..., :3], dim=-1, eps=1e-6)
     forward = r6[..., 3:] - (approach * r6[..., 3:]).sum(-1, keepdim=True) * approach
@@ -496,7 +507,7 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
     return torch.stack([forward, torch.linalg.cross(approach, forward, dim=-1), approach], -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- whole model
+# ---- whole model -----------------------------------------------------------------------------------------------------
 
 
 class RoboMamba(nn.Module):
@@ -526,7 +537,8 @@ class RoboMamba(nn.Module):
     # -- forward
 
     def look(self, images: Tensor) -> list[LayerState]:
-        """Read the picture: uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block after it.
+        """Read the picture: uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block
+        after it.
 
         The state is all that the model remembers of a picture, so several questions can branch from one reading.
         """
@@ -540,8 +552,8 @@ class RoboMamba(nn.Module):
     def hidden(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
         """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of.
 
-        Every picture is read once. Row r belongs to picture owner[r]; by default rows b * Q .. b * Q + Q - 1 belong to picture b.
-        `images` (B, ..) as in `look`, or None = no picture.
+        Every picture is read once. Row r belongs to picture owner[r]; by default rows b * Q .. b * Q + Q - 1 belong to
+        picture b. `images` (B, ..) as in `look`, or None = no picture.
         """
         states = None
         if images is not None:
@@ -557,8 +569,8 @@ class RoboMamba(nn.Module):
 
         Args:
             images: uint8 (B, 3, S, S), or visual tokens (B, P, W), or None for text alone.
-            tokens: (B * Q, T) int64, right-padded.   lengths: (B * Q,) true lengths; what lies beyond is never a target.
-            labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
+            tokens: (B * Q, T) int64, right-padded.   lengths: (B * Q,) true lengths; what lies beyond is never a
+            target. labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
         Returns: logits (B * Q, T, V), loss () or None.
         """
         logits = self.lm.lm_head(self.hidden(images, tokens))
@@ -582,7 +594,7 @@ class RoboMamba(nn.Module):
     # -- use
 
     def _picture(self, image) -> Tensor:
-        """Path, PIL image or uint8 array (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays must fit."""
+        """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays not."""
         S = self.config.vision.image_size
         if isinstance(image, str | os.PathLike):
             try:
@@ -616,7 +628,8 @@ class RoboMamba(nn.Module):
     ) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        Args: image as in `predict_action`, or None; temperature 0 = greedy, else sampling from the top_k / top_p tokens with `seed`.
+        Args: image as in `predict_action`, or None; temperature 0 = greedy, else sampling from the top_k / top_p tokens
+        with `seed`.
         """
         states = self.look(self._picture(image)) if image is not None else None
         backbone, device = self.lm.backbone, self.lm.lm_head.weight.device
@@ -634,7 +647,7 @@ class RoboMamba(nn.Module):
 
     @torch.inference_mode()
     def predict_action(self, image, instruction: str) -> Action:
-        """One forward pass, nothing decoded: path, PIL image or uint8 (S, S, 3), and a sentence -> contact pixel and gripper rotation."""
+        """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action."""
         tokens = self.prompt(contact_question(instruction))
         device = self.lm.lm_head.weight.device
         pooled = self.pooled(
@@ -653,7 +666,8 @@ class RoboMamba(nn.Module):
     def save_pretrained(self, path, half: bool = False) -> None:
         """Write `path`/{model.safetensors, config.json, vocab.tiktoken}; each file appears whole or not at all.
 
-        Args: half, store weight matrices in float16 (A_log, D, dt bias, norms stay float32); loading gives float32 again.
+        Args: half, store weight matrices in float16 (A_log, D, dt bias, norms stay float32); loading gives float32
+        again.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -670,12 +684,12 @@ class RoboMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device: str = "cpu") -> "RoboMamba":
-        """Read a folder written by `save_pretrained`. Raises ValueError naming the file and every tensor that does not fit."""
+        """Read a folder written by `save_pretrained`. ValueError names the file and every tensor that does not fit."""
         path = Path(path)
         for name in ("config.json", "vocab.tiktoken", "model.safetensors"):
             if not (path / name).is_file():
                 raise ValueError(
-                    f"{path / name}: no such file; a checkpoint folder holds config.json, vocab.tiktoken and model.safetensors"
+                    f"{path / name}: no such file; a checkpoint is config.json, vocab.tiktoken and model.safetensors"
                 )
         try:
             values = json.loads((path / "config.json").read_text())
@@ -689,7 +703,7 @@ class RoboMamba(nn.Module):
 
 
 def load_tensors(model: nn.Module, file: Path) -> None:
-    """Fill a model built on the meta device from a safetensors file, in float32; every misfit is named in one ValueError."""
+    """Fill a model built on the meta device from a safetensors file, in float32; one ValueError names every misfit."""
     expected = {k: tuple(p.shape) for k, p in model.state_dict().items() if k != "lm.lm_head.weight"}
     try:
         with safe_open(str(file), "pt") as tensors:
@@ -714,7 +728,7 @@ def load_tensors(model: nn.Module, file: Path) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)` beside `path`, flush it to disk, then rename: a kill at any moment leaves the old file or the new."""
+    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new."""
     tmp = Path(f"{path}.tmp{os.getpid()}")
     try:
         write(str(tmp))
@@ -743,16 +757,16 @@ def init_weights(model: nn.Module) -> None:
 
     | parameter | value | why |
     |---|---|---|
-    | linear, conv weights | normal, sd min(0.02 * sqrt(768 / fan_in), 1 / sqrt(fan_in)) | activations of about unit size at any width |
+    | linear, conv weights | normal, sd min(0.02 sqrt(768 / fan_in), 1 / sqrt(fan_in)) | unit activations at any width |
     | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
     | embeddings, class token, positions | normal, sd 0.02 | tied with the output: larger logits start too sure |
-    | A_log | log of N values spaced evenly in log from a_min to a_max (1, 2, .., N for Mamba's own range) | slow to fast memories |
+    | A_log | log of N values from a_min to a_max, evenly in log (Mamba: 1, 2, .., N) | slow to fast memories |
     | dt_proj.weight | uniform +- R^-1/2 | keeps the variance of dt (Mamba's code) |
     | dt_proj.bias | inverse softplus of exp(U(log dt_min, log dt_max)) | softplus(bias) is the initial step size |
     | D | 1 | a plain skip |
     | biases | 0 | |
     """
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=min(0.02 * math.sqrt(768 / fan_in), fan_in**-0.5))
@@ -780,7 +794,7 @@ def init_weights(model: nn.Module) -> None:
             module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
-# --------------------------------------------------------------------------------------------------------------------------- main
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def count(module: nn.Module) -> int:
@@ -795,7 +809,8 @@ def print_presets() -> None:
             model = RoboMamba(replace(config))
         parts = [count(m) for m in (model.vision, model.projector, model.lm, model.head)]
         print(
-            f"{name:16s}{parts[0]:14,d}{parts[1]:12,d}{parts[2]:15,d}{parts[3]:11,d}{100 * parts[3] / sum(parts):8.3f}{sum(parts):15,d}"
+            f"{name:16s}{parts[0]:14,d}{parts[1]:12,d}{parts[2]:15,d}{parts[3]:11,d}"
+            f"{100 * parts[3] / sum(parts):8.3f}{sum(parts):15,d}"
         )
 
 

@@ -7,8 +7,12 @@ import math
 
 import torch
 
-LOG2_E = math.log2(math.e)  # exp(x) = 2**(x * LOG2_E); torch's vectorised exp2 is 2 to 4 times as fast as its exp on a CPU
-SLAB = 768 * 1024  # elements of one (T, b, N, E) working buffer: 3 MiB in float32, so that the three in use stay in cache
+LOG2_E = math.log2(
+    math.e
+)  # exp(x) = 2**(x * LOG2_E); torch's vectorised exp2 is 2 to 4 times as fast as its exp on a CPU
+SLAB = (
+    768 * 1024
+)  # elements of one (T, b, N, E) working buffer: 3 MiB in float32, so that the three in use stay in cache
 MIN_CHUNK, MAX_CHUNK = 16, 128  # time steps per chunk: fewer keep too many boundary states, more only cost memory
 
 

@@ -1,28 +1,33 @@
-"""Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). The policy head is finetune_policy.py's.
+"""Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). The policy head is
+finetune_policy.py's.
 
     python -m data.build --scenes 24000 --workers 2 --out data/cache/train            # once
     python train.py --stage vision  --data data/cache/train --out runs/vision
     python train.py --stage align   --data data/cache/train --init runs/vision --out runs/align
     python train.py --stage cotrain --data data/cache/train --init runs/align  --out runs/cotrain
-    torchrun --nproc-per-node 2 train.py --stage ...                                 # both cores, or several GPUs: the same global batch
+    torchrun --nproc-per-node 2 train.py --stage ...                                 # both cores, or several GPUs: the
+    same global batch
 
-What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit at the end):
+What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit at the
+end):
 
     stage     trained             frozen             loss
-    vision    vision              -                  depth, normals, masks, kind of part in 16 x 16 cells; category and colour
-    align     projector           vision, lm         next token of the answers to "what is this?"-like questions
+    vision    vision              -                  depth, normals, masks, kind of part in 16 x 16 cells; category and
+    colour align     projector           vision, lm         next token of the answers to "what is this?"-like questions
     cotrain   projector, lm       vision             next token of all answers, general and robot questions together
     (policy)  head                all the rest       finetune_policy.py
 
-Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weights can be fetched, so the encoder learns from the simulator's own
-ground truth. The language model starts from nothing too. Numbers ("37" of 00..99) are learned with a softened target (neighbouring bins
-share it, `--soft-numbers`), and a throw-away layer predicts all numbers of an answer at once from the last prompt state
-(`--number-weight`), which is the state that the policy head will read; both can be switched off.
+Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weights can be fetched, so the encoder learns
+from the simulator's own ground truth. The language model starts from nothing too. Numbers ("37" of 00..99) are learned
+with a softened target (neighbouring bins share it, `--soft-numbers`), and a throw-away layer predicts all numbers of an
+answer at once from the last prompt state (`--number-weight`), which is the state that the policy head will read; both
+can be switched off.
 
 Logged (metrics.csv: step, seconds, name, value):
     loss; vision: dense, kind, words and on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy
-    align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of answers that are
-    right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives away), contact_px, contact_degrees
+    align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of
+    answers that are right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives
+    away), contact_px, contact_degrees
 """
 
 import dataclasses
@@ -63,7 +68,8 @@ class TrainConfig:
     weight_decay: float = 0.05  # matrices only: never A_log, D, norms, biases, embeddings
     clip: float = 1.0  # largest gradient norm
     questions: int = 4  # asked of each picture in a step
-    grounding: float = 0.6  # chance that a question is one answered with numbers
+    contact: float = 0.4  # cotrain: chance that a question asks for a contact (five numbers)
+    grounding: float = 0.2  # cotrain: chance that it is another one answered with numbers (where, box)
     turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
     soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
     number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
@@ -78,14 +84,15 @@ STAGES = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector
 MAX_SHIFT_CELLS = 2  # vision stage: pictures are shifted by up to so many cells of 8 pixels
 LIGHT_JITTER = 0.15  # vision stage: brightness and contrast vary by this share
 
-# ---------------------------------------------------------------------------------------------------------------------- objectives
+# ---- objectives ------------------------------------------------------------------------------------------------------
 
 
 class DenseObjective(nn.Module):
     """Stage 0: patch tokens must tell what the simulator knows of their 2 x 2 cells, and their mean what the object is.
 
-    Targets (B, 16, 16, 6) are relative depth, normal x, y, z (camera frame), object mask, movable mask; kind (B, 16, 16) is an index into
-    objects.PART_KINDS; -1 means "not told" (pictures of unseen categories). The layers here are thrown away after the stage.
+    Targets (B, 16, 16, 6) are relative depth, normal x, y, z (camera frame), object mask, movable mask; kind (B, 16,
+    16) is an index into objects.PART_KINDS; -1 means "not told" (pictures of unseen categories). The layers here are
+    thrown away after the stage.
     """
 
     N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
@@ -120,7 +127,7 @@ class DenseObjective(nn.Module):
 
 
 class AnswerObjective(nn.Module):
-    """Stages 1.1 and 1.2: next token of the answers (paper section 3.2), numbers softened, plus the throw-away number layer."""
+    """Stages 1.1 and 1.2: next token of the answers (paper section 3.2), softened for numbers, and the number layer."""
 
     def __init__(self, model: RoboMamba, soft_numbers: float, number_weight: float):
         super().__init__()
@@ -136,7 +143,7 @@ class AnswerObjective(nn.Module):
         self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
 
     def forward(self, images, tokens, prompts, labels, numbers, all_targets: float, all_numbers: float):
-        """Sums over this process, divided by the mean count per process, so that averaging gradients gives the global mean."""
+        """Sums here, divided by the mean count per process: averaging gradients then gives the global mean."""
         hidden = self.model.hidden(images, tokens)
         target = labels[:, 1:]
         rows, columns = (target != IGNORE).nonzero(as_tuple=True)
@@ -155,7 +162,7 @@ class AnswerObjective(nn.Module):
         return answer + self.number_weight * off, {"answer": answer, "numbers": off / 2}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- vision data
+# ---- vision data -----------------------------------------------------------------------------------------------------
 
 
 class DensePictures:
@@ -177,33 +184,29 @@ class DensePictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, rows, rng: np.random.Generator | None = None):
-        """Tensors for DenseObjective; with rng, shifted, mirrored and relit (targets follow)."""
+    def batch(self, rows, seed: list[int] | None = None) -> tuple[Tensor, ...]:
+        """Tensors for DenseObjective. With a seed each picture and its targets are shifted, mirrored and relit."""
         pictures = np.stack([read_picture(self.folder / self.names[r], self.size) for r in rows])
         target, kind = self.targets[rows].astype(np.float32), self.kinds[rows].astype(np.int64)
-        if rng is not None:
+        for i, row in enumerate(rows if seed is not None else ()):
+            rng = np.random.default_rng([*seed, row])
             dy, dx = rng.integers(-MAX_SHIFT_CELLS, MAX_SHIFT_CELLS + 1, 2)
             cell = self.size // 16
-            pictures, target, kind = shift(pictures, dy * cell, dx * cell), shift(target, dy, dx), shift(kind, dy, dx)
+            p, t, k = shift(pictures[i], dy * cell, dx * cell), shift(target[i], dy, dx), shift(kind[i], dy, dx)
             if rng.random() < 0.5:
-                pictures, target, kind = pictures[:, :, ::-1], target[:, :, ::-1].copy(), kind[:, :, ::-1].copy()
-                target[..., 1] *= -1  # the normal's x
-            gain, offset = rng.uniform(1 - LIGHT_JITTER, 1 + LIGHT_JITTER), rng.uniform(-255, 255) * LIGHT_JITTER / 2
-            pictures = np.clip((pictures - 127.0) * gain + 127 + offset, 0, 255).astype(np.uint8)
+                p, t, k = p[:, ::-1], t[:, ::-1].copy(), k[:, ::-1]
+                t[..., 1] *= -1  # the normal's x
+            gain, offset = rng.uniform(1 - LIGHT_JITTER, 1 + LIGHT_JITTER), rng.uniform(-127, 127) * LIGHT_JITTER
+            pictures[i], target[i], kind[i] = np.clip((p - 127.0) * gain + 127 + offset, 0, 255).astype(np.uint8), t, k
+        words = (torch.from_numpy(x[rows].astype(np.int64)) for x in (self.category, self.colour))
         pictures = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-        return (
-            pictures,
-            torch.from_numpy(target),
-            torch.from_numpy(kind),
-            torch.from_numpy(self.category[rows].astype(np.int64)),
-            torch.from_numpy(self.colour[rows].astype(np.int64)),
-        )
+        return pictures, torch.from_numpy(target), torch.from_numpy(kind), *words
 
 
 def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """(B, H, W, ..) moved by (dy, dx); the border is repeated."""
-    H, W = x.shape[1:3]
-    return x[:, np.clip(np.arange(H) - dy, 0, H - 1)][:, :, np.clip(np.arange(W) - dx, 0, W - 1)]
+    """(H, W, ..) moved by (dy, dx); the border is repeated."""
+    H, W = x.shape[:2]
+    return x[np.clip(np.arange(H) - dy, 0, H - 1)][:, np.clip(np.arange(W) - dx, 0, W - 1)]
 
 
 def picture_names(folder: Path) -> list[str]:
@@ -213,7 +216,7 @@ def picture_names(folder: Path) -> list[str]:
     return [record["image"] for record in json.loads((Path(folder) / "conversations.json").read_text())]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- validation
+# ---- validation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -244,9 +247,11 @@ def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batc
 
 @torch.no_grad()
 def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, device, batch: int = 32) -> dict:
-    """Share of answers right to the letter, by family, with the picture and with a grey one; contact error of the decoded numbers.
+    """Share of answers right to the letter, by family, with the picture and with a grey one; contact error of the
+    decoded numbers.
 
-    Every answer token is predicted from the true ones before it. All of them being right is the same as greedy decoding being right.
+    Every answer token is predicted from the true ones before it. All of them being right is the same as greedy decoding
+    being right.
     """
     hits, blanks = {}, {}
     px, degrees = [], []
@@ -270,9 +275,8 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, 
             blanks.setdefault(family, []).append(right_blank[i])
             if family == "contact":
                 is_answer = target[i] != IGNORE
-                guess, true = (
-                    questions.parse_contact(data.encoding.decode(x[i][is_answer][:-1].tolist())) for x in (said[0], target)
-                )
+                texts = (data.encoding.decode(x[i][is_answer][:-1].tolist()) for x in (said[0], target))
+                guess, true = map(questions.parse_contact, texts)
                 if guess and true:
                     px.append(S * float(np.hypot(guess[0] - true[0], guess[1] - true[1])))
                     degrees.append(float(np.degrees(np.arccos(np.clip(np.dot(guess[2], true[2]), -1, 1)))))
@@ -283,7 +287,7 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, 
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- main
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -369,22 +373,20 @@ def train(cfg: TrainConfig) -> dict:
     for step in range(first, cfg.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * cosine(step, cfg.max_steps, cfg.warmup)
-        rows = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))[world.rank :: world.size]
-        rng = np.random.default_rng([cfg.seed, step, world.rank])
+        everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
+        rows, rng = everyone[world.rank :: world.size], np.random.default_rng([cfg.seed, step])
         if cfg.stage == "vision":
-            inputs = data.batch(rows, rng)
-            counts = ()
+            inputs, counts = data.batch(rows, [cfg.seed, step]), ()
         else:
-            b = data.batch(
-                rows,
-                rng,
-                cfg.questions if cfg.turns == "branch" else 1,
-                cfg.grounding if cfg.stage == "cotrain" else 0.0,
-            )
+            Q = cfg.questions if cfg.turns == "branch" else 1
+            shares = (cfg.contact, cfg.grounding) if cfg.stage == "cotrain" else (0.0, 0.0)
+            drawn = data.draw(everyone, rng, Q, *shares)  # every process draws for all, then keeps its own rows
+            mine = [drawn[i * Q + q] for i in range(world.rank, len(everyone), world.size) for q in range(Q)]
+            b = data.collate(rows, mine)
             images = data.pictures(rows) if cached is None else torch.from_numpy(cached[rows]).float()
             inputs = (images, b.tokens, b.prompts, b.labels, b.numbers)
-            told = (b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()
-            counts = tuple(max(world.sum(n), 1) / world.size for n in told)
+            counts = world.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
+            counts = tuple(max(n, 1) for n in counts)
         with autocast:
             loss, parts = parallel(*(x.to(world.device) for x in inputs), *counts)
         optimizer.zero_grad(set_to_none=True)
@@ -392,7 +394,8 @@ def train(cfg: TrainConfig) -> dict:
         stop_on_nan(step, loss, objective.named_parameters())
         nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], cfg.clip)
         optimizer.step()
-        run.log(step + 1, loss=loss.item(), **{k: v.item() for k, v in parts.items()})
+        means = world.mean([loss.item(), *(v.item() for v in parts.values())])
+        run.log(step + 1, **dict(zip(("loss", *parts), means, strict=True)))
         if cfg.val and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
             objective.eval()
             if world.first:

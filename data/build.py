@@ -1,24 +1,28 @@
 """Make the training data: pictures, questions with known answers, manipulation samples, dense targets for the encoder.
 
-    python -m data.build --scenes 24000 --demos 10000 --workers 2 --out data/cache/train            # what `make train` uses
+    python -m data.build --scenes 24000 --demos 10000 --workers 2 --out data/cache/train            # what `make train`
+    uses
     python -m data.build --scenes 600 --split val --workers 2 --out data/cache/val
-    python -m data.build --scenes 200 --out /tmp/small                                              # half a minute, to look at
+    python -m data.build --scenes 200 --out /tmp/small                                              # half a minute, to
+    look at
 
 What lies in DIR afterwards:
 
     images/00012/00012345.png   the pictures, numbered by scene
     conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns a picture
-    manipulation.jsonl          one line a successful contact: {image, category, part, instruction, u, v, approach, rotation6d, seed}
-    dense.npz                   per picture: 16 x 16 depth, normals, masks and the kind of part; category and colour
-    facts.jsonl                 the ground truth of each picture, from which the questions were made
+    manipulation.jsonl          one line a successful contact: {image, category, part, instruction, u, v, approach,
+    rotation6d, seed} dense.npz                   per picture: 16 x 16 depth, normals, masks and the kind of part;
+    category and colour facts.jsonl                 the ground truth of each picture, from which the questions were made
     manifest.json               counts, seeds, versions, seconds
 
-Everything is deterministic in --seed and --scenes, whatever the number of workers. A run that was stopped goes on where it was: finished
-groups of scenes lie in DIR/parts until all are there. Pictures of unseen categories (the paper's rule, README "Seen and unseen")
-carry general questions only: what is it, which colour, a caption; no part, contact, plan or affordance, no mask of a movable part.
+Everything is deterministic in --seed and --scenes, whatever the number of workers. A run that was stopped goes on where
+it was: finished groups of scenes lie in DIR/parts until all are there. Pictures of unseen categories (the paper's rule,
+README "Seen and unseen") carry general questions only: what is it, which colour, a caption; no part, contact, plan or
+affordance, no mask of a movable part.
 
-Sources: the sampling of successful poses follows RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question families RoboVQA
-(arXiv 2311.00899). Differs: contact labels are the middle of the region that works, tested with small jitters, not random points.
+Sources: the sampling of successful poses follows RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question
+families RoboVQA (arXiv 2311.00899). Differs: contact labels are the middle of the region that works, tested with small
+jitters, not random points.
 """
 
 import dataclasses
@@ -30,6 +34,7 @@ import platform
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -60,12 +65,12 @@ class BuildConfig:
     unseen: float = (
         0.08  # share of pictures of unseen categories, general questions only (0 = the strict rule; none in val)
     )
-    opened: float = 0.12  # share of pictures with parts already open: for questions of state, without contact labels
-    vocab: int = 1021  # byte-pair ranks learned on the texts of a train split, without the 3 special tokens; 0 = leave the vocabulary alone
+    opened: float = 0.15  # share of pictures with parts already open: for questions of state, without contact labels
+    vocab: int = 1021  # byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none
 
 
 def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, bool]:
-    """Scene number -> (category, scene seed, rule "all" | "general", opened), a function of the seed and the number alone."""
+    """Scene number -> (category, scene seed, rule "all" | "general", opened), from the seed and the number alone."""
     rng = np.random.default_rng([cfg.seed, SEED_BASE[cfg.split], index])
     draw, rule, names = rng.random(), "all", objects.SEEN
     if cfg.split == "train" and draw < cfg.unseen:
@@ -82,15 +87,15 @@ _scene = None  # one PyBullet world a process
 
 
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
-    """Render and label scenes [first, last) into DIR/parts and DIR/images; returns their number. Runs in a worker process."""
+    """Render and label scenes [first, last) into DIR/parts and DIR/images, in a worker; returns their number."""
     global _scene
-    import sim_eval  # here, so that only the workers load PyBullet
+    from data import world  # here, so that only the workers load PyBullet
 
     cfg, first, last = job
     done = Path(cfg.out) / "parts" / f"{first:08d}.npz"
     if done.exists():
         return last - first
-    _scene = _scene or sim_eval.Scene(cfg.image_size)
+    _scene = _scene or world.Scene(cfg.image_size)
     folder = Path(cfg.out) / "images" / f"{first // GROUP:05d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows, targets, kinds = [], [], []
@@ -106,12 +111,12 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
                 ]
             )
         picture = scene.render()
-        facts = sim_eval.facts(scene, rng, expert=rule == "all" and not opened)
+        facts = world.facts(scene, rng, expert=rule == "all" and not opened)
         for part in facts["parts"]:
             if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
-                rotation = sim_eval.rotation_from_approach(np.array(part["contact"]["approach"]))
+                rotation = world.rotation_from_approach(np.array(part["contact"]["approach"]))
                 part["contact"]["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
-        dense, kind = sim_eval.dense_targets(scene)
+        dense, kind = world.dense_targets(scene)
         if rule == "general":
             dense[..., 5], kind = -1, np.full_like(kind, -1)  # -1 = not told
         image = f"images/{first // GROUP:05d}/{index:08d}.png"
@@ -157,15 +162,18 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
             rows += json.loads(part["rows"].tobytes())
             targets.append(part["targets"])
             kinds.append(part["kinds"])
-    conversations, manipulation, families = [], [], {}
+    conversations, manipulation, families = [], [], Counter()
+    tally = Counter(row["facts"]["category"] for row in rows)
+    shares = {
+        category: n / len(rows) for category, n in sorted(tally.items())
+    }  # "no" answers draw words in these shares
     for row in rows:
         facts = row["facts"]
         rng = np.random.default_rng([cfg.seed, row["index"], 2])
-        turns = questions.turns(facts, rng, allowed=row["rule"])
+        turns = questions.turns(facts, rng, allowed=row["rule"], shares=shares)
         record = questions.to_llava(f"{row['index']:08d}", row["image"], turns)
         conversations.append(record | {"families": [turn.family for turn in turns]})
-        for turn in turns:
-            families[turn.family] = families.get(turn.family, 0) + 1
+        families.update(turn.family for turn in turns)
         for part in facts["parts"]:
             if part["contact"] and row["rule"] == "all" and facts["category"] != objects.GADGET:
                 contact = part["contact"]

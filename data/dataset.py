@@ -1,13 +1,17 @@
 """From files to batches: conversations in LLaVA's layout, dense targets, manipulation samples, cached visual tokens.
 
-    python -m data.dataset data/cache/train/conversations.json        # check a file (yours too) and list every bad record
+    python -m data.dataset data/cache/train/conversations.json        # check a file (yours too) and list every bad
+    record
 
-A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image paths are relative to
-`--images` (default: the file's folder) and may not leave it. Records without `image` are text alone; they see a flat grey picture.
+A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image
+paths are relative to `--images` (default: the file's folder) and may not leave it. Records without `image` are text
+alone; they see a flat grey picture.
 
 Two ways to read a record with several turns, `Conversations(turns=...)`:
-    "branch"  every turn is asked of the picture alone. The picture is read once and its state is shared by the questions, so four
-              questions cost little more than one, and no question gives away another's answer. For independent questions (ours).
+    "branch"  every turn is asked of the picture alone. The picture is read once and its state is shared by the
+    questions, so four
+              questions cost little more than one, and no question gives away another's answer. For independent
+              questions (ours).
     "pack"    the turns follow each other in one sequence, as LLaVA trains them. For turns that speak of earlier ones.
 """
 
@@ -58,7 +62,7 @@ def read_picture(path, size: int) -> np.ndarray:
 
 
 def load_records(file, root=None) -> list[dict]:
-    """Read and check a conversation file; raises ValueError listing the bad records (file, index, field), all of them at once."""
+    """Read and check a conversation file; one ValueError lists all bad records (file, index, field)."""
     file = Path(file)
     root = Path(root) if root else file.parent
     try:
@@ -77,13 +81,15 @@ def load_records(file, root=None) -> list[dict]:
 
 
 class Conversations:
-    """A conversation file, tokenized. `batch(rows, rng)` draws questions; `pictures(rows)` reads pictures.
+    """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
-    Args: file, images (root of the image paths, default the file's folder), encoding (tiktoken.Encoding), image_size in pixels,
-        turns "branch" | "pack", limit (first records only, 0 = all), max_length in tokens (longer turns are cut, with a count in `cut`).
+    Args: file, images (root of the image paths, default the file's folder), encoding (tiktoken.Encoding), image_size in
+    pixels,
+        turns "branch" | "pack", limit (first records only, 0 = all), max_length in tokens (longer turns are cut, with a
+        count in `cut`).
     """
 
-    def __init__(self, file, encoding, image_size: int, images=None, turns: str = "branch", limit: int = 0, max_length: int = 512):
+    def __init__(self, file, encoding, image_size: int, images=None, turns="branch", limit=0, max_length=512):
         self.root = Path(images) if images else Path(file).parent
         self.records, self.image_size, self.encoding, self.cut = load_records(file, self.root), image_size, encoding, 0
         self.records = self.records[: limit or None]
@@ -118,16 +124,23 @@ class Conversations:
         ]
         return torch.from_numpy(np.stack(out).transpose(0, 3, 1, 2).copy())
 
-    def batch(self, rows, rng: np.random.Generator, per_picture: int = 4, grounding: float = 0.5) -> Batch:
-        """Draw `per_picture` questions for each record; `grounding` is the chance to draw among those answered with numbers."""
+    def draw(self, rows, rng: np.random.Generator, per_picture: int, contact: float, grounding: float) -> list:
+        """`per_picture` questions for each record, row by row.
+
+        contact, grounding: chance that a question is one for a contact (an answer of N_NUMBERS numbers), or another one
+        answered with numbers (where, box); the rest is answered in words. Where a record has none of the wanted sort,
+        any of its questions will do.
+        """
         chosen = []
         for r in rows:
-            items = self.items[r]
-            numeric, worded = [i for i in items if i[3]], [i for i in items if not i[3]]
+            sorts = [[], [], []]
+            for item in self.items[r]:
+                sorts[0 if len(item[3]) == N_NUMBERS else 1 if item[3] else 2].append(item)
             for _ in range(per_picture):
-                pool = (numeric if rng.random() < grounding else worded) or items
+                wanted = np.searchsorted([contact, contact + grounding], rng.random(), side="right")
+                pool = sorts[wanted] or self.items[r]
                 chosen.append(pool[rng.integers(len(pool))])
-        return self.collate(rows, chosen)
+        return chosen
 
     def collate(self, rows, items) -> Batch:
         T = max(len(i[0]) for i in items)
@@ -174,10 +187,11 @@ def load_manipulation(file) -> list[dict]:
 
 @torch.no_grad()
 def visual_tokens(vision, folder, names: list[str], world, batch: int = 64) -> np.ndarray:
-    """Visual tokens (n, P, W) float16 of picture files `names` under `folder`, computed once per encoder and kept on disk.
+    """Visual tokens (n, P, W) float16 of picture files `names` under `folder`, computed once per encoder and kept on
+    disk.
 
-    The file's name holds a digest of the encoder's weights and of the list, so another encoder never reads these. Several processes
-    share the work. Memory-mapped: only the rows that are used are read.
+    The file's name holds a digest of the encoder's weights and of the list, so another encoder never reads these.
+    Several processes share the work. Memory-mapped: only the rows that are used are read.
     """
     digest = hashlib.sha256("\n".join(names).encode())
     for key, value in sorted(vision.state_dict().items()):
@@ -218,9 +232,7 @@ def main() -> None:
     except ValueError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    print(
-        f"{args.file}: {len(records)} records, {sum(len(r['conversations']) // 2 for r in records)} turns, all well-formed"
-    )
+    print(f"{args.file}: {len(records)} records, {sum(len(r['conversations']) // 2 for r in records)} turns, all good")
 
 
 if __name__ == "__main__":

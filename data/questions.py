@@ -50,9 +50,7 @@ CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks cl
 OPEN_FROM = 0.25  # openness from which a part looks open; in between nothing about its state is asked
 STATE_CLOSED = 0.2  # share of the pictures with nothing open that are asked for a state, or nearly all were "closed"
 ABSENT_COUNT = 0.3  # share of "how many drawers" that is asked where there is none
-CLOSE_CLOSED = (
-    0.15  # share of "no" that asks to close what is closed: about the share of opened scenes, where it is a "yes"
-)
+CLOSE_CLOSED = 0.15  # share of "no" that asks to close what is closed: as frequent as "close", "yes" in opened scenes
 CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of its part words is counted
 
 PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
@@ -259,7 +257,7 @@ def plain_parts(category: str) -> dict[tuple[str, str], float]:
 def vocabulary(shares: tuple[tuple[str, float], ...]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
     """({noun: weight}, {(verb, label): weight}) of things that may be absent. Words of UNSEEN parts are in no text."""
     nouns, parts = {}, {}
-    for category, share in shares:
+    for category, share in ((c, s) for c, s in shares if s > 0):
         nouns[NOUNS[category]] = share
         for key, n in plain_parts(category).items() if category not in UNSEEN else ():
             parts[key] = parts.get(key, 0) + share * n

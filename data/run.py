@@ -1,4 +1,5 @@
-"""What train.py, finetune_policy.py and data/build.py share outside the science: flags, progress, metrics, checkpoints, processes.
+"""What train.py, finetune_policy.py and data/build.py share outside the science: flags, progress, metrics, checkpoints,
+processes.
 
     cfg = cli(Config, __doc__)          every field of a dataclass becomes a flag, booleans become --x / --no-x
     world = World(cfg.device)           one process, or one of several under torchrun
@@ -65,15 +66,15 @@ class World:
 
         return torch.nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
 
-    def sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean of each number over all processes."""
         import torch
 
         if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        return total.item()
+        return (total / self.size).tolist()
 
     def barrier(self) -> None:
         import torch
@@ -96,7 +97,7 @@ def cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> float:
 
 
 def rows_of_step(seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of n records step number `step` trains on: passes through fresh permutations, a function of (seed, step) alone."""
+    """Which of n records step `step` trains on: pass after pass in fresh order, a function of (seed, step) alone."""
     out = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, k = divmod(position, n)
@@ -174,7 +175,7 @@ class Run:
     # -- metrics
 
     def log(self, step: int, **values: float) -> None:
-        """Collect; every `log_every` steps write the means to metrics.csv and refresh the line. `step` counts finished steps."""
+        """Collect; every `log_every` steps write the means to metrics.csv and refresh the line. `step`: steps done."""
         for key, value in values.items():
             self.averages.setdefault(key, []).append(float(value))
         if step % self.log_every and step != self.total:

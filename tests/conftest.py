@@ -7,7 +7,7 @@ import torch
 from data.tokenizer import load_encoding, train_ranks, write_ranks
 from robomamba import HeadConfig, LMConfig, RoboMamba, RoboMambaConfig, VisionConfig
 
-TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56 78 90", "yes", "no, there is no lid"]
+TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56", "yes", "no, there is no lid"]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def encoding(tmp_path_factory):
 
 def mini_config(vocab_size: int) -> RoboMambaConfig:
     vision = VisionConfig(image_size=32, patch_size=8, width=24, n_layer=2, n_head=3, stem=(8, 16))
-    return RoboMambaConfig(vision, LMConfig(32, 2, vocab_size, d_state=4), HeadConfig(hidden=(4,)), projector_hidden=(24,))
+    return RoboMambaConfig(vision, LMConfig(32, 2, vocab_size, d_state=4), HeadConfig(hidden=(4,)), (24,))
 
 
 @pytest.fixture

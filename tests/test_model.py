@@ -181,13 +181,14 @@ def test_presets_have_the_published_parameter_counts():
 def test_parameter_names_are_those_of_the_published_checkpoints(mini):
     keys = set(mini.state_dict())
     layer = "lm.backbone.layers.1."
-    for name in ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
-        assert f"{layer}mixer.{name}" in keys
-    assert {layer + "norm.weight", "lm.backbone.embedding.weight", "lm.backbone.norm_f.weight", "lm.lm_head.weight"} <= keys
+    mixer = "in_proj.weight conv1d.weight conv1d.bias x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight"
+    assert {f"{layer}mixer.{name}" for name in mixer.split()} | {layer + "norm.weight"} <= keys
+    assert {f"lm.{n}.weight" for n in ("backbone.embedding", "backbone.norm_f", "lm_head")} <= keys
     clip = "vision.encoder.layers.0."
-    for name in ("self_attn.q_proj.weight", "self_attn.out_proj.bias", "layer_norm1.weight", "layer_norm2.bias", "mlp.fc1.weight", "mlp.fc2.bias"):
-        assert clip + name in keys
-    assert {"vision.embeddings.class_embedding", "vision.embeddings.position_embedding.weight", "vision.pre_layrnorm.weight", "vision.post_layernorm.bias"} <= keys
+    block = "self_attn.q_proj.weight self_attn.out_proj.bias layer_norm1.weight layer_norm2.bias mlp.fc1.weight"
+    assert {clip + name for name in block.split()} <= keys
+    tower = "embeddings.class_embedding embeddings.position_embedding.weight pre_layrnorm.weight post_layernorm.bias"
+    assert {"vision." + name for name in tower.split()} <= keys
 
 
 # ---- rotations and actions
@@ -229,7 +230,8 @@ def test_save_and_load_give_the_same_model(mini, picture, tmp_path, half):
     assert not list((tmp_path / "m").glob("*.tmp*"))
     assert (tmp_path / "m").joinpath("config.json").is_file()
     if not half:
-        assert np.array_equal(again.predict_action(picture, "open").rotation, mini.predict_action(picture, "open").rotation)
+        one, other = (model.predict_action(picture, "open").rotation for model in (again, mini))
+        assert np.array_equal(one, other)
 
 
 def test_bad_checkpoints_are_refused_with_a_clear_line(mini, tmp_path):

@@ -19,16 +19,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sim_eval  # noqa: E402
-from data import objects  # noqa: E402
-from sim_eval import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
+from data import objects, world  # noqa: E402
+from data.world import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
 
 CATEGORIES = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe", "Table", "WashingMachine")
 
 
 @pytest.fixture(scope="module")
 def scene():
-    scene = sim_eval.Scene()
+    scene = world.Scene()
     yield scene
     scene.close()
 
@@ -113,7 +112,7 @@ def test_pixels_off_the_object_have_no_point(scene):
 FINGERPRINT = """
 import hashlib, sys
 import numpy as np
-from sim_eval import Scene, facts
+from data.world import Scene, facts
 def fingerprint(scene, category, seed):
     rgb = scene.spawn(category, seed).render()
     label = scene.expert(np.random.default_rng(1))
@@ -145,7 +144,7 @@ def test_repeated_actions_do_not_disturb_each_other(scene):
 def test_a_new_draw_for_the_camera_leaves_the_object_alone(scene):
     scene.spawn("StorageFurniture", 5)
     urdf, joints, camera = objects.to_urdf(scene.spec), scene.joints, scene.camera
-    usual, scene.view = scene.view, sim_eval.View(tries=1, part_points=7)
+    usual, scene.view = scene.view, world.View(tries=1, part_points=7)
     scene.spawn("StorageFurniture", 5)
     scene.view = usual
     assert objects.to_urdf(scene.spec) == urdf and scene.joints == joints and scene.camera != camera
@@ -164,7 +163,7 @@ def test_a_rewritten_file_of_the_same_name_is_loaded_anew(scene, monkeypatch, tm
 
 def test_one_scene_per_process(scene):
     with pytest.raises(RuntimeError, match="one Scene"):
-        sim_eval.Scene()
+        world.Scene()
 
 
 # ---- cameras --------------------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def test_cameras_are_spread_and_show_the_target(scene):
         for category in CATEGORIES:
             scene.spawn(category, i).render()
             rows, columns = np.nonzero(scene.links == scene.target)
-            visible.append(len(rows) >= sim_eval.MIN_PART_PIXELS)
+            visible.append(len(rows) >= world.MIN_PART_PIXELS)
             azimuths.append(scene.camera["azimuth_deg"])
             if visible[-1]:
                 places.append((columns.mean() / scene.image_size, rows.mean() / scene.image_size))
@@ -280,7 +279,7 @@ def test_facts_describe_the_picture(scene):
 def test_dense_targets(scene):
     for category in CATEGORIES:
         scene.spawn(category, 31).render()
-        targets, kind = sim_eval.dense_targets(scene)
+        targets, kind = world.dense_targets(scene)
         assert targets.shape == (16, 16, 6) and targets.dtype == np.float16 and np.isfinite(targets).all()
         assert kind.shape == (16, 16) and kind.dtype == np.int8
         cell = scene.image_size // 16
@@ -301,7 +300,7 @@ def test_dense_targets(scene):
     with pytest.raises(ValueError, match="image_size=100"):
         scene.image_size, size = 100, scene.image_size
         try:
-            sim_eval.dense_targets(scene)
+            world.dense_targets(scene)
         finally:
             scene.image_size = size
 
@@ -328,7 +327,7 @@ def test_bad_spawns_are_named(scene):
 
 
 def test_contact_sheet(tmp_path):
-    code = f"import sim_eval; sim_eval.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
+    code = f"from data import world; world.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width >= 2 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 50
