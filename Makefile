@@ -6,13 +6,16 @@ PY := .venv/bin/python
 OUT ?= runs/tiny
 DATA ?= data/cache
 PROCESSES ?= 2
-SCENES ?= 22000
+SCENES ?= 20000
+VISION_STEPS ?= 4200
+ALIGN_STEPS ?= 100
+COTRAIN_STEPS ?= 2000
 
-.PHONY: demo test train lint clean
+.PHONY: demo test train ship lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev,parity]"
 	touch $@
 
 demo: .venv/ready
@@ -25,15 +28,28 @@ test: .venv/ready
 lint: .venv/ready
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-RUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+# One thread a process: on few cores several one-thread processes are faster than one process of several threads.
+RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+SPLITS = --data $(DATA)/train --val $(DATA)/val
+TINY = data/pretrained/robomamba-tiny
 
 train: .venv/ready
 	$(PY) -m data.build --scenes $(SCENES) --workers $(PROCESSES) --out $(DATA)/train
 	$(PY) -m data.build --scenes 600 --split val --workers $(PROCESSES) --out $(DATA)/val
-	$(RUN) train.py --stage vision --data $(DATA)/train --val $(DATA)/val --out $(OUT)/vision --resume
-	$(RUN) train.py --stage align --data $(DATA)/train --val $(DATA)/val --init $(OUT)/vision --out $(OUT)/align --resume
-	$(RUN) train.py --stage cotrain --data $(DATA)/train --val $(DATA)/val --init $(OUT)/align --out $(OUT)/cotrain --resume
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain --data $(DATA)/train --val $(DATA)/val --out $(OUT)/policy --half
+	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
+	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
+	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) --resume
+	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half
+
+# What is committed of a training: weights, curves, and the scores of `make evaluate`.
+ship:
+	mkdir -p $(TINY)
+	cp $(OUT)/policy/model.safetensors $(OUT)/policy/config.json $(OUT)/policy/vocab.tiktoken $(OUT)/policy/policy.json $(TINY)/
+	cp $(DATA)/train/manifest.json $(TINY)/data.json
+	cp $(DATA)/train/vocab.tiktoken data/vocab.tiktoken
+	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
+	for s in vision align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
+	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
 
 clean:
 	rm -rf .venv data/cache runs demo

@@ -48,7 +48,7 @@ class PolicyConfig:
     weight_decay: float = 0.01
     direction_weight: float = 0.3  # of the geodesic angle in radians against the pixel's L1 in shares of the picture
     head: str = "two_mlp"  # two_mlp | one_mlp (paper Table 6)
-    hidden: int = 8  # hidden width of the head
+    hidden: int = 8  # hidden width of the head; 0 = the checkpoint's own head and pool, whatever --head and --pool say
     pool: str = "last"  # last | first_last | mean
     random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
     eval_every: int = 5  # epochs
@@ -106,7 +106,8 @@ def finetune(cfg: PolicyConfig) -> dict:
     torch.manual_seed(cfg.seed)
     if cfg.random_backbone:
         init_weights(model)
-    model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
+    if cfg.hidden:
+        model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
     dataclasses.replace(model.config)  # checks the new head's names
     model.head = PolicyHead(model.config.head, model.config.lm.d_model)
     init_weights(model.head)

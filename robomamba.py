@@ -2,32 +2,30 @@
 
     picture (S, S, 3) -> VisionTransformer -> Projector -> visual tokens --.
                                                                            Mamba blocks -> lm_head -> an answer in words
-    sentence -> byte-pair tokens -> embedding -> text tokens --------------'          `--> PolicyHead -> pixel + 6D
-    rotation
+    sentence -> byte-pair tokens -> embedding -> text tokens --------------'       `-> PolicyHead -> pixel + 6D rotation
 
 Run it:
     python robomamba.py --image scene.png --ask "What is this object?"
     python robomamba.py --image scene.png --act "Open the top drawer."
-    python robomamba.py --presets                                   # parameter counts of every preset
+    python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
+    python robomamba.py --presets                                   # parameters and memory of every preset
 
 Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba,
-policy head, the whole model, checkpoints, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`.
+policy head, the whole model, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`. How files of weights are read
+and written, the published ones too, is in `data/checkpoints.py`.
 
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4);
 CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
-  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px, a stack of strided convolutions instead
-  of one patch
-             convolution (early convolutions train faster from nothing), trained here by `train.py --stage vision`: no
-             CLIP weights needed
+  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
+             patch convolution (they train faster from nothing); trained here by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
   start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state
-  of so small a model
-             hardly depends on the picture (tests/test_model.py measures it)
+             of so small a model hardly depends on the picture (tests/test_model.py measures it)
   position   a fixed 2-D sine code is added to the visual tokens after the projector (the paper adds none)
   pooling    the policy head reads the last prompt state (`pool="last"`); the paper's code averages it with the first
-  text state
+             text state
 """
 
 # Symbols beyond those of selective_scan.py:
@@ -35,11 +33,10 @@ What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b`
 #   W  width of the vision transformer           T  text tokens                        Q  questions about one picture
 
 import argparse
-import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,12 +44,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import checkpoints
+from data.checkpoints import KEEP_FLOAT32, load_tensors, weight_files
+from data.costs import print_presets
+from data.dataset import read_picture
+from data.depth import lift, read_depth
 from data.questions import contact_question
-from data.tokenizer import load_encoding, write_ranks
+from data.tokenizer import load_encoding, read_tokenizer_json, write_encoding
 from selective_scan import scan_step, selective_scan
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -68,14 +68,8 @@ class VisionConfig:
     n_layer: int = 4
     n_head: int = 6
     mlp_ratio: int = 4
-    stem: tuple = (
-        24,
-        48,
-        96,
-    )  # channels of 3x3 stride-2 convolutions before the last one; () = CLIP's single patch convolution
-    select_layer: int = (
-        -1
-    )  # which hidden state is the output; -1 = after the last block, -2 = the paper's second to last
+    stem: tuple = (24, 48, 96)  # channels of 3x3 stride-2 convolutions, before the last; () = CLIP's patch convolution
+    select_layer: int = -1  # whose output is put out; -1 = the last block, -2 = the one before (the paper's choice)
     output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
@@ -132,76 +126,40 @@ class RoboMambaConfig:
                 f"vision: patch_size {v.patch_size} must divide image_size {v.image_size}, "
                 f"and n_head {v.n_head} must divide width {v.width}"
             )
+        if not -v.n_layer - 1 <= v.select_layer <= v.n_layer:
+            raise ValueError(f"vision.select_layer: {v.select_layer} is not a layer of {v.n_layer} blocks")
         if v.stem and 2 ** (len(v.stem) + 1) != v.patch_size:
-            raise ValueError(
-                f"vision.stem: {len(v.stem)} + 1 convolutions of stride 2 do not make patch_size {v.patch_size}"
-            )
+            raise ValueError(f"vision.stem: {len(v.stem)} + 1 halvings do not make patch_size {v.patch_size}")
         if self.position_code and lm.d_model % 4:
             raise ValueError(f"lm.d_model {lm.d_model} must be a multiple of 4 for position_code")
         if head.kind not in ("two_mlp", "one_mlp") or head.pool not in ("last", "first_last", "mean"):
-            raise ValueError(
-                f"head: kind {head.kind!r} or pool {head.pool!r} is not one this file knows (see HeadConfig)"
-            )
+            raise ValueError(f"head: kind {head.kind!r} or pool {head.pool!r} is unknown (see HeadConfig)")
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "config") -> "RoboMambaConfig":
-        return _dataclass_from_dict(cls, values, source)
+        return checkpoints.dataclass_from_dict(cls, values, source)
 
 
-def _dataclass_from_dict(cls, values, source):
-    """Strict: an unknown key, a missing dict or a value of another type is an error that names it."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
-    known = {f.name: getattr(cls(), f.name) for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
-    out = {}
-    for key, value in values.items():
-        default = known[key]
-        if is_dataclass(default):
-            value = _dataclass_from_dict(type(default), value, f"{source}.{key}")
-        elif isinstance(default, tuple):
-            if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
-                raise ValueError(f"{source}.{key}: expected a list of numbers, got {value!r}")
-            value = tuple(value)
-        elif isinstance(default, bool) != isinstance(value, bool) or not isinstance(
-            value, (int, float) if isinstance(default, float) else type(default)
-        ):
-            raise ValueError(f"{source}.{key}: expected {type(default).__name__}, got {value!r}")
-        if type(default) is int and key not in ("select_layer", "dt_rank") and not 1 <= value <= 2**20:
-            raise ValueError(f"{source}.{key}: {value} is outside 1 .. {2**20}")
-        out[key] = value
-    return cls(**out)
+def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
+    """The paper's projector, policy head and pooling around an encoder and a language model of any size."""
+    d = lm.d_model
+    head = HeadConfig(hidden=(d // 4, d // 8), pool="first_last")
+    return RoboMambaConfig(vision, lm, head, projector_hidden=(4096, d), position_code=False)
 
 
 _CLIP_L = VisionConfig(224, 14, 1024, 24, 16, stem=(), select_layer=-2, output_norm=False)
 _MAMBA = dict(vocab_size=50280, d_state=16, dt_min=0.001, dt_max=0.1, a_min=1.0, a_max=16.0, bc_norm=False)
-_PUBLISHED = {
-    "mamba-130m": (768, 24),
-    "mamba-370m": (1024, 48),
-    "mamba-790m": (1536, 48),
-    "mamba-1.4b": (2048, 48),
-    "robomamba-2.8b": (2560, 64),
-}
+_PUBLISHED = {"mamba-130m": (768, 24), "mamba-370m": (1024, 48), "mamba-790m": (1536, 48), "mamba-1.4b": (2048, 48)}
+_PUBLISHED |= {"robomamba-2.8b": (2560, 64)}  # width, blocks
 PRESETS = {
     "tiny": RoboMambaConfig(),
     "small": RoboMambaConfig(
         VisionConfig(width=384, n_layer=8), LMConfig(384, 8, d_state=16), HeadConfig(hidden=(24,)), (768,)
     ),
-    **{
-        name: RoboMambaConfig(
-            _CLIP_L,
-            LMConfig(d, n, **_MAMBA),
-            HeadConfig(hidden=(d // 4, d // 8), pool="first_last"),
-            projector_hidden=(4096, d),
-            position_code=False,
-        )
-        for name, (d, n) in _PUBLISHED.items()
-    },
+    **{name: paper_config(_CLIP_L, LMConfig(d, n, **_MAMBA)) for name, (d, n) in _PUBLISHED.items()},
 }
 
 
@@ -225,9 +183,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, P, W = x.shape
-        q, k, v = (
-            p(x).view(B, P, self.n_head, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, heads, P, W/heads)
+        parts = (p(x).view(B, P, self.n_head, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, heads, P, W/heads)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, W))
 
 
@@ -268,6 +225,20 @@ class VisionTransformer(nn.Module):
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layer))
         self.post_layernorm = nn.LayerNorm(W)
 
+    @classmethod
+    def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
+        """Read a CLIP folder (whole CLIP, or the image tower); select_layer -2 is the paper's choice."""
+        cfg = VisionConfig(**checkpoints.clip_config(folder), select_layer=select_layer)
+        RoboMambaConfig(cfg)  # checks the shapes
+        with torch.device("meta"):
+            vision = cls(cfg)
+        load_tensors(vision, weight_files(folder), checkpoints.clip_name, dtype=dtype)
+        return vision.eval()
+
+    def save_pretrained(self, folder) -> None:
+        """Write an image-tower folder that `transformers` reads."""
+        checkpoints.save_clip(self, folder)
+
     @staticmethod
     def _patch_embedding(cfg: VisionConfig) -> nn.Module:
         if not cfg.stem:
@@ -291,12 +262,9 @@ class VisionTransformer(nn.Module):
     def forward_all(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, 1 + P, W): class token first, then the patches row by row, at `select_layer`."""
         x = self.embeddings.patch_embedding(self.normalise(images)).flatten(2).transpose(1, 2)  # (B, P, W)
-        x = (
-            torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
-            + self.embeddings.position_embedding.weight
-        )
-        x = self.pre_layrnorm(x)
-        n = self.cfg.n_layer + 1 + self.cfg.select_layer if self.cfg.select_layer < 0 else self.cfg.select_layer
+        x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
+        n = self.cfg.select_layer % (self.cfg.n_layer + 1)  # blocks to run
         for block in self.encoder.layers[:n]:
             x = block(x)
         return self.post_layernorm(x) if self.cfg.output_norm else x
@@ -337,7 +305,7 @@ class MambaMixer(nn.Module):
     """The selective state-space mixer (Mamba paper, Fig. 3 and Algorithm 2; RoboMamba Fig. 2, right).
 
     Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan are float32
-    always.
+    always, after `.to(torch.bfloat16)` too: a rounded decay is applied anew with every token.
     """
 
     def __init__(self, cfg: LMConfig):
@@ -351,6 +319,16 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
         self.out_proj = nn.Linear(E, D, bias=False)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to`, `.half`, `.cuda` .. call. KEEP_FLOAT32 parameters follow to the device, not to 16 bits."""
+        before = {name: p.data for name, p in self.named_parameters() if f".{name}".endswith(KEEP_FLOAT32)}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            p = self.get_parameter(name)
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.data = old.to(p.device)
+        return self
 
     def initial_state(self, batch: int) -> LayerState:
         cfg, w = self.cfg, self.in_proj.weight
@@ -397,7 +375,7 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm x)."""
+    """x + mixer(norm x). With 16-bit weights the sum x stays float32, as in the published models."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -405,11 +383,11 @@ class MambaBlock(nn.Module):
         self.mixer = MambaMixer(cfg)
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.norm(x), state)
+        y, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state)
         return x + y, state
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer.step(self.norm(x), state)
+        y, state = self.mixer.step(self.norm(x.to(self.norm.weight.dtype)), state)
         return x + y, state
 
 
@@ -425,19 +403,19 @@ class MambaBackbone(nn.Module):
     def forward(self, x: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Embeddings (B, L, D) after `states` (one a block or None) -> final-norm states (B, L, D), new `states`."""
         states = states or [None] * len(self.layers)
-        after = []
+        x, after = x.to(torch.promote_types(x.dtype, torch.float32)), []
         for block, state in zip(self.layers, states, strict=True):
             x, state = block(x, state)
             after.append(state)
-        return self.norm_f(x), after
+        return self.norm_f(x.to(self.norm_f.weight.dtype)), after
 
     def step(self, x: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
-        after = []
+        x, after = x.to(torch.promote_types(x.dtype, torch.float32)), []
         for block, state in zip(self.layers, states, strict=True):
             x, state = block.step(x, state)
             after.append(state)
-        return self.norm_f(x), after
+        return self.norm_f(x.to(self.norm_f.weight.dtype)), after
 
 
 class MambaLM(nn.Module):
@@ -448,7 +426,24 @@ class MambaLM(nn.Module):
         self.cfg = cfg
         self.backbone = MambaBackbone(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
         self.lm_head.weight = self.backbone.embedding.weight
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32) -> "MambaLM":
+        """Read a published Mamba folder: original or -hf naming, .bin or safetensors, in parts or not."""
+        values = checkpoints.mamba_config(folder)
+        with torch.device("meta"):
+            lm = cls(LMConfig(**_MAMBA | {"a_max": float(values["d_state"])} | values))
+        load_tensors(lm, weight_files(folder), checkpoints.mamba_name, checkpoints.TIED, dtype)
+        lm.tie()
+        return lm.eval()
+
+    def save_pretrained(self, folder, naming: str = "hf") -> None:
+        """Write a folder that `transformers` (naming "hf") or mamba_ssm ("original") reads."""
+        checkpoints.save_mamba(self, folder, naming)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L) int64 -> logits (B, L, V)."""
@@ -474,8 +469,7 @@ class Action(NamedTuple):
 class PolicyHead(nn.Module):
     """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
 
-    Source: RoboMamba section 3.3 and Table 6 ("MLP x2" and "MLP x1"). ReLU between layers, no bias at the end, as in
-    its code.
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU between layers, no last bias, as in its code.
     """
 
     def __init__(self, cfg: HeadConfig, d_model: int):
@@ -491,15 +485,14 @@ class PolicyHead(nn.Module):
         return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = pooled.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
         return torch.cat([mlp(pooled) for mlp in self.mlps], -1).split([2, 6], -1)
 
 
 def rotation_from_6d(r6: Tensor) -> Tensor:
-    """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3) rotation, columns [forward, left,
-    approach].
+    """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3), columns [forward, left, approach].
 
-    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts the gripper's up (= approach) first,
-    then its forward.
+    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts gripper up (= approach), then forward.
     """
     approach = F.normalize(r6[..., :3], dim=-1, eps=1e-6)
     forward = r6[..., 3:] - (approach * r6[..., 3:]).sum(-1, keepdim=True) * approach
@@ -537,13 +530,12 @@ class RoboMamba(nn.Module):
     # -- forward
 
     def look(self, images: Tensor) -> list[LayerState]:
-        """Read the picture: uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block
-        after it.
+        """uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block after the picture.
 
         The state is all that the model remembers of a picture, so several questions can branch from one reading.
         """
-        tokens = self.vision(images) if images.ndim == 4 else images.to(self.projector[0].weight.dtype)
-        x = self.projector(tokens)  # (B, P, D)
+        tokens = self.vision(images) if images.ndim == 4 else images
+        x = self.projector(tokens.to(self.projector[0].weight.dtype))  # (B, P, D)
         if self.config.position_code:
             side = self.config.vision.image_size // self.config.vision.patch_size
             x = x + position_code(side, x.shape[-1]).to(x)
@@ -569,8 +561,9 @@ class RoboMamba(nn.Module):
 
         Args:
             images: uint8 (B, 3, S, S), or visual tokens (B, P, W), or None for text alone.
-            tokens: (B * Q, T) int64, right-padded.   lengths: (B * Q,) true lengths; what lies beyond is never a
-            target. labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
+            tokens: (B * Q, T) int64, right-padded.
+            lengths: (B * Q,) true lengths; what lies beyond is never a target.
+            labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
         Returns: logits (B * Q, T, V), loss () or None.
         """
         logits = self.lm.lm_head(self.hidden(images, tokens))
@@ -597,34 +590,17 @@ class RoboMamba(nn.Module):
         """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays not."""
         S = self.config.vision.image_size
         if isinstance(image, str | os.PathLike):
-            try:
-                with Image.open(image) as file:
-                    image = file.convert("RGB")
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{image}: cannot be read as a picture ({error})") from None
-        if isinstance(image, Image.Image):
-            image = np.asarray(
-                image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
-                if image.size != (S, S) or image.mode != "RGB"
-                else image
-            )
+            image = read_picture(image, S)
+        elif isinstance(image, Image.Image):
+            image = image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.shape != (S, S, 3):
-            raise ValueError(
-                f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; resize it or pass a file"
-            )
+            raise ValueError(f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; or pass a file")
         return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.lm.lm_head.weight.device)
 
     @torch.inference_mode()
     def generate(
-        self,
-        image,
-        question: str,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        self, image, question: str, max_new_tokens: int = 64, temperature=0.0, top_k=0, top_p=1.0, seed=0
     ) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
@@ -648,17 +624,11 @@ class RoboMamba(nn.Module):
     @torch.inference_mode()
     def predict_action(self, image, instruction: str) -> Action:
         """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action."""
-        tokens = self.prompt(contact_question(instruction))
-        device = self.lm.lm_head.weight.device
-        pooled = self.pooled(
-            self._picture(image), torch.tensor([tokens], device=device), torch.tensor([len(tokens)], device=device)
-        )
-        pixel, r6 = self.head(pooled)
-        u, v = (
-            ((pixel[0].float() + 1) * self.config.vision.image_size / 2)
-            .clamp(0, self.config.vision.image_size - 1e-3)
-            .tolist()
-        )
+        S, device = self.config.vision.image_size, self.lm.lm_head.weight.device
+        tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
+        lengths = torch.tensor([tokens.shape[1]], device=device)
+        pixel, r6 = self.head(self.pooled(self._picture(image), tokens, lengths))
+        u, v = ((pixel[0].float() + 1) * S / 2).clamp(0, S - 1e-3).tolist()
         return Action(u, v, rotation_from_6d(r6[0].float()).cpu().numpy())
 
     # -- checkpoints
@@ -666,77 +636,55 @@ class RoboMamba(nn.Module):
     def save_pretrained(self, path, half: bool = False) -> None:
         """Write `path`/{model.safetensors, config.json, vocab.tiktoken}; each file appears whole or not at all.
 
-        Args: half, store weight matrices in float16 (A_log, D, dt bias, norms stay float32); loading gives float32
-        again.
+        Args: half, weight matrices in float16 (A_log, D, dt bias, norms stay); loading gives float32 again.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        weights = {
-            k: p.detach().cpu().contiguous() for k, p in self.state_dict().items() if k != "lm.lm_head.weight"
-        }  # tied
+        weights = {k: p.detach().cpu().contiguous() for k, p in self.named_parameters()}  # the tied head once
         if half:
             weights = {k: w.half() if w.ndim >= 2 and not k.endswith("A_log") else w for k, w in weights.items()}
-        write_ranks(path / "vocab.tiktoken", self.encoding._mergeable_ranks)
-        write_atomically(
-            path / "config.json", lambda tmp: Path(tmp).write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-        )
-        write_atomically(path / "model.safetensors", lambda tmp: save_file(weights, tmp, {"format": "pt"}))
+        write_encoding(path / "vocab.tiktoken", self.encoding)
+        checkpoints.write_json(path / "config.json", self.config.to_dict())
+        checkpoints.save_tensors(path / "model.safetensors", weights)
 
     @classmethod
-    def from_pretrained(cls, path, device: str = "cpu") -> "RoboMamba":
+    def from_pretrained(cls, path, device: str = "cpu", dtype=torch.float32) -> "RoboMamba":
         """Read a folder written by `save_pretrained`. ValueError names the file and every tensor that does not fit."""
         path = Path(path)
         for name in ("config.json", "vocab.tiktoken", "model.safetensors"):
             if not (path / name).is_file():
-                raise ValueError(
-                    f"{path / name}: no such file; a checkpoint is config.json, vocab.tiktoken and model.safetensors"
-                )
-        try:
-            values = json.loads((path / "config.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"{path / 'config.json'}: not valid JSON ({error})") from None
-        config = RoboMambaConfig.from_dict(values, str(path / "config.json"))
+                raise ValueError(f"{path / name}: no such file; save_pretrained writes one")
+        config = RoboMambaConfig.from_dict(checkpoints.read_json(path / "config.json"), str(path / "config.json"))
         with torch.device("meta"):
             model = cls(config, load_encoding(path / "vocab.tiktoken"))
-        load_tensors(model, path / "model.safetensors")
+        load_tensors(model, [path / "model.safetensors"], dtype=dtype)
+        model.lm.tie()
         return model.to(device).eval()
 
+    @classmethod
+    def from_parts(cls, vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer=None, dtype=torch.float32):
+        """A model ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
 
-def load_tensors(model: nn.Module, file: Path) -> None:
-    """Fill a model built on the meta device from a safetensors file, in float32; one ValueError names every misfit."""
-    expected = {k: tuple(p.shape) for k, p in model.state_dict().items() if k != "lm.lm_head.weight"}
-    try:
-        with safe_open(str(file), "pt") as tensors:
-            found = {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
-            problems = [f"missing {k}" for k in expected.keys() - found.keys()] + [
-                f"surplus {k}" for k in found.keys() - expected.keys()
-            ]
-            problems += [
-                f"{k} is {found[k]}, expected {expected[k]}"
-                for k in expected.keys() & found.keys()
-                if found[k] != expected[k]
-            ]
-            if problems:
-                raise ValueError(f"{file}: " + "; ".join(sorted(problems)))
-            weights = {k: tensors.get_tensor(k).to(torch.float32, copy=True) for k in expected}  # own, aligned memory
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-    model.load_state_dict(weights, strict=False, assign=True)
-    if isinstance(model, RoboMamba):
-        model.lm.lm_head.weight = model.lm.backbone.embedding.weight
-    model.requires_grad_(True)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new."""
-    tmp = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(str(tmp))
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        Args: preset, whose projector, head, pooling and position code (the published ones' widths follow the language
+        model's). tokenizer, a tokenizer.json; default: the one in mamba_folder (the original folders have none).
+        dtype of the published parts (bfloat16 halves the memory); what is new, and to be trained, is float32.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        encoding = read_tokenizer_json(tokenizer or Path(mamba_folder) / "tokenizer.json")
+        vision = VisionTransformer.from_pretrained(vision_folder, dtype=dtype)
+        lm = MambaLM.from_pretrained(mamba_folder, dtype)
+        if encoding.n_vocab > lm.cfg.vocab_size:
+            raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
+        config = paper_config(vision.cfg, lm.cfg)
+        if preset not in _PUBLISHED:
+            config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
+        with torch.device("meta"):
+            model = cls(config, encoding)
+        model.vision, model.lm = vision, lm
+        for part in (model.projector, model.head):
+            init_weights(part.to_empty(device="cpu"))
+        return model.eval()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torch.Generator) -> int:
@@ -757,7 +705,8 @@ def init_weights(model: nn.Module) -> None:
 
     | parameter | value | why |
     |---|---|---|
-    | linear, conv weights | normal, sd min(0.02 sqrt(768 / fan_in), 1 / sqrt(fan_in)) | unit activations at any width |
+    | linear, conv1d weights | normal, sd min(0.02 sqrt(768 / fan_in), fan_in^-1/2) | unit activations at any width |
+    | conv2d weights | normal, sd sqrt(2 / fan_in) (He et al.) | the stem's GELUs would shrink the picture to nothing |
     | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
     | embeddings, class token, positions | normal, sd 0.02 | tied with the output: larger logits start too sure |
     | A_log | log of N values from a_min to a_max, evenly in log (Mamba: 1, 2, .., N) | slow to fast memories |
@@ -769,7 +718,8 @@ def init_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=min(0.02 * math.sqrt(768 / fan_in), fan_in**-0.5))
+            small = min(0.02 * math.sqrt(768 / fan_in), fan_in**-0.5)
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in) if isinstance(module, nn.Conv2d) else small)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -802,41 +752,34 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def print_presets() -> None:
-    print(f"{'preset':16s}{'vision':>14s}{'projector':>12s}{'language':>15s}{'head':>11s}{'head %':>8s}{'total':>15s}")
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            model = RoboMamba(replace(config))
-        parts = [count(m) for m in (model.vision, model.projector, model.lm, model.head)]
-        print(
-            f"{name:16s}{parts[0]:14,d}{parts[1]:12,d}{parts[2]:15,d}{parts[3]:11,d}"
-            f"{100 * parts[3] / sum(parts):8.3f}{sum(parts):15,d}"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask RoboMamba about a picture, or where to take hold.")
-    parser.add_argument(
-        "--checkpoint",
-        default=Path(__file__).parent / "data/pretrained/robomamba-tiny",
-        help="folder written by save_pretrained",
-    )
+    shipped = Path(__file__).parent / "data/pretrained/robomamba-tiny"
+    parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
     parser.add_argument("--image", help="picture file")
     parser.add_argument("--ask", help="a question; the answer is printed")
     parser.add_argument("--act", help="an instruction; contact pixel and gripper rotation are printed")
-    parser.add_argument("--presets", action="store_true", help="print the parameter counts of every preset")
+    parser.add_argument("--depth", help="with --act: depth of the picture, .npy in metres or 16-bit PNG in millimetres")
+    parser.add_argument("--intrinsics", nargs=4, type=float, metavar="F", help="fx fy cx cy in pixels of --depth")
+    parser.add_argument("--presets", action="store_true", help="print parameters and memory of every preset")
     args = parser.parse_args()
     if args.presets:
-        return print_presets()
+        return print_presets(PRESETS, RoboMamba)
     if not args.image or (args.ask is None) == (args.act is None):
         parser.error("give --image and one of --ask and --act (or --presets)")
+    if (args.depth is None) != (args.intrinsics is None) or (args.depth and args.act is None):
+        parser.error("--depth and --intrinsics go together, and with --act")
     try:
         model = RoboMamba.from_pretrained(args.checkpoint)
         if args.ask is not None:
             print(model.generate(args.image, args.ask))
         else:
-            action = model.predict_action(args.image, args.act)
-            print(f"pixel u {action.u:.1f} v {action.v:.1f} (of {model.config.vision.image_size})")
+            depth = read_depth(args.depth) if args.depth else None
+            action, side = model.predict_action(args.image, args.act), model.config.vision.image_size
+            print(f"pixel u {action.u:.1f} v {action.v:.1f} (of {side})")
+            if depth is not None:
+                x, y, z = lift(action.u, action.v, side, depth, args.intrinsics)
+                print(f"point x {x:.4f} y {y:.4f} z {z:.4f} m, camera frame x right, y down, z forward")
             print("rotation, columns forward, left, approach, camera frame x right, y down, z forward:")
             print(np.array2string(action.rotation, precision=3, suppress_small=True))
     except ValueError as error:

@@ -24,7 +24,7 @@ answer at once from the last prompt state (`--number-weight`), which is the stat
 can be switched off.
 
 Logged (metrics.csv: step, seconds, name, value):
-    loss; vision: dense, kind, words and on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy
+    loss; vision: geometry, mask, movable, kinds, words and on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy
     align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of
     answers that are right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from data import objects, questions
 from data.dataset import GREY, IGNORE, N_NUMBERS, Conversations, read_picture, visual_tokens
 from data.run import Run, World, cli, cosine, digest, rows_of_step, stop_on_nan
-from data.tokenizer import NUMBER_BASE, NUMBERS, load_encoding
+from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens, load_encoding
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
 
 
@@ -57,6 +57,8 @@ class TrainConfig:
     val: str = "data/cache/val"  # folder made by data.build --split val; "" = no validation
     init: str = ""  # checkpoint folder to start from; "" = a new model of --preset
     preset: str = "tiny"  # robomamba.PRESETS
+    vision_weights: str = ""  # published CLIP folder to start from; --preset gives projector, head, position code
+    lm_weights: str = ""  # published Mamba folder with a tokenizer.json; goes with --vision-weights
     out: str = "runs/cotrain"  # folder of the new checkpoint and metrics.csv
     resume: bool = False  # go on from OUT/checkpoint.pt, bit for bit
     device: str = "auto"  # auto | cpu | cuda
@@ -67,16 +69,16 @@ class TrainConfig:
     warmup: int = 80  # steps
     weight_decay: float = 0.05  # matrices only: never A_log, D, norms, biases, embeddings
     clip: float = 1.0  # largest gradient norm
-    questions: int = 4  # asked of each picture in a step
-    contact: float = 0.4  # cotrain: chance that a question asks for a contact (five numbers)
-    grounding: float = 0.2  # cotrain: chance that it is another one answered with numbers (where, box)
+    questions: int = 3  # asked of each picture in a step
+    contact: float = 0.45  # cotrain: chance that a question asks for a contact (five numbers)
+    grounding: float = 0.25  # cotrain: chance that it is another one answered with numbers (where, box)
     turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
     soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
     number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
     unfreeze_vision: bool = False  # cotrain trains the encoder too (a deviation from the paper)
     log_every: int = 20  # steps
     eval_every: int = 500  # steps
-    eval_records: int = 150  # of --val, align and cotrain
+    eval_records: int = 100  # of --val, align and cotrain
     save_every: int = 200  # steps
 
 
@@ -105,6 +107,9 @@ class DenseObjective(nn.Module):
         self.kinds = len(objects.PART_KINDS)
         self.dense = nn.Linear(W, self.cells**2 * (6 + self.kinds))
         self.category, self.colour = nn.Linear(W, self.N_CATEGORIES), nn.Linear(W, len(objects.COLOURS))
+        weight = torch.ones(self.kinds)
+        weight[0] = 0.3  # most of an object is its fixed body
+        self.register_buffer("kind_weight", weight, persistent=False)
 
     def predict(self, pictures: Tensor):
         """uint8 (B, 3, S, S) -> cells (B, 16, 16, 6 + kinds), category and colour logits."""
@@ -114,16 +119,17 @@ class DenseObjective(nn.Module):
         return cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, pictures, target, kind, category, colour):
+        """All but the object mask is averaged over the object's cells; background teaches little."""
         cells, category_logits, colour_logits = self.predict(pictures)
-        geometry = F.smooth_l1_loss(cells[..., :4], target[..., :4])
-        told = target[..., 4:6] >= 0
-        masks = F.binary_cross_entropy_with_logits(cells[..., 4:6], target[..., 4:6].clamp(0), weight=told.float())
-        weight = torch.ones(self.kinds, device=cells.device)
-        weight[0] = 0.5  # most cells hold no part
-        kinds = F.cross_entropy(cells[..., 6:].permute(0, 3, 1, 2), kind, weight=weight, ignore_index=-1)
+        solid = target[..., 4] > 0.5
+        told = solid & (target[..., 5] >= 0)
+        geometry = F.l1_loss(cells[..., :4][solid], target[..., :4][solid])
+        mask = F.binary_cross_entropy_with_logits(cells[..., 4], target[..., 4])
+        movable = F.binary_cross_entropy_with_logits(cells[..., 5][told], target[..., 5][told])
+        kinds = F.cross_entropy(cells[..., 6:][told], kind[told], weight=self.kind_weight)
         words = F.cross_entropy(category_logits, category) + F.cross_entropy(colour_logits, colour)
-        loss = 2 * geometry + masks + 0.3 * kinds + 0.1 * words
-        return loss, {"dense": 2 * geometry + masks, "kind": kinds, "words": words}
+        loss = 2 * geometry + mask + movable + 0.3 * kinds + 0.2 * words
+        return loss, {"geometry": geometry, "mask": mask, "movable": movable, "kinds": kinds, "words": words}
 
 
 class AnswerObjective(nn.Module):
@@ -301,11 +307,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
-    """--init's checkpoint, or a new model of --preset with the vocabulary of the data."""
+    """--init's checkpoint, or published parts, or a new model of --preset with the vocabulary of the data."""
     if cfg.init:
         return RoboMamba.from_pretrained(cfg.init)
     if cfg.preset not in PRESETS:
         raise ValueError(f"--preset {cfg.preset}: expected one of {', '.join(PRESETS)}")
+    if cfg.vision_weights or cfg.lm_weights:
+        if not (cfg.vision_weights and cfg.lm_weights):
+            raise ValueError("--vision-weights and --lm-weights: give both, or neither")
+        torch.manual_seed(cfg.seed)
+        return RoboMamba.from_parts(cfg.vision_weights, cfg.lm_weights, cfg.preset)
     encoding = load_encoding(vocabulary)
     config = RoboMambaConfig.from_dict(PRESETS[cfg.preset].to_dict())
     config.lm.vocab_size = encoding.n_vocab
@@ -317,6 +328,10 @@ def train(cfg: TrainConfig) -> dict:
     """Run one stage; returns the last validation numbers."""
     if cfg.stage not in STAGES:
         raise ValueError(f"--stage {cfg.stage}: expected one of {', '.join(STAGES)}")
+    finished = Path(cfg.out) / "model.safetensors"
+    if cfg.resume and finished.exists() and not (Path(cfg.out) / "checkpoint.pt").exists():
+        print(f"{finished} is there and no checkpoint.pt: this run has finished; remove the folder to start anew")
+        return {}
     world = World(cfg.device)
     if cfg.batch_size % world.size:
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {world.size} processes")
@@ -351,7 +366,8 @@ def train(cfg: TrainConfig) -> dict:
         val = DensePictures(cfg.val, size) if cfg.val else None
         evaluate = lambda: evaluate_vision(objective, val, world.device)  # noqa: E731
     else:
-        objective = AnswerObjective(model, cfg.soft_numbers, cfg.number_weight)
+        numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
+        objective = AnswerObjective(model, numbers * cfg.soft_numbers, numbers * cfg.number_weight)
         data = Conversations(file, model.encoding, size, cfg.images, cfg.turns)
         cached = (
             None

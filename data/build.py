@@ -44,6 +44,7 @@ import numpy as np
 from PIL import Image
 
 from data import objects, questions
+from data.run import cli, pin_to_core
 from data.tokenizer import train_ranks, write_ranks
 
 SEED_BASE = {"train": 0, "val": 10_000_000}  # tests start at 20,000,000 and are made by sim_eval.py alone
@@ -61,7 +62,7 @@ class BuildConfig:
     out: str = "data/cache/train"  # folder
     split: str = "train"  # train | val: which range of scene seeds
     image_size: int = 128  # pixels
-    gadgets: float = 0.2  # share of pictures with random gadgets (training variety; none in val)
+    gadgets: float = 0.12  # share of pictures with random gadgets (training variety; none in val)
     unseen: float = (
         0.08  # share of pictures of unseen categories, general questions only (0 = the strict rule; none in val)
     )
@@ -84,6 +85,13 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, bool]:
 
 
 _scene = None  # one PyBullet world a process
+
+
+def start_worker(counter) -> None:
+    """Give each worker process a core of its own."""
+    with counter.get_lock():
+        pin_to_core(counter.value)
+        counter.value += 1
 
 
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
@@ -227,7 +235,13 @@ def build(cfg: BuildConfig) -> dict:
         raise ValueError(f"--split {cfg.split}: expected one of {', '.join(SEED_BASE)}")
     if cfg.scenes < 1 or cfg.workers < 1:
         raise ValueError(f"--scenes {cfg.scenes} and --workers {cfg.workers} must be at least 1")
-    out = Path(cfg.out)
+    out, done = Path(cfg.out), Path(cfg.out) / "manifest.json"
+    if done.exists():
+        manifest = json.loads(done.read_text())
+        if manifest["config"] | {"workers": 0, "out": ""} == dataclasses.asdict(cfg) | {"workers": 0, "out": ""}:
+            print(f"{done} is there with these settings: nothing to do")
+            return manifest
+        raise ValueError(f"--out {out} holds data made with other settings; remove it or name another folder")
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,24 +250,23 @@ def build(cfg: BuildConfig) -> dict:
     if started_with.exists() and json.loads(started_with.read_text()) != dataclasses.asdict(cfg) | {"workers": 0}:
         raise ValueError(f"--out {out} holds an unfinished build with other settings; remove it or name another folder")
     write_text(started_with, json.dumps(dataclasses.asdict(cfg) | {"workers": 0}))
-    start, done = time.monotonic(), 0
+    start, made = time.monotonic(), 0
     jobs = [(cfg, first, min(first + GROUP, cfg.scenes)) for first in range(0, cfg.scenes, GROUP)]
-    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cfg.workers, spawn, start_worker, (spawn.Value("i", 0),)) as pool:
         try:
             for future in as_completed([pool.submit(make_group, job) for job in jobs]):
-                done += future.result()
-                progress(done, cfg.scenes, start)
+                made += future.result()
+                progress(made, cfg.scenes, start)
         except BrokenProcessPool:
             raise ValueError(
-                f"a worker process died after {done} scenes; nothing is lost: the same command goes on"
+                f"a worker process died after {made} scenes; nothing is lost: the same command goes on"
             ) from None
     started_with.unlink()
     return merge(cfg, time.monotonic() - start)
 
 
 def main() -> None:
-    from data.run import cli
-
     cfg = cli(BuildConfig, __doc__)
     try:
         manifest = build(cfg)

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import questions
-from data.tokenizer import NUMBER_BASE, NUMBERS
+from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens
 
 IGNORE = -100  # label of a token that is not to be predicted
 N_NUMBERS = 5  # an answer holds at most so many numbers: u, v and the approach's x, y, z
@@ -105,7 +105,8 @@ class Conversations:
             for question, answer in zip(said[::2], said[1::2], strict=True):
                 prompt = [user, *encoding.encode_ordinary(question), assistant]
                 reply = [*encoding.encode_ordinary(answer), self.end]
-                numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if NUMBER_BASE <= t < NUMBER_BASE + NUMBERS]
+                is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
+                numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
                 items.append((prompt + reply, [IGNORE] * len(prompt) + reply, len(prompt), numbers[:N_NUMBERS]))
             if turns == "pack":
                 items = [(sum((i[0] for i in items), []), sum((i[1] for i in items), []), items[0][2], items[0][3])]
@@ -138,8 +139,10 @@ class Conversations:
                 sorts[0 if len(item[3]) == N_NUMBERS else 1 if item[3] else 2].append(item)
             for _ in range(per_picture):
                 wanted = np.searchsorted([contact, contact + grounding], rng.random(), side="right")
-                pool = sorts[wanted] or self.items[r]
-                chosen.append(pool[rng.integers(len(pool))])
+                left = sorts[wanted] or [i for s in sorts for i in s] or self.items[r]
+                chosen.append(left[rng.integers(len(left))])
+                for s in sorts:  # no question twice, as long as there are others
+                    s[:] = [i for i in s if i is not chosen[-1]]
         return chosen
 
     def collate(self, rows, items) -> Batch:
@@ -162,20 +165,22 @@ def load_manipulation(file) -> list[dict]:
         lines = Path(file).read_text().splitlines()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); `python -m data.build` makes one") from None
-    wanted = {"image": 0, "instruction": 0, "u": 0, "v": 0, "approach": 3, "rotation6d": 6}
+    lengths = {"u": (), "v": (), "approach": (3,), "rotation6d": (6,)}
     for number, line in enumerate(lines, 1):
         try:
             sample = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{file}, line {number}: not valid JSON") from None
-        for key, length in wanted.items():
-            value = sample.get(key) if isinstance(sample, dict) else None
-            good = (
-                isinstance(value, str) and value.strip()
-                if key in ("image", "instruction")
-                else np.isfinite(np.atleast_1d(value if value is not None else np.nan).astype(float)).all()
-            )
-            if not good or (length and len(value) != length):
+            fields = {key: sample[key] for key in ("image", "instruction", *lengths)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number}: not a JSON object with {error}") from None
+        for key, value in fields.items():
+            if key not in lengths:
+                good = isinstance(value, str) and value.strip()
+            else:
+                numbers = value if isinstance(value, list) else [value]
+                good = (
+                    all(type(x) in (int, float) and np.isfinite(x) for x in numbers) and np.shape(value) == lengths[key]
+                )
+            if not good:
                 raise ValueError(f"{file}, line {number}: field {key!r} is {value!r}")
         if Path(sample["image"]).is_absolute() or ".." in Path(sample["image"]).parts:
             raise ValueError(f"{file}, line {number}: image {sample['image']!r} leaves the folder of the file")
@@ -195,7 +200,7 @@ def visual_tokens(vision, folder, names: list[str], world, batch: int = 64) -> n
     """
     digest = hashlib.sha256("\n".join(names).encode())
     for key, value in sorted(vision.state_dict().items()):
-        digest.update(key.encode() + value.cpu().numpy().tobytes())
+        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     path = Path(folder) / f"tokens-{digest.hexdigest()[:16]}.npy"
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)

@@ -41,6 +41,13 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def pin_to_core(index: int) -> None:
+    """Keep this process on one core (Linux). Left alone, two busy processes may share one core while another idles."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
 class World:
     """This process among its peers. Alone unless started by torchrun; then gloo on CPUs, nccl on GPUs."""
 
@@ -53,6 +60,8 @@ class World:
         if device == "cuda" and self.size > 1:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device)
+        if self.size > 1 and self.device.type == "cpu":
+            pin_to_core(int(os.environ.get("LOCAL_RANK", 0)))
         if self.size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -139,7 +148,7 @@ class Run:
         """Everything that the next step depends on, in one file that appears whole or not at all."""
         import torch
 
-        from robomamba import write_atomically
+        from data.checkpoints import write_atomically
 
         if self.world.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
@@ -231,5 +240,5 @@ def digest(module) -> str:
     """A fingerprint of every bit of a module's weights."""
     h = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
-        h.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+        h.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()

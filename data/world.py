@@ -28,10 +28,18 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import pybullet as p
 from PIL import Image, ImageDraw
 
 from data import objects
+
+_stderr = os.dup(2)
+try:  # PyBullet writes its build time to stderr as it loads, which would be the first line of every message
+    with open(os.devnull, "w") as _nowhere:
+        os.dup2(_nowhere.fileno(), 2)
+    import pybullet as p
+finally:
+    os.dup2(_stderr, 2)
+    os.close(_stderr)
 
 # Letters: S image side (pixels) · u, v pixel column and row · f, cx, cy intrinsics (pixels) · q joint value (rad or m).
 # Frames: world (x = object front, z = up, metres) and camera (OpenCV: x right, y down, z forward).
@@ -331,7 +339,7 @@ class Scene:
             "shadow": 0,  # self-shadows come with stripes and cost two thirds of the time
         }
         rng = stream(self.category, self.seed, "background")
-        kind, colours = rng.choice(["plain", "gradient", "noise"]), rng.uniform(0.2, 1.0, (2, 3))
+        kind, colours = rng.choice(["plain", "gradient", "noise"], p=[0.45, 0.45, 0.1]), rng.uniform(0.2, 1.0, (2, 3))
         first, second = (colours + colours.mean(1, keepdims=True)) / 2  # half as colourful: walls, not paint
         ramp = (np.arange(self.image_size) + 0.5) / self.image_size
         angle, cells = rng.uniform(0, 2 * math.pi), rng.uniform(-0.15, 0.15, (8, 8, 1))
@@ -500,6 +508,17 @@ class Scene:
     def _sense(self, part: int) -> int:
         """How the outward normal of a good contact points along the part's motion: +1 pull, -1 push, 0 either."""
         return 0 if self.spec.parts[part].both_ways else -1 if self.spec.parts[part].primitive == "push" else 1
+
+    def true_approach(self, point: np.ndarray, part: int) -> np.ndarray | None:
+        """The direction (3,), camera frame, in which to work `part` at `point` (3,), world; None where it is hidden.
+
+        From outside in: against the motion for a pull, with it for a push; the surface says where either sense counts.
+        """
+        normal, link = self.normal(point)
+        direction = self.motion(point[None], part)[0][0]
+        if link != part:
+            return None
+        return self.camera_rotation @ (-(self._sense(part) or np.sign(normal @ direction)) * direction)
 
     # ---- the expert -------------------------------------------------------------------------------------------------
     def expert(self, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
@@ -708,5 +727,33 @@ def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, colu
         sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
         kind = " (unseen)" if name in objects.UNSEEN else " (spare)" if name in objects.SPARE else ""
         ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
+    scene.close()
+    sheet.save(path)
+
+
+def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4):
+    """Where on a part does a pull work? Above the pictures of `names`, below how far a pull gets at each pixel.
+
+    Every 4th pixel of the target is tried with the TRUE direction of motion there. Red: nothing moved; yellow: half of
+    the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
+    """
+    scene, caption = Scene(image_size), 14
+    sheet = Image.new("RGB", (len(names) * image_size, 2 * image_size + caption), "white")
+    for i, name in enumerate(names):
+        rgb = scene.spawn(name, seed).render()
+        part, faded = scene.links == scene.target, rgb // 2 + 96
+        heat = faded.copy()
+        for row, column in np.argwhere(part):
+            if row % every == 0 and column % every == 0:
+                approach, moved = scene.true_approach(scene.backproject(column, row), scene.target), 0.0
+                if approach is not None:
+                    moved = scene.act(column, row, approach).moved
+                share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
+                colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
+                heat[row : row + every, column : column + every] = colour
+        for k, picture in enumerate((rgb, np.where(part[..., None], heat, faded))):
+            sheet.paste(Image.fromarray(picture), (i * image_size, k * image_size))
+        text = f"{name}: {scene.spec.parts[scene.target].label}"
+        ImageDraw.Draw(sheet).text((i * image_size + 3, 2 * image_size + 1), text, fill="black")
     scene.close()
     sheet.save(path)

@@ -12,6 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import robomamba
+from data import checkpoints
+from data.costs import memory
+from data.depth import lift, read_depth
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d, sample
 
 TIGHT = 1e-5  # float32: sums of some hundred terms of size one
@@ -211,6 +214,110 @@ def test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops(m
     assert np.array_equal(again.rotation, action.rotation) and (again.u, again.v) == (action.u, action.v)
 
 
+# ---- bfloat16 and memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_decay_and_skip_stay_float32_and_answers_stay_close(mini, dtype):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(0, 300, (2, 33))
+    full, before = mini.lm.lm_head(mini.hidden(pictures, tokens)), dict(mini.state_dict())
+    mini.to(dtype)
+    kept = {name for name, p in mini.named_parameters() if p.dtype == torch.float32}
+    assert kept == {f"lm.backbone.layers.{i}.mixer.{n}" for i in range(2) for n in ("A_log", "D", "dt_proj.bias")}
+    assert all(torch.equal(mini.state_dict()[name], before[name]) for name in kept)  # not rounded on the way either
+    states = mini.look(pictures)
+    assert states[0].ssm.dtype == torch.float32 and states[0].conv.dtype == dtype
+    logits = mini.lm.lm_head(mini.hidden(pictures, tokens))
+    assert logits.dtype == dtype and logits.isfinite().all()
+    close(logits.float(), full, 3e-2)  # weights are rounded by up to 2^-9 = 2e-3, and errors of some layers add up
+    steps, states = [], mini.look(pictures)
+    for t in range(tokens.shape[1]):
+        h, states = mini.lm.backbone.step(mini.lm.backbone.embedding(tokens[:, t]), states)
+        steps.append(mini.lm.lm_head(h))
+    close(torch.stack(steps, 1).float(), full, 3e-2)
+    assert mini.float().lm.backbone.layers[0].mixer.in_proj.weight.dtype == torch.float32
+
+
+def test_a_16_bit_model_acts_answers_and_survives_a_save(mini, picture, tmp_path):
+    wanted = mini.predict_action(picture, "open the drawer")
+    mini.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    for dtype in (torch.bfloat16, torch.float32):
+        again = RoboMamba.from_pretrained(tmp_path / "m", dtype=dtype)
+        assert again.lm.backbone.norm_f.weight.dtype == dtype
+        assert again.lm.backbone.layers[1].mixer.A_log.dtype == torch.float32
+        action = again.predict_action(picture, "open the drawer")
+        assert abs(action.u - wanted.u) < 1 and abs(action.v - wanted.v) < 1
+        assert isinstance(again.generate(picture, "what is this?", 4), str)
+
+
+@torch.no_grad()
+def test_told_memory_is_what_tensors_take(mini):
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    told = memory(mini)
+    assert told["float32"] == size(mini.parameters())
+    mini.to(torch.bfloat16)
+    assert told["bfloat16"] == size(mini.parameters())
+    states = mini.look(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert told["state"] == size(t for state in states for t in state)
+    with torch.device("meta"):
+        paper = memory(RoboMamba(PRESETS["robomamba-2.8b"]))
+    assert paper["state"] == 64 * (3 * 5120 * 2 + 16 * 5120 * 4)  # 22.9 MB, whatever the length
+    assert paper["cache"] * 1024 == 2 * 64 * 1024 * 2560 * 2  # keys and values, layers, tokens, width, bytes: 671 MB
+
+
+def test_presets_are_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["robomamba.py", "--presets"])
+    robomamba.main()
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1 : 1 + len(PRESETS)]}
+    assert list(lines) == list(PRESETS)
+    assert {"303,179,776", "2,768,345,600", "3,690,880", "22.9", "671.1"} <= set(lines["robomamba-2.8b"])
+    assert "multi-head attention, bfloat16" in text
+
+
+# ---- a user's own depth picture
+
+
+def test_lift_gives_back_the_point_that_was_projected():
+    fx, fy, cx, cy = intrinsics = (600.0, 610.0, 319.5, 239.5)
+    point = np.array([0.21, -0.13, 0.8])
+    u, v = fx * point[0] / point[2] + cx, fy * point[1] / point[2] + cy  # pixel centres at whole numbers
+    depth = np.full((480, 640), 0.8, np.float32)
+    depth[::3] = 0  # holes
+    depth[1::3, ::2] = np.nan
+    side_u, side_v = (u + 0.5) * 128 / 640 - 0.5, (v + 0.5) * 128 / 480 - 0.5  # where the model's 128 pixels show it
+    assert np.allclose(lift(side_u, side_v, 128, depth, intrinsics), point, atol=1e-6)
+    with pytest.raises(ValueError, match="nothing was measured within 2 pixels of column 2, row 479"):
+        lift(0, 127.9, 128, np.zeros((480, 640)), intrinsics)
+    with pytest.raises(ValueError, match="fx and fy above 0"):
+        lift(0, 0, 128, depth, (0, 610, 0, 0))
+
+
+def test_depth_files(tmp_path):
+    metres = np.array([[0.5, 1.25], [0.0, 3.0]], np.float32)
+    np.save(tmp_path / "d.npy", metres)
+    Image.fromarray((metres * 1000).astype(np.uint16)).save(tmp_path / "d.png")
+    assert np.array_equal(read_depth(tmp_path / "d.npy"), metres)
+    assert np.array_equal(read_depth(tmp_path / "d.png"), metres)
+    np.save(tmp_path / "ints.npy", (metres * 1000).astype(np.uint16))
+    np.save(tmp_path / "code.npy", np.array([{"a": 1}], object))
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "grey.png")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "d.npy").read_bytes()[:-4])
+    reasons = {
+        "ints.npy": "floats",
+        "code.npy": "Python objects",
+        "grey.png": "16-bit",
+        "cut.npy": "",
+        "no.png": "No such",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as depth .*{reason}") as caught:
+            read_depth(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
 # ---- checkpoints
 
 
@@ -250,6 +357,11 @@ def test_bad_checkpoints_are_refused_with_a_clear_line(mini, tmp_path):
     refused("unknown key 'colour'")
     (folder / "config.json").write_text(json.dumps(config | {"lm": config["lm"] | {"d_model": 10**12}}))
     refused("d_model: 1000000000000 is outside")
+    vision = config["vision"] | {"stem": [8, -16]}
+    (folder / "config.json").write_text(json.dumps(config | {"vision": vision}))
+    refused("stem: -16 is outside")
+    (folder / "config.json").write_text(json.dumps(config | {"lm": config["lm"] | {"dt_min": float("nan")}}))
+    refused("dt_min: nan is outside")
     (folder / "config.json").write_text("{")
     refused("not valid JSON")
     (folder / "config.json").write_text(good_config)
@@ -271,7 +383,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        robomamba.write_atomically(path, broken)
+        checkpoints.write_atomically(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -298,6 +410,24 @@ def test_command_line(mini, picture, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [*base, "--act", "open the drawer"])
     robomamba.main()
     assert "pixel u" in capsys.readouterr().out
+    Image.fromarray(picture).resize((64, 48)).save(tmp_path / "p.png")  # a camera's own size
+    np.save(tmp_path / "d.npy", np.full((24, 32), 0.5))  # and depth of half of it
+    lifted = [*base, "--act", "open the drawer", "--depth", str(tmp_path / "d.npy")]
+    monkeypatch.setattr("sys.argv", [*lifted, "--intrinsics", "40", "30", "16", "12"])
+    robomamba.main()
+    lines = capsys.readouterr().out.splitlines()
+    u, v = (float(lines[0].split()[i]) for i in (2, 4))
+    x, y, z = (float(lines[1].split()[i]) for i in (2, 4, 6))
+    assert z == 0.5 and abs(x - (u - 16) / 40 * 0.5) < 1e-3 and abs(y - ((v + 0.5) * 0.75 - 0.5 - 12) / 30 * 0.5) < 1e-3
+    for wrong in (lifted, [*base, "--ask", "what?", "--depth", "d", "--intrinsics", "1", "1", "1", "1"]):
+        monkeypatch.setattr("sys.argv", wrong)
+        with pytest.raises(SystemExit) as stopped:
+            robomamba.main()
+        assert stopped.value.code == 2 and "--depth and --intrinsics go together" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*lifted[:-1], "gone.png", "--intrinsics", "40", "30", "16", "12"])
+    with pytest.raises(SystemExit):
+        robomamba.main()
+    assert capsys.readouterr().err.startswith("gone.png: cannot be read as depth")
     monkeypatch.setattr("sys.argv", [*base, "--act", ""])
     with pytest.raises(SystemExit) as stopped:
         robomamba.main()

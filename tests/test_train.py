@@ -324,7 +324,7 @@ def test_bad_records_are_all_named_before_anything_is_trained(data, tmp_path):
 def test_a_corrupt_manipulation_sample_is_named(data, tmp_path, monkeypatch, capsys):
     lines = (data / "train/manipulation.jsonl").read_text().splitlines()
     no_number = lines[0].replace('"u": ', '"u": "x", "w": ')
-    for broken, field in (('{"image": "a.png"}', "instruction"), ("{", "JSON"), (no_number, "'u'")):
+    for broken, field in (('{"image": "a.png"}', "instruction"), ("{", "JSON object"), (no_number, "'u'")):
         (tmp_path / "m.jsonl").write_text("\n".join([lines[0], broken]))
         with pytest.raises(ValueError, match=r"m.jsonl, line 2") as caught:
             load_manipulation(tmp_path / "m.jsonl")

@@ -1,0 +1,76 @@
+"""Curves from metrics.csv as one picture of small panels, drawn with Pillow.
+
+python -m data.plots data/pretrained/robomamba-tiny/metrics.csv --out curves.png             # every stage and name
+python -m data.plots runs/cotrain/metrics.csv --names loss,contact_px --out curves.png
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+PANEL, MARGIN, COLUMNS = (300, 170), (46, 22), 4  # pixels: size of a panel, space for its labels; panels a row
+INK, GRID, LINE = (40, 40, 40), (220, 220, 220), (30, 90, 180)
+
+
+def read_curves(path) -> dict[str, list[tuple[float, float]]]:
+    """metrics.csv -> {"stage name" or "name": [(step, value), ..]}; rows may carry a `stage` column."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                label = f"{row['stage']} {row['name']}" if row.get("stage") else row["name"]
+                curves.setdefault(label, []).append((float(row["step"]), float(row["value"])))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a metrics.csv with step, name, value ({error})") from None
+    return curves
+
+
+def draw_curves(curves: dict[str, list[tuple[float, float]]], columns: int = COLUMNS) -> Image.Image:
+    """One panel a curve: name and last value on top, smallest and largest value at the left, last step below."""
+    (w, h), (left, top) = PANEL, MARGIN
+    sheet = Image.new("RGB", (columns * w, -(-len(curves) // columns) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (label, points) in enumerate(curves.items()):
+        x0, y0 = i % columns * w + left, i // columns * h + top
+        x1, y1 = x0 + w - left - 12, y0 + h - 2 * top
+        low, high = min(v for _, v in points), max(v for _, v in points)
+        span, last = (high - low) or 1.0, max(points[-1][0], 1.0)
+        pen.rectangle((x0, y0, x1, y1), outline=GRID)
+        pen.text((x0, y0 - 14), f"{label}: {points[-1][1]:.4g}", fill=INK)
+        pen.text((x0 - left + 2, y0 - 4), f"{high:.3g}", fill=INK)
+        pen.text((x0 - left + 2, y1 - 8), f"{low:.3g}", fill=INK)
+        pen.text((x1 - 60, y1 + 2), f"step {last:.0f}", fill=INK)
+        line = [(x0 + s / last * (x1 - x0), y1 - (v - low) / span * (y1 - y0)) for s, v in points]
+        if len(line) > 1:
+            pen.line(line, fill=LINE, width=2)
+        else:
+            pen.ellipse((line[0][0] - 2, line[0][1] - 2, line[0][0] + 2, line[0][1] + 2), fill=LINE)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the curves of a metrics.csv.")
+    parser.add_argument("metrics")
+    parser.add_argument("--names", help="only these, separated by commas (default: all)")
+    parser.add_argument("--out", default="curves.png")
+    args = parser.parse_args()
+    try:
+        curves = read_curves(args.metrics)
+        if args.names:
+            wanted = args.names.split(",")
+            missing = [n for n in wanted if n not in curves]
+            if missing:
+                raise ValueError(f"--names: {missing[0]!r} is not in {args.metrics}; it holds {', '.join(curves)}")
+            curves = {n: curves[n] for n in wanted}
+        draw_curves(curves).save(args.out)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{len(curves)} curves in {Path(args.out)}")
+
+
+if __name__ == "__main__":
+    main()
