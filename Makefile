@@ -11,7 +11,7 @@ VISION_STEPS ?= 4200
 ALIGN_STEPS ?= 100
 COTRAIN_STEPS ?= 2000
 
-.PHONY: demo test train ship lint clean
+.PHONY: demo test train ship evaluate lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -50,6 +50,13 @@ ship:
 	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
 	for s in vision align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
 	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
+
+# The results table: 550 + 550 test scenes, about ten minutes. The random backbone is the floor of what training brings.
+evaluate: .venv/ready
+	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
+	$(PY) sim_eval.py --policy model,random-backbone,blind,mean-action,part-pixel-normal,random-normal,random,expert \
+	  --checkpoint $(TINY) --random-checkpoint $(OUT)/random --split both --episodes 550 --workers 2 --strips 8 --out $(OUT)/eval
+	cp $(OUT)/eval/results.json $(TINY)/results.json
 
 clean:
 	rm -rf .venv data/cache runs demo

@@ -1,0 +1,122 @@
+"""What the README says: its links, commands, flags and numbers; and the shipped checkpoint behind them.
+
+pytest tests/test_docs.py
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim_eval
+from data.questions import contact_question
+from robomamba import RoboMamba, count
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data/pretrained/robomamba-tiny"
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_every_link_and_picture_exists():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [t for t in targets if not t.startswith("http")]
+    assert len(local) > 10
+    assert [t for t in local if not (ROOT / t).exists()] == []
+
+
+def test_every_script_and_flag_that_is_quoted_exists():
+    said: dict[str, set[str]] = {}
+    for line in "\n".join(blocks("bash")).splitlines() + re.findall(r"`(python [^`]+)`", README):
+        for script, rest in re.findall(r"python (?:-m )?([\w./]+)(.*)", line.split("#")[0]):
+            if script not in ("venv", "pytest"):
+                said.setdefault(script, set()).update(re.findall(r"--[\w-]+", rest))
+    assert {"sim_eval.py", "robomamba.py"} <= set(said)
+    for script, flags in said.items():
+        command = [sys.executable, script] if script.endswith(".py") else [sys.executable, "-m", script]
+        text = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+        assert text, f"{script} --help prints nothing"
+        assert [f for f in flags if f not in text] == [], script
+
+
+def test_make_targets_that_are_quoted_exist():
+    targets = set(re.findall(r"make ([a-z]+)", README)) - {"makes"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test", "train"} <= targets
+    assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.M)] == []
+
+
+def test_results_table_is_the_one_of_the_committed_results():
+    results = json.loads((TINY / "results.json").read_text())
+    assert sim_eval.report(results).strip() in README
+    assert all(p["splits"][s]["n"] >= 300 for p in results["policies"].values() for s in ("seen", "unseen"))
+
+
+def test_minutes_of_training_are_those_of_the_committed_metrics():
+    seconds: dict[str, float] = {}
+    with open(TINY / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            seconds[row["stage"]] = max(seconds.get(row["stage"], 0.0), float(row["seconds"]))
+    seconds["data"] = json.loads((TINY / "data.json").read_text())["seconds"]
+    seconds["policy"] = json.loads((TINY / "policy.json").read_text())["seconds"]
+    for stage, value in seconds.items():
+        (minutes,) = re.findall(rf"^\| {stage} \|.*?\| ([\d.]+) min \|", README, re.M)
+        assert abs(float(minutes) - value / 60) <= 0.051, stage
+
+
+# ---- the shipped checkpoint
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RoboMamba.from_pretrained(TINY)
+
+
+def test_shipped_checkpoint_is_small_and_its_head_is_smaller(model):
+    assert (TINY / "model.safetensors").stat().st_size <= 12e6
+    assert count(model.head) / count(model) <= 0.001
+    assert (TINY / "vocab.tiktoken").read_bytes() == (ROOT / "data/vocab.tiktoken").read_bytes()
+
+
+def test_the_multi_part_share_is_as_promised():
+    assert json.loads((TINY / "data.json").read_text())["multi_part_share_of_capable"] >= 0.5
+
+
+def test_shipped_model_looks_at_the_picture(model):
+    """On validation scenes its pixels are nearer to the expert's than those of the picture-blind table, by a third."""
+    table = sim_eval.blind_policy(sim_eval.read_blind_table(str(ROOT / "data/pretrained/blind_table.json")), mean=False)
+    scene, rng, errors = sim_eval.Scene(model.config.vision.image_size), np.random.default_rng(0), []
+    try:
+        for k in range(40):
+            category = sim_eval.objects.SEEN[k % 20]
+            scene.spawn(category, 10_500_000 + k).render()
+            label = scene.expert(rng)
+            if label is None:
+                continue
+            sentence = f"open the {scene.spec.parts[scene.target].label}"
+            action = model.predict_action(scene.rgb, sentence)
+            u, v, _ = table(scene, sentence, scene.target, rng)
+            errors.append([np.hypot(x - label.u, y - label.v) for x, y in ((action.u, action.v), (u, v))])
+    finally:
+        scene.close()
+    ours, blind = np.median(errors, 0)
+    assert len(errors) >= 35 and ours < 2 / 3 * blind, (ours, blind)
+
+
+def test_shipped_model_answers_in_words(model):
+    scene = sim_eval.Scene(model.config.vision.image_size)
+    try:
+        picture = scene.spawn("StorageFurniture", 10_600_000).render()
+    finally:
+        scene.close()
+    assert re.fullmatch(r"an? [a-z ]+", model.generate(picture, "What is this object?").lower())
+    contact = model.generate(picture, contact_question("open the door"))
+    assert re.fullmatch(r"\d\d( \d\d){4}", contact), contact
