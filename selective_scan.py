@@ -19,8 +19,8 @@ Symbols, for all files of this project
     B, C      (B, L, N)  what each token writes into the state, and what it reads from it ("selective": from the token)
     D         (E,)       skip connection (only as the argument D; the width is never passed around here)
     state, h  (B, E, N)  everything remembered of the tokens so far
-A name such as `decay_BEN` lists its axes. Working buffers are (T, b, N, E): time first makes a step one contiguous block,
-E last makes every inner loop hundreds of floats long. With N last, 8 or 16 long, the same products take 6 times as long.
+A name such as `decay_BEN` lists its axes. Working buffers are (T, b, N, E): time first makes a step one contiguous
+block, E last makes every inner loop hundreds of floats long. With N last, 8 or 16 long, products take 6 times as long.
 
 From the continuous equation to the loop
  1. One channel, one state, in continuous time (Eq. 1):           h'(t) = A h(t) + B u(t),   y(t) = C h(t)
@@ -28,8 +28,8 @@ From the continuous equation to the loop
         h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / (dt A) * dt B u_t
  3. Mamba's code keeps the exact decay and shortens the second factor to dt * B, its limit for small dt A (Euler):
         h_t = exp(dt A) h_{t-1} + dt B u_t,     y_t = C h_t + D u_t                                (Eq. 2, Algorithm 2)
-    The ratio exact / Euler is 0.995 at dt = 0.01, A = -1, but 0.50 at dt = 0.1, A = -16. It is only a factor on B, which
-    is learned, so training absorbs it; weights trained with one rule do not run with the other. We follow the code.
+    The ratio exact / Euler is 0.995 at dt = 0.01, A = -1, but 0.50 at dt = 0.1, A = -16. It is only a factor on B,
+    which is learned, so training absorbs it; but weights trained with one rule do not run with the other.
  4. dt is a gate made from the token: dt -> 0 ignores it and keeps the state, a large dt forgets the past for it.
 
 Four tokens by hand (E = N = 1, A = -1, B = 1, D = 0, start at 0)
@@ -41,19 +41,20 @@ Four tokens by hand (E = N = 1, A = -1, B = 1, D = 0, start at 0)
 In two chunks: tokens 1, 2 from h = 0 end at 0.6931. Tokens 3, 4 need only that number; the rest of the past is gone.
 
 The chunked form
-    Within a chunk, all that needs no past (decay_t, dt_t B_t u_t) is made in a few large operations; then T steps of one
-    fused multiply-add; then all y_t in one batched matrix product. Kept for the backward pass: the state *before* each
-    chunk, 1/T of all states. The backward pass starts at the last chunk, makes its states again, and runs the adjoint
+    Within a chunk, all that needs no past (decay_t, dt_t B_t u_t) is made in a few large operations; then T steps of
+    one multiply-add each; then all y_t in one batched matrix product. Kept for the backward pass: the state *before*
+    each chunk, 1/T of all states. The backward pass begins at the last chunk, makes its states again (paper, 3.3.2),
+    and runs the adjoint
         G_t = dLoss/dh_t = C_t gy_t + decay_{t+1} G_{t+1}
     which is the same recurrence from the other end. All gradients are products with G_t:
         dLoss/dC_t = sum_e gy_t h_t          dLoss/dB_t = sum_e G_t dt_t u_t         s_t = sum_n G_t B_t
         dLoss/du_t = s_t dt_t + D gy_t       W_t = G_t decay_t h_{t-1} = dLoss/d(dt_t A)
         dLoss/d(dt_t) = s_t u_t + sum_n W_t A                  dLoss/dA = sum over B and L of W_t dt_t
 
-Ways this goes wrong (the first two are shown by `python selective_scan.py`; tests/test_scan.py plants most of the rest)
+Ways this goes wrong (`python selective_scan.py` shows the first two, tests/test_scan.py plants most of the others)
   * Divide by the cumulative product of decays to get rid of the loop: the product underflows and 0 / 0 follows.
-  * Index a tensor that needs a gradient inside the loop, `dA[:, t]`: each step's backward fills a zero tensor as long as
-    the whole sequence, so time is quadratic in L. `unbind` once before the loop.
+  * Index a tensor that needs a gradient inside the loop, `dA[:, t]`: each step's backward fills a zero tensor as long
+    as the whole sequence, so time is quadratic in L. `unbind` once before the loop.
   * Swap B and C: same shape, no error, and training even works a little. Only a comparison with the definition tells.
   * Run it in bfloat16: 8 bits of mantissa cannot hold 0.999 ** 1000. Here everything is computed in float32 or float64.
   * Pad on the left, or forget that padding moves the state: a padded token must have dt = 0. Then the state stays.
@@ -63,10 +64,14 @@ Ways this goes wrong (the first two are shown by `python selective_scan.py`; tes
 
 import argparse
 import functools
+import importlib.metadata
+import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 
@@ -74,15 +79,16 @@ import torch
 
 LOG2_E = math.log2(math.e)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes a third of the time of torch.exp
 EXP2_TAYLOR = [math.log(2) ** k / math.factorial(k) for k in range(7, -1, -1)]  # 2 ** x for |x| <= 0.5, to 1e-8
-SLAB = 768 * 1024  # elements of a working buffer, 3 MiB in float32: three of them stay in a usual last-level cache
+SLAB = 512 * 1024  # elements of a working buffer, 2 MiB in float32: three of them stay in a usual last-level cache
 MIN_CHUNK, MAX_CHUNK = 16, 128  # time steps: with fewer the kept states are many, with more only memory is spent
-FUSED_CHUNK, FUSED_SLAB = 8, SLAB // 2  # the same under torch.compile, which writes every step out
+FUSED_CHUNK = 8  # the same under torch.compile, which writes every step out and so takes long to compile
+FUSED_MIN = 32 * 1024  # elements of one step, under which the cost of the compiled call is more than it saves
 
 
 def selective_scan(u, dt, A, B, C, D=None, state=None, *, method="chunked", chunk=None, compile=False):
     """Run the recurrence over a whole sequence.
 
-    Args: u, dt (B, L, E), L >= 1; A (E, N); B, C (B, L, N); D (E,) or None for no skip; state (B, E, N) or None for zeros.
+    Args: u, dt (B, L, E), L >= 1; A (E, N); B, C (B, L, N); D (E,) or None: no skip; state (B, E, N) or None: zeros.
         All float64, or any mix of float32, bfloat16 and float16, which is computed in float32; all on one device.
         method: "chunked" (fast, the default) or "reference" (the definition).
         chunk: time steps per chunk; None chooses. The result does not depend on it. compile: see `scan_chunked`.
@@ -126,8 +132,9 @@ def _step(u_BE, dt_BE, A_EN, B_BN, C_BN, D_E, state_BEN):
 def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None, compile=False):
     """The fast form (see "The chunked form" above). Same contract as `selective_scan`.
 
-    compile: build the inner loops with torch.compile (on a CPU this needs a C++ compiler and some ten seconds for each
-        new set of shapes). Only full chunks use it. Gradients of gradients are not provided.
+    compile: build the inner loops of full chunks with torch.compile, in float32 and where a step is large enough to
+        gain by it. On a CPU this needs a C++ compiler and half a minute for each new set of shapes.
+    Differs: gradients of gradients are not provided; take `scan_reference` for those.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected None or at least 1")
@@ -135,10 +142,9 @@ def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None, compile=Fals
     tensors = _prepare(u, dt, A, B, C, D, state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)  # states for a backward pass
     u, dt, A, B, C, D, state = tensors
+    compile = compile and u.dtype == torch.float32 and state.numel() >= FUSED_MIN
     with torch.autocast(u.device.type, enabled=False):
-        y, state = _ChunkedScan.apply(
-            u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, chunk, compile and u.dtype == torch.float32
-        )
+        y, state = _ChunkedScan.apply(u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, chunk, compile)
     return y.to(y_dtype), state.transpose(1, 2)
 
 
@@ -175,7 +181,7 @@ def _sum_states(w, x):
 
 
 def _sum_channels(w, x):
-    """sum_e w[t, b, e] x[t, b, n, e] -> (T, b, N); a row times a matrix, 10 times as fast as the matrix times a column"""
+    """sum_e w[t, b, e] x[t, b, n, e] -> (T, b, N); as row times matrix, 10 times as fast as matrix times column"""
     T, b, N, E = x.shape
     return torch.bmm(w.reshape(T * b, 1, E), x.view(T * b, N, E).transpose(1, 2)).view(T, b, N)
 
@@ -278,12 +284,11 @@ def _backward_chunk_fused(dt, dtu, A, A2, B, C, gy, h, carry, buffers):
 
 
 def _block_sizes(batch, L, N, E, chunk, compile):
-    """-> T, rows: time steps of a chunk, and batch rows worked on at once so that a buffer holds about a slab."""
-    slab = FUSED_SLAB if compile else SLAB
-    T = min(L, chunk or (FUSED_CHUNK if compile else min(max(slab // (batch * N * E), MIN_CHUNK), MAX_CHUNK)))
+    """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements."""
+    T = min(L, chunk or (FUSED_CHUNK if compile else min(max(SLAB // (batch * N * E), MIN_CHUNK), MAX_CHUNK)))
     if chunk is None and not compile:
         T = math.ceil(L / math.ceil(L / T))  # even: a last chunk of one step would cost nearly as much as a full one
-    rows = min(batch, max(1, slab // (T * N * E)))
+    rows = min(batch, max(1, SLAB // (T * N * E)))
     return T, math.ceil(batch / math.ceil(batch / rows))
 
 
@@ -345,3 +350,163 @@ class _ChunkedScan(torch.autograd.Function):
                     gu[rows, steps] = s.mul_(dt_).addcmul_(gy_, D).transpose(0, 1)
                 g_first[rows] = carry
         return gu, gdt, gA, gB, gC, gD, g_first, None, None, None
+
+
+# --- the benchmark: `python selective_scan.py` ---
+
+SHAPES = [(4, 256, 512, 16), (8, 128, 512, 16), (1, 1024, 1024, 16), (1, 4096, 256, 16)]  # (B, L, E, N)
+TRAINING_SHAPES = [(64, 65, 384, 8), (256, 24, 384, 8)]  # those of this project's own training
+DT_RANGE, LARGE_DT_RANGE = (1e-3, 1e-1), (1e-1, 1.0)  # the first: Mamba's initialisation (paper, 3.6)
+
+
+def example_inputs(B, L, E, N, dt_range=DT_RANGE, dtype=torch.float32, seed=0):
+    """Random u, dt, A, B, C, D, state that ask for gradients; A = -1 .. -N as Mamba is initialised."""
+    source = torch.Generator().manual_seed(seed)
+    low, high = (math.log(x) for x in dt_range)
+    dt = torch.exp(low + (high - low) * torch.rand(B, L, E, generator=source))
+    u, B_, C, D, state = (torch.randn(s, generator=source) for s in ((B, L, E), (B, L, N), (B, L, N), E, (B, E, N)))
+    A = -torch.arange(1.0, N + 1).repeat(E, 1)
+    return [x.to(dtype).requires_grad_() for x in (u, dt, A, B_, C, D, state)]
+
+
+def scan_indexed(u, dt, A, B, C, D, state):
+    """CLASSIC FAILURE, for show: right, but `decay[:, t]` under autograd makes the backward pass quadratic in L."""
+    decay, ys = torch.exp(dt[..., None] * A), []  # (B, L, E, N)
+    dBu = (dt * u)[..., None] * B[:, :, None]
+    for t in range(u.shape[1]):
+        state = decay[:, t] * state + dBu[:, t]
+        ys.append((state * C[:, t, None]).sum(-1))
+    return torch.stack(ys, 1) + D * u, state
+
+
+def scan_cumprod(u, dt, A, B, C, D, state):
+    """CLASSIC FAILURE, for show: no loop, but the product of decays underflows, and 0 / 0 or x / 0 follows."""
+    product = torch.exp(torch.cumsum(dt, 1)[..., None] * A)  # (B, L, E, N)
+    h = product * (state[:, None] + torch.cumsum((dt * u)[..., None] * B[:, :, None] / product, 1))
+    return (h * C[:, :, None]).sum(-1) + D * u, h[:, -1]
+
+
+def scan_mambapy(u, dt, A, B, C, D, state):
+    """The parallel scan of the package mambapy, as its own block calls it. It starts at zero and returns no state."""
+    from mambapy.pscan import pscan
+
+    h = pscan(torch.exp(dt[..., None] * A), (dt[..., None] * B[:, :, None]) * u[..., None])
+    return (h @ C[..., None]).squeeze(3) + D * u, state
+
+
+def _train(scan, inputs):
+    """y and all gradients: forward and backward"""
+    y, _ = scan(*inputs)
+    return [y, *torch.autograd.grad(y.sum(), inputs, allow_unused=True)]
+
+
+def _milliseconds(function, *args, seconds=1.0):
+    """Median over at least 3 calls, after one that is not counted."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        start = time.perf_counter()
+        function(*args)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * 1e3
+
+
+def _peak_mib(function, *args):
+    """Most bytes that tensors made by the call held at once, from the allocations that PyTorch's profiler records."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*args)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 2**20
+
+
+def _table(title, rows):
+    """Print rows (dicts with the same keys) and return them."""
+    print(f"\n{title}\n" + "".join(f"{key:>14}" for key in rows[0]))
+    for row in rows:
+        print("".join(f"{x:>14}" if isinstance(x, (str, int)) else f"{x:14.3g}" for x in row.values()), flush=True)
+    return rows
+
+
+def _ladder(shape, methods, seconds):
+    """One row per method: errors against the definition in float64, times, memory."""
+    inputs = example_inputs(*shape)
+    inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)  # mambapy cannot start anywhere else
+    exact = _train(scan_reference, [x.detach().double().requires_grad_() for x in inputs])
+    rows = []
+    for name, scan in methods.items():
+        pairs = list(zip(_train(scan, inputs), exact, strict=True))[:-1]  # without the gradient of the state
+        errors = [((got.double() - y).abs().max() / y.abs().max()).item() for got, y in pairs]
+        with torch.no_grad():
+            forward_ms = _milliseconds(scan, *inputs, seconds=seconds / 3)
+        train_ms = _milliseconds(_train, scan, inputs, seconds=seconds)
+        times = train_ms / rows[0]["train_ms"] if rows else 1.0
+        row = {"method": name, "error": errors[0], "grad_error": max(errors[1:]), "forward_ms": forward_ms}
+        rows.append(row | {"train_ms": train_ms, "x_chunked": times, "peak_mib": _peak_mib(_train, scan, inputs)})
+    return {"shape": shape, "methods": _table(f"(B, L, E, N) = {shape}; train: forward + backward", rows)}
+
+
+def _floor(shape, train_ms):
+    """The time under which no scan of this design can go: each number in and out of memory once, two exponentials."""
+    B, L, E, N = shape
+    big, slab = torch.rand(2, 32 * 2**20), -torch.rand(SLAB)
+    copy_rate = 2 * big[0].nbytes / _milliseconds(big[0].copy_, big[1], seconds=0.2)  # bytes read and written per ms
+    exp_rate = SLAB / _milliseconds(torch.exp2, slab, seconds=0.2)  # per ms
+    moved = 4 * B * L * (3 * E + 2 * N + 5 * E + 4 * N)  # forward u dt B C y; backward u dt B C gy gu gdt gB gC
+    row = {"copy GB/s": copy_rate / 1e6, "copy ms": moved / copy_rate, "exp2 G/s": exp_rate / 1e6}
+    row["exp2 ms"] = 2 * B * L * E * N / exp_rate
+    row["chunked ms"] = train_ms
+    row["x floor"] = train_ms / (row["copy ms"] + row["exp2 ms"])
+    _table(f"Floor at {shape}: each input and output moved once, two exponentials per number of state", [row])
+    print("The rest: some 20 passes over buffers in cache, which a fused kernel would keep in registers.")
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Errors, speed and memory of the scans; see the top of the file.")
+    parser.add_argument("--quick", action="store_true", help="one small shape, short runs, no compile: under 20 s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch")
+    parser.add_argument("--out", metavar="FILE", help="write the numbers to this JSON file too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    seconds, longest = (0.2, 1024) if args.quick else (1.0, 16384)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    methods = {"chunked": scan_chunked, "reference": scan_reference}
+    if not args.quick:
+        methods["compile=True"] = functools.partial(scan_chunked, compile=True)
+    if importlib.util.find_spec("mambapy"):
+        versions["mambapy"] = importlib.metadata.version("mambapy")
+        methods["mambapy"] = scan_mambapy
+    cpu = "unknown"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
+    print(hardware, versions, "float32; times are medians; peak_mib: tensors made by forward + backward", sep="\n")
+    shapes = [(2, 128, 256, 16)] if args.quick else SHAPES + TRAINING_SHAPES
+    result["shapes"] = [_ladder(shape, methods, seconds) for shape in shapes]
+
+    rows = []
+    for L in (L for L in (256, 1024, 4096, 16384) if L <= longest):
+        ms = _milliseconds(_train, scan_chunked, example_inputs(1, L, 256, 16), seconds=seconds)
+        rows.append({"L": L, "train_ms": ms, "ns per L*E*N": ms * 1e6 / (L * 256 * 16)})
+    result["linear"] = _table("Linear in L: chunked at (1, L, 256, 16)", rows)
+    rows = []
+    for L in (L for L in (64, 256, 1024) if L < longest):
+        inputs = example_inputs(1, L, 128, 16)
+        ms = [_milliseconds(_train, scan, inputs, seconds=seconds / 4) for scan in (scan_indexed, scan_reference)]
+        rows.append({"L": L, "indexed_ms": ms[0], "unbind_ms": ms[1]})
+    result["indexed"] = _table("Classic failure: indexing inside the loop is quadratic; (1, L, 128, 16)", rows)
+    rows = []
+    for L in (16, 64, 256, 1024):
+        ys = [scan_cumprod(*example_inputs(1, L, 64, 16, dt_range))[0] for dt_range in (DT_RANGE, LARGE_DT_RANGE)]
+        shares = [1 - y.isfinite().float().mean().item() for y in ys]
+        rows.append({"L": L, "dt .001 to .1": shares[0], "dt .1 to 1": shares[1]})
+    result["cumprod"] = _table("Classic failure: dividing by the cumulative product; share of y inf or nan", rows)
+    result["floor"] = _floor(shapes[0], result["shapes"][0]["methods"][0]["train_ms"])
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,8 @@ answer at once from the last prompt state (`--number-weight`), which is the stat
 can be switched off.
 
 Logged (metrics.csv: step, seconds, name, value):
-    loss; vision: geometry, mask, movable, kinds, words and on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy
+    loss; vision: geometry, mask, movable, kinds, words and on --val: movable_iou, kind_accuracy, normal_degrees,
+    category_accuracy
     align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of
     answers that are right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees
@@ -235,7 +236,7 @@ def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batc
             x.to(device) for x in data.batch(np.arange(start, min(start + batch, len(data))))
         )
         cells, category_logits, _ = objective.predict(pictures)
-        said, true = cells[..., 5] > 0, target[..., 5] > 0.5
+        said, true = (cells[..., 4] > 0) & (cells[..., 5] > 0), target[..., 5] > 0.5
         both, either = both + (said & true).sum().item(), either + (said | true).sum().item()
         on_part = kind > 0
         right, parts = right + (cells[..., 6:].argmax(-1) == kind)[on_part].sum().item(), parts + on_part.sum().item()

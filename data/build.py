@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from data import objects, questions
-from data.run import cli, pin_to_core
+from data.run import cli, start_worker, write_text
 from data.tokenizer import train_ranks, write_ranks
 
 SEED_BASE = {"train": 0, "val": 10_000_000}  # tests start at 20,000,000 and are made by sim_eval.py alone
@@ -85,13 +85,6 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, bool]:
 
 
 _scene = None  # one PyBullet world a process
-
-
-def start_worker(counter) -> None:
-    """Give each worker process a core of its own."""
-    with counter.get_lock():
-        pin_to_core(counter.value)
-        counter.value += 1
 
 
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
@@ -152,12 +145,6 @@ def progress(done: int, total: int, start: float, width: int = 78) -> None:
     rate = done / max(time.monotonic() - start, 1e-9)
     line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9) / 60:.1f} min left"
     print(f"\r{line:{width}s}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def merge(cfg: BuildConfig, seconds: float) -> dict:
@@ -262,6 +249,9 @@ def build(cfg: BuildConfig) -> dict:
             raise ValueError(
                 f"a worker process died after {made} scenes; nothing is lost: the same command goes on"
             ) from None
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)  # the groups at hand are finished and kept
+            raise ValueError(f"\nstopped after {made} scenes; nothing is lost: the same command goes on") from None
     started_with.unlink()
     return merge(cfg, time.monotonic() - start)
 

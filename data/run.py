@@ -1,5 +1,4 @@
-"""What train.py, finetune_policy.py and data/build.py share outside the science: flags, progress, metrics, checkpoints,
-processes.
+"""What the scripts share outside the science: flags, progress, metrics, checkpoints, processes.
 
     cfg = cli(Config, __doc__)          every field of a dataclass becomes a flag, booleans become --x / --no-x
     world = World(cfg.device)           one process, or one of several under torchrun
@@ -15,8 +14,11 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +48,31 @@ def pin_to_core(index: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
+def start_worker(counter) -> None:
+    """First thing in a process of a pool: a core of its own, Ctrl-C left to the parent, and an end with the parent.
+
+    Args: counter: multiprocessing.Value("i", 0), one for the pool.
+    """
+    with counter.get_lock():
+        pin_to_core(counter.value)
+        counter.value += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()  # a killed parent would leave its workers waiting for ever
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Raises: ValueError naming a file that cannot be written."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 class World:

@@ -28,7 +28,6 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from data import objects
 
@@ -132,6 +131,7 @@ class Outcome:
     initial: bool
     long: bool
     reason: str
+    joints: list[float] | None = None  # of all parts where the interaction left them; None: nothing was touched
 
 
 @dataclass
@@ -182,6 +182,7 @@ class Scene:
     """
 
     _alive: Scene | None = None
+    load_flags = 0  # of loadURDF
 
     def __init__(self, image_size: int = 128, physics: Physics | None = None, view: View | None = None):
         if Scene._alive is not None or p.isConnected():
@@ -201,7 +202,7 @@ class Scene:
         `part` names the target; else it is drawn, and a part that no camera can see is passed over. Renders nothing.
         Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
         """
-        self.spec = objects.make_object(category, stream(category, seed, "object"))
+        self.spec = self.make(category, seed)
         self.category, self.seed, parts = category, seed, self.spec.parts
         if part is not None and not 0 <= part < len(parts):
             raise ValueError(f"part={part}: this {category} has parts 0..{len(parts) - 1}")
@@ -225,9 +226,16 @@ class Scene:
             if found[-1][0] >= self.view.min_workable:
                 break
         _, camera, self.target = max(found, key=lambda item: item[0])
-        self._look(camera)
-        self._draw_light_and_background()
+        self.look(camera)
+        self.draw_light_and_background()
         return self
+
+    def make(self, category: str, seed: int) -> objects.ObjectSpec:
+        """What `spawn` loads; data/partnet.py brings the user's own objects here."""
+        return objects.make_object(category, stream(category, seed, "object"))
+
+    def urdf(self) -> str:
+        return objects.to_urdf(self.spec, self.physics.mass_kg, self.physics.inertia)
 
     def _load(self):
         p.resetSimulation()
@@ -238,8 +246,8 @@ class Scene:
         handle, path = tempfile.mkstemp(".urdf", "scene_", folder)
         try:
             with os.fdopen(handle, "w") as file:
-                file.write(objects.to_urdf(self.spec, self.physics.mass_kg, self.physics.inertia))
-            self.body = p.loadURDF(path, useFixedBase=True)
+                file.write(self.urdf())
+            self.body = p.loadURDF(path, useFixedBase=True, flags=self.load_flags)
         finally:
             os.unlink(path)
         bodies, joints = p.getNumBodies(), p.getNumJoints(self.body)
@@ -291,7 +299,7 @@ class Scene:
                 for name in ("azimuth_deg", "elevation_deg", "distance", "roll_deg")
             }
             camera["shift_u"], camera["shift_v"] = rng.uniform(*view.shift), rng.uniform(*view.shift)
-            self._look(camera)
+            self.look(camera)
             pixels = self.project(points) / self.image_size
             inside = ((pixels > view.border) & (pixels < 1 - view.border)).all(1)
             score = inside.mean() - 1  # below every camera that has the part in its frame
@@ -309,7 +317,7 @@ class Scene:
                 break
         return best
 
-    def _look(self, camera: dict):
+    def look(self, camera: dict):
         """Puts the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
         self.camera = camera
         boxes = np.array([p.getAABB(self.body, link) for link in range(-1, len(self.spec.parts))])  # (links, 2, 3)
@@ -327,7 +335,8 @@ class Scene:
         centre = rotation_from_approach(np.array([camera["shift_u"] * tangent, camera["shift_v"] * tangent, 1.0]))
         self.camera_rotation = centre @ np.array([right, down, -back])
 
-    def _draw_light_and_background(self):
+    def draw_light_and_background(self):
+        """Sets .light and .background (S, S, 3): functions of (category, seed)."""
         rng = stream(self.category, self.seed, "light")
         azimuth = math.radians(self.camera["azimuth_deg"] + rng.uniform(-75, 75))  # never from behind the object
         self.light = {
@@ -462,7 +471,7 @@ class Scene:
         speed = travel * physics.stroke_m / (physics.stroke_steps * physics.dt_s)
         for step in range(physics.stroke_steps + physics.hold_steps):
             q, q_speed = p.getJointState(self.body, link)[:2]
-            if link == target and self._opened(target, q) >= stop_at:
+            if link == target and self.opened(target, q) >= stop_at:
                 break
             contact, sweep, normal = place(q)
             if on_frame is not None:
@@ -489,15 +498,17 @@ class Scene:
                 break
             p.applyExternalForce(self.body, link, force.tolist(), contact.tolist(), p.WORLD_FRAME)
             p.stepSimulation()
-        moved = self._opened(target, p.getJointState(self.body, target)[0])
+        joints = [p.getJointState(self.body, j)[0] for j in range(len(self.joints))]
+        moved = self.opened(target, joints[target])
         if on_frame is not None:
             on_frame(step + 1, place(p.getJointState(self.body, link)[0])[0])
         self.reset()  # so that rays and pictures between interactions always meet the start state
         initial = moved >= INITIAL
         reason = "success" if initial else "wrong part" if link != target else reason or "did not move"
-        return Outcome(moved, initial, moved >= self.long_threshold(target), reason)
+        return Outcome(moved, initial, moved >= self.long_threshold(target), reason, joints)
 
-    def _opened(self, part: int, q: float) -> float:
+    def opened(self, part: int, q: float) -> float:
+        """How far (rad or m) `part` at joint value `q` has moved from the start, counted in the instructed sense."""
         moved = q - self.joints[part]
         return abs(moved) if self.spec.parts[part].both_ways else moved
 
@@ -712,48 +723,3 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     index = np.array([objects.PART_KINDS.index(kind) if kind in objects.PART_KINDS else 0 for kind in kinds])
     filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
     return cells(maps).astype(np.float16), np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7):
-    """Draws one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
-    view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
-    names = names or [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET]
-    scene = Scene(image_size=192, view=view)
-    S, caption = scene.image_size, 14
-    sheet = Image.new("RGB", (columns * S, -(-len(names) // columns) * (S + caption)), "white")
-    for i, name in enumerate(names):
-        x, y = i % columns * S, i // columns * (S + caption)
-        sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
-        kind = " (unseen)" if name in objects.UNSEEN else " (spare)" if name in objects.SPARE else ""
-        ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
-    scene.close()
-    sheet.save(path)
-
-
-def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4):
-    """Where on a part does a pull work? Above the pictures of `names`, below how far a pull gets at each pixel.
-
-    Every 4th pixel of the target is tried with the TRUE direction of motion there. Red: nothing moved; yellow: half of
-    the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
-    """
-    scene, caption = Scene(image_size), 14
-    sheet = Image.new("RGB", (len(names) * image_size, 2 * image_size + caption), "white")
-    for i, name in enumerate(names):
-        rgb = scene.spawn(name, seed).render()
-        part, faded = scene.links == scene.target, rgb // 2 + 96
-        heat = faded.copy()
-        for row, column in np.argwhere(part):
-            if row % every == 0 and column % every == 0:
-                approach, moved = scene.true_approach(scene.backproject(column, row), scene.target), 0.0
-                if approach is not None:
-                    moved = scene.act(column, row, approach).moved
-                share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
-                colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
-                heat[row : row + every, column : column + every] = colour
-        for k, picture in enumerate((rgb, np.where(part[..., None], heat, faded))):
-            sheet.paste(Image.fromarray(picture), (i * image_size, k * image_size))
-        text = f"{name}: {scene.spec.parts[scene.target].label}"
-        ImageDraw.Draw(sheet).text((i * image_size + 3, 2 * image_size + 1), text, fill="black")
-    scene.close()
-    sheet.save(path)

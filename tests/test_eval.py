@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sim_eval  # noqa: E402
-from data import objects  # noqa: E402
+from data import objects, panda, pictures  # noqa: E402
+from data.run import start_worker  # noqa: E402
+from data.world import p, unit  # noqa: E402
 from robomamba import RoboMamba  # noqa: E402
 from sim_eval import EvalConfig, Scene, main, wilson  # noqa: E402
 
@@ -207,7 +211,28 @@ def test_results_have_the_promised_form(tiny):
     assert (
         "| expert | 2/2 1.00 [0.34, 1.00] |" in table and "| expert, unconditioned | " in table and "seen: why" in table
     )
+    beside = (out / "categories.md").read_text()  # what the paper prints stands beside it, and says whose it is
+    assert "| seen | n | expert | random | blind | RoboMamba (theirs) | ManipLLM (theirs) |" in beside
+    assert "| Safe | 1 | 1.00 / " in beside and " | 0.81 | 0.68 |\n| Door | 1 |" in beside and "must not" in beside
+    assert beside.count("the average they print") == 2 and " | 0.63 | 0.56 |" in beside and " | 0.53 | 0.51 |" in beside
     assert not list(out.glob("*.tmp*")) and not list(out.glob(".probe*"))
+
+
+def test_every_category_gets_its_share_of_the_protocol():
+    jobs = sim_eval.make_jobs(EvalConfig(split="both", episodes=550))
+    counts = {split: Counter(job.category for job in jobs if job.split == split) for split in ("seen", "unseen")}
+    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(objects.SEEN)
+    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(objects.UNSEEN, 55)
+    half = [job.split for job in jobs[:550]]  # a run that is stopped has both splits
+    assert half.count("seen") == 275
+
+
+def test_the_papers_table_has_its_categories_and_averages():
+    paper = json.loads((ROOT / "data" / "paper_table2.json").read_text())
+    assert list(paper["categories"]) == [*objects.SEEN, *objects.UNSEEN]
+    for who, seen, unseen in (("RoboMamba", 0.627, 0.533), ("ManipLLM", 0.5625, 0.535)):  # means of the printed columns
+        values = [row[who] for row in paper["categories"].values()]
+        assert np.mean(values[:20]) == pytest.approx(seen) and np.mean(values[20:]) == pytest.approx(unseen)
 
 
 def without_time(results: dict) -> dict:
@@ -259,6 +284,49 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert not any("drawer" in r["part"] or r["initial"] for r in by_policy["hinge-pixel"])
     drawers, doors = ({r["category"] for r in results["episodes"] if r["split"] == s} for s in ("unseen", "seen"))
     assert drawers == {*objects.DRAWER_DOOR_UNSEEN} and doors == {*objects.DRAWER_DOOR_SEEN}
+
+
+# ---- closed loop ----------------------------------------------------------------------------------------------------
+def test_closed_loop_goes_on_where_the_last_grip_ended(tmp_path):
+    flags = ("--policy", "expert,random-normal", "--split", "drawer-door", "--episodes", 5, "--workers", 1)
+    once, again = run(tmp_path / "once", *flags), run(tmp_path / "again", *flags, "--closed-loop", 2)
+    loops = [record.pop("closed_loop") for record in again["episodes"]]
+    assert once["episodes"] == again["episodes"]  # the open loop beside it is the usual one, in the usual world
+    assert not any("closed_loop" in record for record in once["episodes"])
+    gained = []
+    for record, loop in zip(again["episodes"], loops, strict=True):
+        assert 1 <= len(loop["reasons"]) <= 3 and loop["reasons"][0] == record["reason"]
+        assert loop["initial"] == (loop["moved"] >= 0.01) and loop["long"] >= (loop["moved"] >= 0.1)
+        if record["policy"] == "expert":
+            gained.append(loop["moved"] - record["moved"])
+    assert min(gained) > -0.01 and np.median(gained) > 0.05  # a second pull opens a door further
+    summary = again["splits"]["seen"]["closed_loop"]
+    assert summary["grips"] == 3 and summary["initial"]["n"] == 5 and summary["moved"] > summary["open"]["moved"]
+    assert "closed loop (3 grips" in (tmp_path / "again" / "table.md").read_text()
+
+
+def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was():
+    bench = sim_eval.Bench(EvalConfig(policy="random", closed_loop=3))
+    job = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
+    try:
+        bench.find(job)
+        scene, label, seen = bench.scene, bench.label, []
+        before, joints = scene.rgb.copy(), list(scene.joints)
+
+        def same(scene, instruction, part, rng):
+            seen.append((scene.joints[part], scene.rgb.copy()))
+            return label.u, label.v, label.approach
+
+        loop = bench.closed_loop("same", same, (label.u, label.v, label.approach), "", scene.target)
+        assert len(seen) == 3 and seen[0][0] > joints[scene.target] + 0.1 and (seen[0][1] != before).any()
+        assert len(loop["reasons"]) == 4 and loop["reasons"][0] == "success"
+        assert scene.joints == joints and (scene.rgb == before).all() and bench.label is label
+        nowhere = bench.closed_loop("gone", lambda *_: None, (label.u, label.v, label.approach), "", scene.target)
+        assert nowhere["reasons"] == ["success"] and nowhere["moved"] == pytest.approx(seen[0][0] - joints[0], abs=1e-5)
+        lost = bench.closed_loop("same", same, (math.nan, 0.0, label.approach), "", scene.target)
+        assert lost["reasons"][:2] == ["not a number", "success"]  # the next look may be luckier
+    finally:
+        bench.close()
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -370,6 +438,35 @@ if __name__ == "__main__":
     assert not any(alive(pid) for pid in workers)
 
 
+def test_workers_of_the_data_builder_do_not_outlive_it_either(tmp_path):
+    flags = ["--scenes", "5000", "--workers", "2", "--image-size", "32", "--split", "val", "--out", str(tmp_path)]
+    builder = subprocess.Popen([sys.executable, "-m", "data.build", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len({*tmp_path.glob("images/*")}) < 2 and time.monotonic() < deadline:  # both workers are at it
+        time.sleep(0.05)
+    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+    builder.kill()
+    builder.wait()
+    while any(alive(int(pid)) for pid in children) and time.monotonic() < deadline + 20:
+        time.sleep(0.05)
+    assert len(children) >= 2 and not any(alive(int(pid)) for pid in children)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or os.cpu_count() < 2, reason="needs Linux and two cores")
+def test_every_worker_has_a_core_of_its_own():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, start_worker, (context.Value("i", 0),)) as pool:
+        found = {pool.submit(os.sched_getaffinity, 0).result().pop() for _ in range(2)}
+        cores = [pool.submit(core_after, 0.5) for _ in range(2)]
+        found |= {core for future in cores for core in future.result()}
+    assert len(found) == 2
+
+
+def core_after(seconds: float) -> set[int]:
+    time.sleep(seconds)  # so that each of two such tasks gets a worker
+    return os.sched_getaffinity(0)
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs (one that has ended but was not yet collected does not)."""
     try:
@@ -395,6 +492,9 @@ def alive(pid: int) -> bool:
         (("--policy", "expert", "--seed", "-1"), "--seed -1"),
         (("--policy", "expert", "--strips", "-1"), "--strips -1"),
         (("--policy", "expert", "--loud"), "--loud"),
+        (("--policy", "expert", "--closed-loop", "-1"), "--closed-loop -1"),
+        (("--policy", "expert", "--robot", "r2d2"), "--robot r2d2"),
+        (("--policy", "expert", "--objects", "no/such/folder"), "no/such/folder"),
         (("--affordance", "Spaceship"), "Spaceship"),
         (("--make-blind-table", "no/such.jsonl"), "no/such.jsonl"),
         (("--sheet", "no/such/folder/sheet.png"), "sheet.png"),
@@ -442,9 +542,9 @@ def test_choice_of_strips_takes_failures_that_show_something():
         record("unseen", False, "off object"),
         record("unseen", False, "slipped"),
     ]
-    assert [r["reason"] for r in sim_eval.choose(records, 3)] == ["success", "success", "slipped"]
-    assert [r["reason"] for r in sim_eval.choose(records[5:], 6)] == ["slipped", "off object"]
-    assert sim_eval.choose(records[:5], 2) == records[:2]
+    assert [r["reason"] for r in pictures.choose(records, 3)] == ["success", "success", "slipped"]
+    assert [r["reason"] for r in pictures.choose(records[5:], 6)] == ["slipped", "off object"]
+    assert pictures.choose(records[:5], 2) == records[:2]
 
 
 def test_demo(checkpoints, table, tmp_path, monkeypatch, capsys):
@@ -474,3 +574,36 @@ def test_physics_table_and_affordance(tmp_path, capsys):
     for colour in ((255, 0, 0), (0, 255, 0)):  # near the hinge nothing moves, at the free edge all of it
         assert (below[:, :256] == colour).all(-1).sum() > 100
     assert not (pixels[:256] == (255, 0, 0)).all(-1).any()
+
+
+# ---- the arm --------------------------------------------------------------------------------------------------------
+def test_the_hand_points_along_the_approach():
+    for approach in [*unit(np.random.default_rng(0).normal(size=(50, 3))), *np.eye(3), *-np.eye(3)]:
+        turns = [panda.hand_pose(approach, turn) for turn in (0.0, 1.0, 4.0)]
+        for pose in turns:
+            matrix = np.reshape(p.getMatrixFromQuaternion(pose), (3, 3))
+            assert np.abs(matrix[:, 2] - approach).max() < 1e-5 and np.linalg.det(matrix) == pytest.approx(1, abs=1e-5)
+        angle = p.getAxisAngleFromQuaternion(p.getDifferenceQuaternion(*turns[:2]))[1]
+        assert min(angle, 2 * math.pi - angle) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_panda_opens_what_the_expert_points_at(tmp_path, capsys):
+    assert main(["--robot", "panda", "--policy", "expert", "--split", "drawer-door", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "a demonstration: no collisions" in said and "Not comparable" in said
+    assert ": success, moved 0." in said and "panda.gif" in said
+    with Image.open(tmp_path / "panda.gif") as gif:
+        assert gif.n_frames > 20 and gif.size == (256, 256)
+        first = np.asarray(gif.convert("RGB")).astype(int)
+        gif.seek(gif.n_frames - 1)
+        assert (np.abs(np.asarray(gif.convert("RGB")) - first).max(-1) > 40).mean() > 0.01  # arm and door moved
+
+
+def test_a_panda_that_reaches_nothing_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(panda, "STAND_M", 3.0)
+    monkeypatch.setattr(panda, "TURNS", 1)
+    flags = ["--robot", "panda", "--policy", "expert", "--split", "val", "--episodes", "1", "--out", str(tmp_path)]
+    assert main(flags) == 2
+    said = capsys.readouterr()
+    assert "the arm cannot reach it" in said.out and "nothing to film" in said.err
+    assert not (tmp_path / "panda.gif").exists()

@@ -232,6 +232,10 @@ def test_in_16_bits_decay_and_skip_stay_float32_and_answers_stay_close(mini, dty
     logits = mini.lm.lm_head(mini.hidden(pictures, tokens))
     assert logits.dtype == dtype and logits.isfinite().all()
     close(logits.float(), full, 3e-2)  # weights are rounded by up to 2^-9 = 2e-3, and errors of some layers add up
+    sums = []
+    mini.lm.backbone.layers[1].register_forward_hook(lambda module, inputs, output: sums.append(output[0].dtype))
+    mini.lm(tokens)
+    assert sums == [torch.float32]  # blocks add to a float32 sum, as in the published models
     steps, states = [], mini.look(pictures)
     for t in range(tokens.shape[1]):
         h, states = mini.lm.backbone.step(mini.lm.backbone.embedding(tokens[:, t]), states)

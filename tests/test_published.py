@@ -65,6 +65,7 @@ def refused(pattern: str, call, *args, **options) -> None:
 @pytest.fixture(scope="module")
 def their_mamba():
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     sizes = dict(hidden_size=40, num_hidden_layers=3, vocab_size=VOCABULARY, state_size=5, conv_kernel=3, expand=2)
     return shake(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, layer_norm_epsilon=2e-5)))
 
@@ -72,6 +73,7 @@ def their_mamba():
 @pytest.fixture(scope="module")
 def their_clip():
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=3)
     text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=20)
     text |= dict(max_position_embeddings=8, bos_token_id=0, eos_token_id=1)
@@ -619,7 +621,7 @@ def test_truncated_files_are_refused(folder):
 
 
 class NothingAllocated(TorchDispatchMode):
-    """Fails when any operation inside makes a tensor of more than a thousand elements that is not on the meta device."""
+    """Fails when an operation inside makes a tensor of more than a thousand elements off the meta device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -712,13 +714,19 @@ def test_all_misfits_are_named_in_one_error(folder, our_clip, tmp_path):
     ):
         assert problem in text
     assert text.count(";") == 4
+    (folder / "model.safetensors").rename(folder / "bad")
+    torch.save(load_file(folder / "bad"), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError) as caught:
+        MambaLM.from_pretrained(folder)
+    tail = lambda text: text.split(": ", 1)[1].replace("torch.int64", "I64")  # noqa: E731
+    assert tail(str(caught.value)) == tail(text)
     towers = load_file(our_clip / "model.safetensors")
     towers["vision_model.more"] = towers.pop("vision_model.pre_layrnorm.weight")
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.json").write_bytes((our_clip / "config.json").read_bytes())
     save_file(towers, tmp_path / "c/model.safetensors")
     refused("missing pre_layrnorm.weight; surplus more", VisionTransformer.from_pretrained, tmp_path / "c")
-    twice = [folder / "model.safetensors"] * 2
+    twice = [folder / "pytorch_model.bin"] * 2
     refused("surprise twice", load_tensors, torch.nn.Linear(2, 2, device="meta"), twice)
 
 

@@ -134,6 +134,34 @@ def test_same_seed_same_pixels_same_motion_in_any_order_and_process(scene):
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("print ")] == first[::2]
 
 
+ENDURANCE = """
+import sys
+from pathlib import Path
+from data import objects
+from data.world import Scene
+scenes, warm, names, scene = int(sys.argv[1]), int(sys.argv[2]), (*objects.SEEN, *objects.UNSEEN), Scene(32)
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+for i in range(scenes):
+    scene.spawn(names[i % len(names)], i)
+    if i % 10 == 0:
+        scene.render()
+    if i == warm:
+        before = megabytes()
+print("print", megabytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_memory_does_not_grow_with_the_number_of_scenes():
+    scenes, warm = 1500, 300  # 10,000 in one process have grown by ENDURANCE_MB; here what 1,200 say of them
+    command = [sys.executable, "-c", ENDURANCE, str(scenes), str(warm)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    grown = next(float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("print "))
+    assert grown * 10_000 / (scenes - warm) < 200, f"{grown:.1f} MB in {scenes - warm} scenes"
+
+
 def test_repeated_actions_do_not_disturb_each_other(scene):
     for _, label in feasible(scene, 4):
         shifts = (0, 2, 5)
@@ -327,7 +355,7 @@ def test_bad_spawns_are_named(scene):
 
 
 def test_contact_sheet(tmp_path):
-    code = f"from data import world; world.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
+    code = f"from data import pictures; pictures.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width >= 2 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 50

@@ -1,0 +1,143 @@
+"""Pictures of the world and of what policies do in it.
+
+draw_strips        what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF
+contact_sheet      `--sheet FILE`: one scene of every category
+affordance_sheet   `--affordance NAMES`: where on a part does a pull work?
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data import objects
+from data.world import BACKGROUND, Scene, View
+
+ZOOM, FRAMES, CAPTION_PX, EVERY = 2, 5, 16, 4  # enlargement; pictures of a strip after the first; a frame every 4 steps
+NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
+ARROW_M = 0.18
+GIF_COLOURS, GIF_MS, GIF_HOLD = 64, 60, 8  # colours; milliseconds a frame; how many the first and last stay
+RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
+
+
+def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Image.Image:
+    """The picture, enlarged, with an arrow of ARROW_M metres along `approach` that ends at `contact` (3,), world."""
+    picture = Image.fromarray(rgb).resize((ZOOM * scene.image_size,) * 2, Image.Resampling.BICUBIC)
+    tail, head = ZOOM * (scene.project(np.array([contact - ARROW_M * approach, contact])) + 0.5)
+    pen = ImageDraw.Draw(picture)
+    pen.line([*tail, *head], fill=colour, width=3)
+    pen.ellipse([*(head - 4), *(head + 4)], outline=colour, width=3)
+    return picture
+
+
+def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
+    """Plays an episode again: [the picture with the prediction, then frames of what happened], and the caption."""
+    scene.spawn(record.get("object", record["category"]), record["seed"]).render()
+    colour = GREEN if record["initial"] else RED
+    if None in (record["u"], record["v"], *record["approach"]):
+        return [Image.fromarray(scene.rgb).resize((ZOOM * scene.image_size,) * 2)], "not a number"
+    approach = scene.camera_rotation.T @ np.array(record["approach"])
+    point = scene.backproject(record["u"], record["v"])
+    if point is None:  # beside the object: drawn at the object's distance
+        f, cx, cy = scene.intrinsics
+        ray = np.array([(record["u"] - cx) / f, (record["v"] - cy) / f, 1.0])
+        point = scene.eye + float(np.median(scene.depth[scene.links != BACKGROUND])) * ray @ scene.camera_rotation
+    frames = [draw_gripper(scene, scene.rgb, point, approach, BLUE)]
+
+    def on_frame(step, contact):
+        if step % EVERY == 0:
+            frames.append(draw_gripper(scene, scene.picture()[0], contact, approach, colour))
+
+    outcome = scene.act(record["u"], record["v"], record["approach"], on_frame=on_frame)
+    unit_of = "rad" if scene.spec.parts[scene.target].joint == "revolute" else "m"
+    done = f"moved {outcome.moved:.2f} {unit_of}" if outcome.initial else f"failed: {outcome.reason}"
+    return frames, f'{record["category"]}: "{record["instruction"]}"  {done}'
+
+
+def choose(records: list[dict], count: int) -> list[dict]:
+    """`count` episodes: two thirds successes, the rest failures (one at least, if there is one), splits in turn."""
+    by_split = {}
+    for record in records:
+        by_split.setdefault(record["split"], []).append(record)
+    mixed = [r for i in range(len(records)) for group in by_split.values() if i < len(group) for r in group[i : i + 1]]
+    good, bad = ([r for r in mixed if r["initial"] == wanted] for wanted in (True, False))
+    good.sort(key=lambda record: not record["long"])
+    bad.sort(key=lambda record: record["reason"] in NOTHING_MOVES)
+    n_bad = min(len(bad), max(1, count // 3, count - len(good)))
+    return [*good[: count - n_bad], *bad[:n_bad]]
+
+
+def save_gif(path: Path, frames: list[Image.Image]) -> None:
+    """A looping GIF of few colours; the first and the last frame stay a while."""
+    few = [frame.quantize(GIF_COLOURS) for frame in [*frames[:1] * GIF_HOLD, *frames[1:], *frames[-1:] * GIF_HOLD]]
+    few[0].save(path, save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
+
+
+def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
+    """OUT/strip_*.png for `count` episodes of the first policy, and OUT/episode.gif of the first of them.
+
+    `scene` is used and closed.
+    """
+    paths, side = [], ZOOM * scene.image_size
+    try:
+        for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
+            frames, caption = play(scene, record)
+            moving = np.unique(np.linspace(1, len(frames) - 1, FRAMES).astype(int)) if len(frames) > 1 else ()
+            shown = [frames[0], *(frames[j] for j in moving)]
+            strip = Image.new("RGB", (max(2, len(shown)) * side, side + CAPTION_PX), "white")
+            for j, frame in enumerate(shown):
+                strip.paste(frame, (j * side, 0))
+            ImageDraw.Draw(strip).text((4, side + 2), caption, fill="black")
+            kind = "success" if record["initial"] else "failure"
+            paths.append(out / f"strip_{i}_{record['split']}_{kind}.png")
+            strip.save(paths[-1], optimize=True)
+            if i == 0:
+                paths.insert(0, out / "episode.gif")
+                save_gif(paths[0], [frames[0], *frames[1::2]])
+    finally:
+        scene.close()
+    return paths
+
+
+def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7):
+    """Draws one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
+    view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
+    names = names or [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET]
+    scene = Scene(image_size=192, view=view)
+    S, caption = scene.image_size, 14
+    sheet = Image.new("RGB", (columns * S, -(-len(names) // columns) * (S + caption)), "white")
+    for i, name in enumerate(names):
+        x, y = i % columns * S, i // columns * (S + caption)
+        sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
+        kind = " (unseen)" if name in objects.UNSEEN else " (spare)" if name in objects.SPARE else ""
+        ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
+    scene.close()
+    sheet.save(path)
+
+
+def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4):
+    """Where on a part does a pull work? Above the pictures of `names`, below how far a pull gets at each pixel.
+
+    Every 4th pixel of the target is tried with the TRUE direction of motion there. Red: nothing moved; yellow: half of
+    the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
+    """
+    scene, caption = Scene(image_size), 14
+    sheet = Image.new("RGB", (len(names) * image_size, 2 * image_size + caption), "white")
+    for i, name in enumerate(names):
+        rgb = scene.spawn(name, seed).render()
+        part, faded = scene.links == scene.target, rgb // 2 + 96
+        heat = faded.copy()
+        for row, column in np.argwhere(part):
+            if row % every == 0 and column % every == 0:
+                approach, moved = scene.true_approach(scene.backproject(column, row), scene.target), 0.0
+                if approach is not None:
+                    moved = scene.act(column, row, approach).moved
+                share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
+                colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
+                heat[row : row + every, column : column + every] = colour
+        for k, picture in enumerate((rgb, np.where(part[..., None], heat, faded))):
+            sheet.paste(Image.fromarray(picture), (i * image_size, k * image_size))
+        text = f"{name}: {scene.spec.parts[scene.target].label}"
+        ImageDraw.Draw(sheet).text((i * image_size + 3, 2 * image_size + 1), text, fill="black")
+    scene.close()
+    sheet.save(path)

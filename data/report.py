@@ -1,0 +1,143 @@
+"""What sim_eval.py prints and writes about a run: tables in Markdown, results.json.
+
+report(results)       the main table: policies side by side, what the sentence is worth, what was skipped
+details(results)      how the episodes ended, per split
+categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
+"""
+
+import json
+from pathlib import Path
+
+from data.run import write_text
+
+PAPER = Path(__file__).with_name("paper_table2.json")
+THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
+CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
+
+
+def percent(rate: dict) -> str:
+    return f"{rate['k']}/{rate['n']} {rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
+
+
+def report(results: dict) -> str:
+    """The main table in Markdown: policies side by side; what a prediction costs and what the sentence is worth."""
+    splits, policies = list(results["splits"]), results["policies"]
+    lines = ["**Partial result: the run was stopped.**", ""] if results["partial"] else []
+    head = [f"{split} {text}" for split in splits for text in (">= 0.01", ">= 0.1", "category mean", "px / deg off")]
+    lines += row("policy", *head) + row(*["---"] * (len(head) + 1))
+    for name, policy in policies.items():
+        cells = []
+        for summary in policy["splits"].values():
+            mean, errors = summary["category_mean"], (summary["pixel_error"], summary["approach_error_deg"])
+            cells += [
+                percent(summary["initial"]),
+                percent(summary["long"]),
+                f"{mean['initial']:.2f} / {mean['long']:.2f}",
+            ]
+            cells.append("" if None in errors else f"{errors[0]:.1f} / {errors[1]:.0f}")
+        lines += row(name, *cells)
+    unconditioned = [cell for split in splits for cell in (percent(results["expert_unconditioned"][split]), "", "", "")]
+    lines += row("expert, unconditioned", *unconditioned)
+    lines += [
+        "",
+        "k/n, rate, [95 % Wilson interval]. Moved >= 0.01 and >= 0.1 rad or m. Medians of the distance to the",
+    ]
+    lines += ["expert's contact. Scenes are those that the expert solves; its last row counts all that were tried.", ""]
+    for name, policy in policies.items():
+        if policy.get("predict_ms") is not None:
+            lines += [f"{name}: {policy['predict_ms']:.1f} ms a prediction (median, batch 1, one thread).", ""]
+        said = policy.get("language")
+        if said and said["nearest"]["n"]:
+            right, wrong = (percent(said[key]["initial"]) for key in ("right_sentence", "wrong_sentence"))
+            lines += [
+                f"{name}, scenes with several parts: nearest to the named part {percent(said['nearest'])}, chance"
+            ]
+            lines += [
+                f"{said['chance']:.2f}; >= 0.01 with the right sentence {right}, with another part's {wrong}.",
+                "",
+            ]
+        for split, summary in policy["splits"].items():
+            if "closed_loop" in summary:
+                again = summary["closed_loop"]
+                lines += [
+                    f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each): >= 0.01 "
+                    f"{percent(again['initial'])}, >= 0.1 {percent(again['long'])},",
+                    f"median motion {again['moved']:.2f}; open loop, same scenes: {percent(again['open']['initial'])}, "
+                    f"{percent(again['open']['long'])}, {again['open']['moved']:.2f}.",
+                    "",
+                ]
+    return "\n".join(lines + skips(results["skipped"]))
+
+
+def skips(skipped: dict) -> list[str]:
+    """What was left out, by name and with counts: broken objects of the user, scenes that the expert cannot solve."""
+    lines = []
+    if skipped["objects"]:
+        lines += [f"Skipped {len(skipped['objects'])} objects:", ""]
+        lines += [*(f"* {name}: {reason}" for name, reason in skipped["objects"].items()), ""]
+    for key, what in (
+        ("infeasible", "Scenes passed over because the expert found no contact, and another was taken"),
+        ("given_up", "Episodes left out because no scene of theirs could be solved"),
+    ):
+        counts = skipped[key]
+        if counts:
+            named = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+            lines += [f"{what}: {sum(counts.values())} ({named}).", ""]
+    return lines
+
+
+def details(results: dict) -> str:
+    """Per split: how the episodes ended."""
+    policies, lines = results["policies"], []
+    for split in results["splits"]:
+        counts = {name: policy["splits"][split]["reasons"] for name, policy in policies.items()}
+        reasons = list(dict.fromkeys(reason for count in counts.values() for reason in count))
+        lines += row(f"{split}: why", *reasons) + row(*["---"] * (len(reasons) + 1))
+        for name, count in counts.items():
+            lines += row(name, *(count.get(reason, 0) for reason in reasons))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def categories(results: dict) -> str:
+    """Per category: ours (>= 0.01 / >= 0.1) beside what RoboMamba's Table 2 prints for RoboMamba and ManipLLM."""
+    policies, paper = results["policies"], json.loads(PAPER.read_text())
+    lines = [
+        "Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,",
+        "other objects, another gripper. Their columns are for orientation; the numbers must not be compared.**",
+        f"Theirs: {paper['source']} ({paper['setting']}).",
+        "",
+    ]
+    for split in results["splits"]:
+        theirs = paper["categories"] if split in CATALOGUE_SPLITS else {}
+        columns = THEIRS if theirs else ()
+        lines += row(split, "n", *policies, *(f"{name} (theirs)" for name in columns))
+        lines += row(*["---"] * (len(policies) + 2 + len(columns)))
+        groups = [policy["splits"][split]["categories"] for policy in policies.values()]
+        names = list(dict.fromkeys(name for group in groups for name in group))
+        for name in names:
+            ours = [f"{g[name]['initial']:.2f} / {g[name]['long']:.2f}" if name in g else "" for g in groups]
+            cells = [f"{theirs[name][column]:.2f}" for column in columns]
+            lines += row(name, max(group[name]["n"] for group in groups if name in group), *ours, *cells)
+        means = [policy["splits"][split]["category_mean"] for policy in policies.values()]
+        cells = [f"{sum(theirs[name][column] for name in names) / max(1, len(names)):.2f}" for column in columns]
+        lines += row("mean", "", *(f"{mean['initial']:.2f} / {mean['long']:.2f}" for mean in means), *cells)
+        printed = paper["printed_average"].get(split, {}) if results["split"] in ("both", split) else {}
+        if printed:
+            lines += row("the average they print", "", *[""] * len(policies), *(f"{printed[c]:.2f}" for c in columns))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def row(*cells) -> list[str]:
+    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
+
+
+def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
+    """OUT/{stem}.json, one line an episode, OUT/{table_stem}.md, and categories.md beside results.json."""
+    lines = ",\n".join("  " + json.dumps(record) for record in results["episodes"])
+    text = json.dumps(results | {"episodes": []}, indent=1)
+    write_text(out / f"{stem}.json", text.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n")
+    write_text(out / f"{table_stem}.md", report(results) + "\n" + details(results))
+    if stem == "results":
+        write_text(out / "categories.md", categories(results))
