@@ -113,9 +113,7 @@ class EvalConfig:
     random_checkpoint: str = ""  # folder of `random-backbone`: a backbone left as initialised, with a trained head
     blind_table: str = "data/pretrained/blind_table.json"  # what `mean-action` and `blind` know
     split: str = ""  # seen | unseen | both | val | drawer-door; both if not given; val for --physics-table
-    objects: str = (
-        ""  # folder of objects of your own, in PartNet-Mobility's layout: one more split, alone if no --split
-    )
+    objects: str = ""  # folder of your own objects (PartNet-Mobility's layout): one more split, alone without --split
     episodes: int = 100  # scenes per split, categories in turn
     seed: int = 0  # another seed, other scenes
     workers: int = 2  # processes
@@ -148,13 +146,14 @@ class Job:
         return self.first_seed + zlib.crc32(f"{self.category}/{self.round}/{attempt}/{self.seed}".encode()) % SEED_SPAN
 
 
-def splits_of(cfg: EvalConfig) -> tuple[dict, dict[str, str]]:
-    """{split: (names, first seed)} of a run, as in SPLITS; and the user's objects that cannot be used: {name: why}."""
-    groups, skipped = dict(SPLITS[cfg.split]) if cfg.split else {}, {}
+def splits_of(cfg: EvalConfig) -> tuple[dict, dict[str, str], dict[str, int]]:
+    """{split: (names, first seed)} of a run, as in SPLITS; the user's objects that cannot be used, {name: why}; and
+    their joints that are held fixed, {name: count}."""
+    groups, broken, held = dict(SPLITS[cfg.split]) if cfg.split else {}, {}, {}
     if cfg.objects:
-        names, skipped = find_objects(cfg.objects)
+        names, broken, held = find_objects(cfg.objects)
         groups["objects"] = (tuple(names), USER)
-    return groups, skipped
+    return groups, broken, held
 
 
 def make_jobs(cfg: EvalConfig, groups: dict | None = None) -> list[Job]:
@@ -386,9 +385,12 @@ def progress(done: int, total: int, start: float) -> None:
         print(line, flush=True)
 
 
-def evaluate(cfg: EvalConfig, command: str = "") -> dict:
-    """Runs every policy on every scene and returns what goes into results.json; "partial": true after Ctrl-C."""
-    groups, broken = splits_of(cfg)
+def evaluate(cfg: EvalConfig, command: str = "", found: tuple | None = None) -> dict:
+    """Runs every policy on every scene and returns what goes into results.json; "partial": true after Ctrl-C.
+
+    found: what splits_of(cfg) says, where it was asked already.
+    """
+    groups, broken, held = found or splits_of(cfg)
     for name, why in broken.items():
         print(f"skipped {name}: {why}", file=sys.stderr)
     jobs, answers, start, partial = make_jobs(cfg, groups), {}, time.monotonic(), False
@@ -436,7 +438,7 @@ def evaluate(cfg: EvalConfig, command: str = "") -> dict:
         "seed": cfg.seed,
         "partial": partial,
         "expert_unconditioned": feasible,
-        "skipped": skipped(done, broken),
+        "skipped": skipped(done, broken) | {"held_joints": held},
         **{key: policies[first][key] for key in ("splits", "language") if key in policies[first]},
         "policies": policies,
         "episodes": episodes,
@@ -558,13 +560,14 @@ def show_dialogue(cfg: EvalConfig, out: Path) -> None:
         bench.close()
 
 
-def show_panda(cfg: EvalConfig, out: Path) -> int:
+def show_panda(cfg: EvalConfig, out: Path, groups: dict) -> int:
     """One episode of the first policy with the Franka arm (data/panda.py has the conditions); writes OUT/panda.gif."""
     bench, path = Bench(dataclasses.replace(cfg, policy=cfg.policy.split(",")[0])), out / "panda.gif"
     (name, policy), *_ = bench.policies.items()
     print(panda.CONDITIONS)
     try:
-        for job in make_jobs(cfg, splits_of(cfg)[0]):
+        path.unlink(missing_ok=True)
+        for job in make_jobs(cfg, groups):
             if not bench.find(job)[1]:
                 continue
             scene, part = bench.scene, bench.scene.target
@@ -632,18 +635,17 @@ def run(cfg: EvalConfig, command: str) -> int:
         cfg = dataclasses.replace(cfg, policy=PHYSICS_POLICIES)
     check(cfg)
     size = 0 if cfg.affordance else Bench(cfg).image_size  # a bad policy or checkpoint is named here
-    if cfg.objects:
-        find_objects(cfg.objects)  # and here a folder without any usable object
+    found = splits_of(cfg)  # and here a folder without any usable object
     make_folder(out)
     if cfg.affordance:
         affordance_sheet(str(out / "affordance.png"), cfg.affordance.split(","), SEEN + cfg.seed)
         print(out / "affordance.png")
         return 0
     if cfg.robot:
-        return show_panda(cfg, out)
+        return show_panda(cfg, out, found[0])
     if cfg.demo:
         show_dialogue(cfg, out)
-    results = evaluate(cfg, command)
+    results = evaluate(cfg, command, found)
     names = ("physics", "physics") if cfg.physics_table else ("results", "table")
     write_results(out, results, *names)
     print(f"\n{report(results)}\n")

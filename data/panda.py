@@ -19,7 +19,6 @@ hand's way, 1/240 s a step. Reaching and opening are reported, whatever they are
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,10 @@ from data.partnet import roll_pitch_yaw
 from data.pictures import save_gif
 from data.world import INITIAL, Scene, p, unit
 
-TIP, ARM_JOINTS, FINGERS = 11, tuple(range(7)), (9, 10)  # link between the fingertips; joint numbers in panda.urdf
+TIP, ARM_JOINTS = 11, tuple(range(7))  # in panda.urdf: the link between the fingertips; the joints of the arm
 HOME = (0.0, -0.4, 0.0, -2.0, 0.0, 1.6, 0.8)  # radians: where inverse kinematics starts from
 STAND_M, STAND_DEG, BELOW_M = 0.55, (0.0, 40.0, -40.0), (0.35, 0.0)  # from the contact: distance, to the side, below
+FROM_ABOVE = 0.3  # an approach that is less level than this: the arm stands on the camera's side
 TURNS = 8  # of the hand about the approach direction
 CLEAR_M, APPROACH_STEPS = 0.10, 120  # the hand comes from so far, in so many steps
 NEAR_M, NEAR_RAD = 0.005, math.radians(5)  # inverse kinematics has solved a pose when it is this near
@@ -40,26 +40,13 @@ SOLVER = {"maxNumIterations": 200, "residualThreshold": 1e-6}
 STEP_M, RAMP_STEPS = 0.18 / 216, 24  # speed of the stroke, a step; it starts gently
 FEEL_FROM_M, FEEL_STEPS = 0.005, 12  # after so much way the hand follows the motion of so many last steps
 BREAK_N, BREAK_STEPS, HOLD_N = 51.0, 12, 200.0  # the suction; what the ball joint can carry along one axis
-DRIVE_NM, DRIVE_GAIN = 200.0, 0.2
+DRIVE_NM, DRIVE_GAIN = 200.0, 0.2  # torque of a joint; share of its error that a step takes away
 FRAME_EVERY, FILM_PX, FILM_DISTANCE, FILM_SIDE_DEG = 8, 256, 2.8, 35.0
 CONDITIONS = (
     "Panda, a demonstration: no collisions between arm and object, the arm placed where it reaches, no gravity, "
     f"suction as a ball joint that breaks above {BREAK_N:.0f} N, the hand follows the part's way. Not comparable with "
     "the scored episodes."
 )
-
-
-@dataclass
-class Reach:
-    """How the arm can do it: where it stands and how it holds its hand."""
-
-    base: np.ndarray  # (3,) metres
-    yaw: float  # radians, about z
-    pose: tuple  # of the hand: quaternion (x, y, z, w), world
-
-
-def load_arm() -> int:
-    return p.loadURDF(str(Path(pybullet_data.getDataPath()) / "franka_panda" / "panda.urdf"), useFixedBase=True)
 
 
 def put(arm: int, joints) -> None:
@@ -88,12 +75,14 @@ def hand_pose(approach: np.ndarray, turn: float) -> tuple:
     return p.getQuaternionFromEuler(roll_pitch_yaw(axes))
 
 
-def find_reach(arm: int, scene: Scene, point: np.ndarray, approach: np.ndarray, travel: np.ndarray) -> Reach | None:
-    """The first place and turn from which the arm reaches the contact, the way to it, and the end of the stroke."""
+def find_reach(arm: int, scene: Scene, point: np.ndarray, approach: np.ndarray, travel: np.ndarray) -> tuple | None:
+    """Stands the arm where it reaches the contact, the way to it and the end of the stroke; returns the hand's pose.
+
+    That is a quaternion (x, y, z, w), world; None when there is no such place among those tried.
+    """
     ends = (point - CLEAR_M * approach, point, point + scene.physics.stroke_m * travel)
-    outwards = (
-        -approach if np.linalg.norm(approach[:2]) > 0.3 else scene.eye - point
-    )  # from above: on the camera's side
+    from_above = np.linalg.norm(approach[:2]) < FROM_ABOVE
+    outwards = scene.eye - point if from_above else -approach
     azimuth = math.atan2(outwards[1], outwards[0])
     for below in BELOW_M:
         for side in np.radians(STAND_DEG):
@@ -104,7 +93,7 @@ def find_reach(arm: int, scene: Scene, point: np.ndarray, approach: np.ndarray, 
                 pose = hand_pose(approach, turn * 2 * math.pi / TURNS)
                 put(arm, HOME)
                 if all(solve(arm, end, pose) for end in ends):
-                    return Reach(base, yaw, pose)
+                    return pose
     return None
 
 
@@ -134,9 +123,9 @@ def play(scene: Scene, action: tuple, path: Path) -> dict | None:
     if reason:
         return {"moved": 0.0, "opened": False, "reason": reason}
     travel = approach if push else -approach
-    arm = load_arm()
-    reach = find_reach(arm, scene, point, approach, travel)
-    if reach is None:
+    arm = p.loadURDF(str(Path(pybullet_data.getDataPath()) / "franka_panda" / "panda.urdf"), useFixedBase=True)
+    pose = find_reach(arm, scene, point, approach, travel)
+    if pose is None:
         p.removeBody(arm)
         return None
     for own in range(-1, p.getNumJoints(arm)):
@@ -150,14 +139,14 @@ def play(scene: Scene, action: tuple, path: Path) -> dict | None:
 
     def step(goal):
         nonlocal steps
-        drive(arm, goal, reach.pose)
+        drive(arm, goal, pose)
         if steps % FRAME_EVERY == 0:
             frames.append(Image.fromarray(scene.picture()[0]))
         p.stepSimulation()
         steps += 1
 
     put(arm, HOME)
-    solve(arm, point - CLEAR_M * approach, reach.pose)
+    solve(arm, point - CLEAR_M * approach, pose)
     for k in range(APPROACH_STEPS):
         step(point - CLEAR_M * (1 - (k + 1) / APPROACH_STEPS) * approach)
     joint = suck(arm, scene.body, link, point)

@@ -67,6 +67,7 @@ class UserObject:
 
     spec: ObjectSpec
     meshes: list[list[Mesh]]
+    held: int = 0  # joints that could move but are fixed, because what carries them moves
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -90,7 +91,8 @@ def read_obj(path: Path) -> np.ndarray:
                 indices = [[int(index) if index else None for index in corner.split("/")] for corner in rest]
                 if any(corner[0] is None or len(corner) > 3 for corner in indices):
                     raise ValueError("a corner is v, v/vt, v//vn or v/vt/vn")
-                corners += [(number, corner, dict(counts)) for corner in indices]
+                so_far = dict(counts)
+                corners += [(number, corner, so_far) for corner in indices]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     for number, corner, so_far in corners:
@@ -185,7 +187,7 @@ def read_object(folder: Path) -> UserObject:
     # From the root outwards: the pose of every link at joint value 0, and which part it belongs to (-1: the base).
     pose, owner, owned = {roots[0]: np.eye(4)}, {roots[0]: -1}, [[roots[0]]]
     pose[roots[0]][:3, :3] = TURN
-    movable, queue = [], [*roots]
+    movable, held, queue = [], 0, [*roots]
     while queue:
         parent = queue.pop(0)
         for child in children[parent]:
@@ -200,6 +202,8 @@ def read_object(folder: Path) -> UserObject:
                     raise ValueError(f"{where}: the axis has no length")
                 movable.append((joint.get("type"), pose[child][:3, 3], axis / np.linalg.norm(axis), limits))
                 owned.append([])
+            elif limits:
+                held += 1
             owned[1 + owner[child]].append(child)
             queue.append(child)
     if len(pose) < len(links):
@@ -215,7 +219,9 @@ def read_object(folder: Path) -> UserObject:
         next((names[name] for name in group if name in names), _kind(joint[0], joint[2]))
         for group, joint in zip(owned, movable, strict=True)
     ]
-    return _fit(category, movable, kinds, meshes, path)
+    thing = _fit(category, movable, kinds, meshes, path)
+    thing.held = held
+    return thing
 
 
 def _limits(joint, where: str) -> tuple[float, float] | None:
@@ -351,26 +357,29 @@ def roll_pitch_yaw(m: np.ndarray) -> tuple[float, float, float]:
 # --------------------------------------------------------------------------------------------------------------- world
 
 
-def find_objects(directory: str) -> tuple[list[str], dict[str, str]]:
-    """Names for ObjectScene.spawn of what can be used in `directory`; and {folder: what is wrong} of the rest.
+def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, int]]:
+    """Names for ObjectScene.spawn of what can be used in `directory`; {folder: what is wrong} of the rest; and
+    {name: how many of its joints are held fixed} of those that have such joints.
 
     `directory` holds one folder an object, or is itself the folder of one. Raises: ValueError when nothing is usable.
     """
-    top, good, bad = Path(directory), [], {}
+    top, good, bad, held = Path(directory), [], {}, {}
     try:
         folders = [top] if (top / "mobility.urdf").exists() else sorted(d for d in top.iterdir() if d.is_dir())
     except OSError as error:
         raise ValueError(f"--objects {directory}: {error.strerror}") from None
     for folder in folders:
         try:
-            read_object(folder)
+            thing = read_object(folder)
             good.append(PREFIX + folder.name)
+            if thing.held:
+                held[good[-1]] = thing.held
         except ValueError as error:
             bad[folder.name] = str(error)
     if not good:
         why = "; ".join(bad.values()) or "it has no folders"
         raise ValueError(f"--objects {directory}: none of {len(folders)} objects can be used: {why}")
-    return good, bad
+    return good, bad, held
 
 
 class ObjectScene(Scene):

@@ -1,8 +1,10 @@
 """What sim_eval.py prints and writes about a run: tables in Markdown, results.json.
 
-report(results)       the main table: policies side by side, what the sentence is worth, what was skipped
-details(results)      how the episodes ended, per split
-categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
+    report(results)       the main table: policies side by side, what the sentence is worth, what was skipped
+    details(results)      how the episodes ended, per split
+    categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
+
+Each takes what sim_eval.evaluate returns and gives text.
 """
 
 import json
@@ -76,6 +78,7 @@ def skips(skipped: dict) -> list[str]:
         lines += [f"Skipped {len(skipped['objects'])} objects:", ""]
         lines += [*(f"* {name}: {reason}" for name, reason in skipped["objects"].items()), ""]
     for key, what in (
+        ("held_joints", "Joints held fixed because they sit on a part that moves itself"),
         ("infeasible", "Scenes passed over because the expert found no contact, and another was taken"),
         ("given_up", "Episodes left out because no scene of theirs could be solved"),
     ):

@@ -122,6 +122,7 @@ def test_the_cabinet_is_read_in_the_worlds_terms(library):
     assert drawer.axis == pytest.approx((1, 0, 0)) and drawer.upper == pytest.approx(0.5 * size)
     assert door.axis == pytest.approx((0, 0, 1)) and door.upper == 1.5 and door.start == 0
     assert door.origin[1] == pytest.approx(0.55 * size)  # on the right, as +y is for somebody in front
+    assert thing.held == 1  # the knob
     assert [len(group) for group in thing.meshes] == [1, 3, 1]  # body; door, its grip and its knob; drawer
     middle = np.mean([mesh.points.mean(0) for mesh in thing.meshes[2]], 0)
     assert middle[0] > 0.2 and middle[2] > 0.1  # the drawer is in front, above
@@ -213,6 +214,8 @@ def test_objects_are_a_split_and_broken_ones_are_named_and_counted(library, tmp_
     assert list(results["splits"]["objects"]["categories"]) == ["StorageFurniture"]
     assert set(results["skipped"]["objects"]) == {"2", "3"} and "not XML" in results["skipped"]["objects"]["2"]
     assert all(r["object"] == "objects/1" and 40_000_000 <= r["seed"] < 50_000_000 for r in results["episodes"])
+    assert results["skipped"]["held_joints"] == {"objects/1": 1}
+    assert "Joints held fixed" in said.out and "(objects/1 1)" in said.out
     assert "skipped 2: " in said.err and "Skipped 2 objects" in said.out
     assert "(theirs)" not in (tmp_path / "out" / "categories.md").read_text()  # not their objects
     assert len([*(tmp_path / "out").glob("strip_*.png")]) == 1

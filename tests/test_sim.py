@@ -155,7 +155,7 @@ print("print", megabytes() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_memory_does_not_grow_with_the_number_of_scenes():
-    scenes, warm = 1500, 300  # 10,000 in one process have grown by ENDURANCE_MB; here what 1,200 say of them
+    scenes, warm = 1500, 300  # the first ones fill caches; what the other 1,200 add says what 10,000 would
     command = [sys.executable, "-c", ENDURANCE, str(scenes), str(warm)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     grown = next(float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("print "))
