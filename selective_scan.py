@@ -20,7 +20,7 @@ Symbols, for all files of this project
     D         (E,)       skip connection (only as the argument D; the width is never passed around here)
     state, h  (B, E, N)  everything remembered of the tokens so far
 A name such as `decay_BEN` lists its axes. Working buffers are (T, b, N, E): time first makes a step one contiguous
-block, E last makes every inner loop hundreds of floats long. With N last, 8 or 16 long, products take 6 times as long.
+block, E last makes every inner loop hundreds of floats long. With N last, 8 or 16 long, products take 5 times as long.
 
 From the continuous equation to the loop
  1. One channel, one state, in continuous time (Eq. 1):           h'(t) = A h(t) + B u(t),   y(t) = C h(t)
@@ -30,7 +30,7 @@ From the continuous equation to the loop
         h_t = exp(dt A) h_{t-1} + dt B u_t,     y_t = C h_t + D u_t                                (Eq. 2, Algorithm 2)
     The ratio exact / Euler is 0.995 at dt = 0.01, A = -1, but 0.50 at dt = 0.1, A = -16. It is only a factor on B,
     which is learned, so training absorbs it; but weights trained with one rule do not run with the other.
- 4. dt is a gate made from the token: dt -> 0 ignores it and keeps the state, a large dt forgets the past for it.
+ 4. dt is a gate made from the token (3.5): dt -> 0 ignores it and keeps the state, a large dt forgets the past for it.
 
 Four tokens by hand (E = N = 1, A = -1, B = 1, D = 0, start at 0)
      t    u      dt = ln   exp(dt A)   dt B u      h          C     y
@@ -133,7 +133,7 @@ def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None, compile=Fals
     """The fast form (see "The chunked form" above). Same contract as `selective_scan`.
 
     compile: build the inner loops of full chunks with torch.compile, in float32 and where a step is large enough to
-        gain by it. On a CPU this needs a C++ compiler and half a minute for each new set of shapes.
+        gain by it. On a CPU this needs a C++ compiler and half a minute for each new set of shapes, and gains little.
     Raises: RuntimeError where gradients of gradients are asked for (create_graph=True); `scan_reference` gives them.
     """
     if chunk is not None and chunk < 1:
