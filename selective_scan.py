@@ -468,6 +468,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="write the numbers to this JSON file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's notes out of the tables
     seconds, longest = (0.2, 1024) if args.quick else (1.0, 16384)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     methods = {"chunked": scan_chunked, "reference": scan_reference}
@@ -481,7 +482,8 @@ def main():
         with open("/proc/cpuinfo") as file:
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OMP_")]
+    result = {"command": " ".join([*settings, "python", *sys.argv]), "versions": versions, "hardware": hardware}
     print(hardware, versions, "float32; times are medians; peak_mib: tensors made by forward + backward", sep="\n")
     shapes = [(2, 128, 256, 16)] if args.quick else SHAPES + TRAINING_SHAPES
     result["shapes"] = [_ladder(shape, methods, seconds) for shape in shapes]

@@ -144,3 +144,18 @@ def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
     write_text(out / f"{table_stem}.md", report(results) + "\n" + details(results))
     if stem == "results":
         write_text(out / "categories.md", categories(results))
+
+
+def scan_table(results: dict) -> str:
+    """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, and peak extra memory."""
+    lines = row(
+        "(B, L, E, N)", "chunked", "loop (definition)", "compile=True", "mambapy", "faster than mambapy", "memory"
+    )
+    lines += row(*["---"] * 7)
+    for shape in results["shapes"]:
+        m = {method["method"]: method for method in shape["methods"]}
+        chunked, theirs = m["chunked"], m["mambapy"]
+        times = [f"{m[name]['train_ms']:.0f} ms" for name in ("chunked", "reference", "compile=True", "mambapy")]
+        memory = f"{chunked['peak_mib']:.0f} against {theirs['peak_mib']:.0f} MiB"
+        lines += row(tuple(shape["shape"]), *times, f"{theirs['train_ms'] / chunked['train_ms']:.1f}x", memory)
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sim_eval
+from data import report
 from data.questions import contact_question
 from robomamba import RoboMamba, count
 
@@ -56,7 +57,7 @@ def test_make_targets_that_are_quoted_exist():
 
 def test_results_table_is_the_one_of_the_committed_results():
     results = json.loads((TINY / "results.json").read_text())
-    assert sim_eval.report(results).strip() in README
+    assert report.report(results).strip() in README
     assert all(p["splits"][s]["n"] >= 300 for p in results["policies"].values() for s in ("seen", "unseen"))
 
 
@@ -70,6 +71,10 @@ def test_minutes_of_training_are_those_of_the_committed_metrics():
     for stage, value in seconds.items():
         (minutes,) = re.findall(rf"^\| {stage} \|.*?\| ([\d.]+) min \|", README, re.M)
         assert abs(float(minutes) - value / 60) <= 0.051, stage
+
+
+def test_scan_table_is_the_one_of_the_committed_benchmark():
+    assert report.scan_table(json.loads((ROOT / "data/results/scan.json").read_text())).strip() in README
 
 
 # ---- the shipped checkpoint
