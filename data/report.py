@@ -147,7 +147,7 @@ def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
 
 
 def scan_table(results: dict) -> str:
-    """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, and peak extra memory."""
+    """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, peak extra memory."""
     lines = row(
         "(B, L, E, N)", "chunked", "loop (definition)", "compile=True", "mambapy", "faster than mambapy", "memory"
     )

@@ -229,6 +229,16 @@ def test_the_expert_opens_things_and_bad_actions_do_not(scene):
     assert np.mean(result["tilted 60"]) < 0.1 and not any(result["reversed"])
 
 
+@pytest.mark.parametrize("category", [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET])
+def test_the_expert_opens_at_least_18_of_20_instances_of_every_category(scene, category):
+    solved = 0
+    for i in range(20):
+        scene.spawn(category, 6_000_000 + i).render()
+        label = scene.expert(np.random.default_rng(i))
+        solved += label is not None and scene.act(label.u, label.v, label.approach).initial
+    assert solved >= 18
+
+
 def test_labels_survive_small_errors_and_do_not_depend_on_luck(scene):
     survived, same = [], []
     for rng, label in feasible(scene, 14):
