@@ -54,7 +54,7 @@ ship:
 # The results table: 550 + 550 test scenes, about ten minutes. The random backbone is the floor of what training brings.
 evaluate: .venv/ready
 	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
-	$(PY) sim_eval.py --policy model,random-backbone,blind,mean-action,part-pixel-normal,random-normal,random,expert \
+	$(PY) sim_eval.py --policy model,model-text,random-backbone,blind,mean-action,part-pixel-normal,random-normal,random,expert \
 	  --checkpoint $(TINY) --random-checkpoint $(OUT)/random --split both --episodes 550 --workers 2 --strips 8 --out $(OUT)/eval
 	cp $(OUT)/eval/results.json $(TINY)/results.json
 

@@ -103,7 +103,8 @@ PHYSICS_POLICIES = (
     "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel,"
     "direction-10,direction-20,direction-30,direction-45,direction-60,pixel-2,pixel-4,pixel-8,pixel-16"
 )
-CHECKPOINTS = {"model": "checkpoint", "random-backbone": "random_checkpoint"}  # policy -> field of EvalConfig
+# policy -> field of EvalConfig; model-text is the same model, its action spelled out in words
+CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "random-backbone": "random_checkpoint"}
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Bench:
                 if not Path(folder).is_dir() or not folder:
                     flag = "--" + CHECKPOINTS[name].replace("_", "-")
                     raise ValueError(f"{flag} {folder or '(not given)'}: no such folder; the policy {name} needs it")
-                self.policies[name], sizes[folder] = model_policy(folder)
+                self.policies[name], sizes[folder] = model_policy(folder, as_text=name == "model-text")
             elif name in ("blind", "mean-action"):
                 self.policies[name] = blind_policy(read_blind_table(cfg.blind_table), mean=name == "mean-action")
             elif name in SCRIPTED:

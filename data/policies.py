@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.questions import contact_question, parse_contact
 from data.run import write_text
 from data.world import BACKGROUND, Label, Scene, tilt, unit
 
@@ -75,7 +76,8 @@ SCRIPTED = {
     "hinge-pixel": hinge_pixel,
 }
 LABELLED = re.compile(r"expert|expert-jittered|direction-\d+|pixel-\d+")  # the expert's contact, made worse
-NAMED = ("model", "random-backbone", "blind", "mean-action", "expert")
+CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
+NAMED = ("model", "model-text", "random-backbone", "blind", "mean-action", "expert")
 POLICY_HELP = ", ".join((*NAMED, *SCRIPTED, "expert-jittered, direction-DEGREES, pixel-PIXELS"))
 
 
@@ -91,8 +93,12 @@ def disturbed(name: str, label: Label, scale: float, rng: np.random.Generator):
     return u, v, tilt(approach, math.radians(int(size)), rng) if kind == "direction" else approach
 
 
-def model_policy(folder: str):
-    """RoboMamba from a checkpoint folder, on one thread; returns (policy, image size)."""
+def model_policy(folder: str, as_text: bool = False):
+    """RoboMamba from a checkpoint folder, on one thread; returns (policy, image size).
+
+    as_text: spell the action out token by token, as ManipLLM and other language models do, and read the numbers back,
+        instead of one forward pass and the policy head. Text that is no contact counts as a failure.
+    """
     import torch  # here and in the next line: policies without a model start in half a second
 
     from robomamba import RoboMamba
@@ -102,11 +108,16 @@ def model_policy(folder: str):
     S = model.config.vision.image_size
     model.predict_action(np.zeros((S, S, 3), np.uint8), "open the door")  # the first call is slower; keep it untimed
 
-    def policy(scene, instruction, part, rng):
+    def with_head(scene, instruction, part, rng):
         action = model.predict_action(scene.rgb, instruction)
         return action.u, action.v, action.approach
 
-    return policy, S
+    def with_text(scene, instruction, part, rng):
+        text = model.generate(scene.rgb, contact_question(instruction), max_new_tokens=CONTACT_TOKENS)
+        u, v, approach = parse_contact(text) or (math.nan, math.nan, np.full(3, math.nan))
+        return u * S, v * S, approach
+
+    return with_text if as_text else with_head, S
 
 
 # ---------------------------------------------------------------------------------------------------- the blind table

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import sim_eval  # noqa: E402
 from data import objects, panda, pictures  # noqa: E402
+from data.policies import model_policy  # noqa: E402
 from data.run import start_worker  # noqa: E402
 from data.world import p, unit  # noqa: E402
 from robomamba import RoboMamba  # noqa: E402
@@ -330,6 +331,21 @@ def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was()
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
+def test_an_action_spelled_out_is_read_back_and_babble_is_a_failure(checkpoints, monkeypatch):
+    policy, S = model_policy(str(checkpoints["a"]), as_text=True)
+    scene = Scene(64)
+    try:
+        scene.spawn("Door", 1).render()
+        monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "50 25 49 49 99")
+        u, v, approach = policy(scene, "open the door", 0, None)
+        assert (u / S, v / S) == pytest.approx((0.505, 0.255)) and approach[2] > 0.99
+        monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "I do not know")
+        u, v, approach = policy(scene, "open the door", 0, None)
+        assert scene.act(u, v, approach).reason == "not a number"
+    finally:
+        scene.close()
+
+
 def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
     flags = (
         "--policy",
