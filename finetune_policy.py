@@ -1,15 +1,12 @@
-"""Stage 2: a policy head of about 0.1 % of the parameters learns to manipulate; everything else stays frozen, bit for
-bit.
+"""Stage 2: a policy head of about 0.1 % of the parameters learns to manipulate; the rest stays frozen, bit for bit.
 
-    python finetune_policy.py --checkpoint runs/cotrain --data data/cache/train --out runs/policy        # about a
-    minute on two CPU cores
-    python finetune_policy.py --checkpoint runs/cotrain --random-backbone --out runs/random              # the floor:
-    nothing was learned before
+    python finetune_policy.py --checkpoint runs/cotrain --out runs/policy                      # a minute on two cores
+    python finetune_policy.py --checkpoint runs/cotrain --out runs/random --random-backbone   # the floor: never trained
 
 The backbone never changes, so each (picture, instruction) is read once: its pooled state (RoboMamba section 3.3) is
 computed and kept, and the head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here in
 shares of the picture, plus the geodesic angle between the predicted and the true gripper rotation. Yaw about the
-approach is filled by a fixed rule (sim_eval.rotation_from_approach), because a suction cup leaves it free: with the
+approach is filled by a fixed rule (data.world.rotation_from_approach), because a suction cup leaves it free: with the
 paper's random yaw the angle could not fall below 90 degrees on average.
 
 Logged (metrics.csv): loss; on --val every --eval-every epochs: pixel_px (median distance in pixels), approach_degrees

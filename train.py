@@ -1,21 +1,18 @@
-"""Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). The policy head is
-finetune_policy.py's.
+"""Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). Stage 2 is finetune_policy.py.
 
-    python -m data.build --scenes 24000 --workers 2 --out data/cache/train            # once
+    python -m data.build --scenes 20000 --out data/cache/train                                   # once
     python train.py --stage vision  --data data/cache/train --out runs/vision
     python train.py --stage align   --data data/cache/train --init runs/vision --out runs/align
-    python train.py --stage cotrain --data data/cache/train --init runs/align  --out runs/cotrain
-    torchrun --nproc-per-node 2 train.py --stage ...                                 # both cores, or several GPUs: the
-    same global batch
+    python train.py --stage cotrain --data data/cache/train --init runs/align --out runs/cotrain
+    torchrun --nproc-per-node 2 train.py --stage ...    # both cores, or several GPUs: the same global batch
 
-What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit at the
-end):
+What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit):
 
-    stage     trained             frozen             loss
-    vision    vision              -                  depth, normals, masks, kind of part in 16 x 16 cells; category and
-    colour align     projector           vision, lm         next token of the answers to "what is this?"-like questions
-    cotrain   projector, lm       vision             next token of all answers, general and robot questions together
-    (policy)  head                all the rest       finetune_policy.py
+    stage     trained        frozen        loss
+    vision    vision         -             depth, normals, masks, kind of part in 16 x 16 cells; category and colour
+    align     projector      vision, lm    next token of answers in words
+    cotrain   projector, lm  vision        next token of all answers, general and robot questions together
+    (policy)  head           all the rest  finetune_policy.py
 
 Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weights can be fetched, so the encoder learns
 from the simulator's own ground truth. The language model starts from nothing too. Numbers ("37" of 00..99) are learned

@@ -1,18 +1,16 @@
 """Make the training data: pictures, questions with known answers, manipulation samples, dense targets for the encoder.
 
-    python -m data.build --scenes 24000 --demos 10000 --workers 2 --out data/cache/train            # what `make train`
-    uses
-    python -m data.build --scenes 600 --split val --workers 2 --out data/cache/val
-    python -m data.build --scenes 200 --out /tmp/small                                              # half a minute, to
-    look at
+    python -m data.build --scenes 20000 --out data/cache/train          # what `make train` uses: 4 minutes on two cores
+    python -m data.build --scenes 600 --split val --out data/cache/val
+    python -m data.build --scenes 200 --out data/cache/small            # seconds, to look at
 
 What lies in DIR afterwards:
 
-    images/00012/00012345.png   the pictures, numbered by scene
+    images/00012/00001234.png   the pictures, numbered by scene
     conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns a picture
-    manipulation.jsonl          one line a successful contact: {image, category, part, instruction, u, v, approach,
-    rotation6d, seed} dense.npz                   per picture: 16 x 16 depth, normals, masks and the kind of part;
-    category and colour facts.jsonl                 the ground truth of each picture, from which the questions were made
+    manipulation.jsonl          a line a contact that works: {image, category, part, instruction, u, v, approach, ..}
+    dense.npz                   per picture: 16 x 16 depth, normals, masks, kind of part; its category and colour
+    facts.jsonl                 the ground truth of each picture, from which the questions were made
     manifest.json               counts, seeds, versions, seconds
 
 Everything is deterministic in --seed and --scenes, whatever the number of workers. A run that was stopped goes on where

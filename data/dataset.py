@@ -1,7 +1,6 @@
 """From files to batches: conversations in LLaVA's layout, dense targets, manipulation samples, cached visual tokens.
 
-    python -m data.dataset data/cache/train/conversations.json        # check a file (yours too) and list every bad
-    record
+    python -m data.dataset data/cache/train/conversations.json     # check a file (yours too), list every bad record
 
 A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image
 paths are relative to `--images` (default: the file's folder) and may not leave it. Records without `image` are text
@@ -9,9 +8,8 @@ alone; they see a flat grey picture.
 
 Two ways to read a record with several turns, `Conversations(turns=...)`:
     "branch"  every turn is asked of the picture alone. The picture is read once and its state is shared by the
-    questions, so four
-              questions cost little more than one, and no question gives away another's answer. For independent
-              questions (ours).
+              questions, so four questions cost little more than one, and none gives away another's answer. For
+              independent questions (ours).
     "pack"    the turns follow each other in one sequence, as LLaVA trains them. For turns that speak of earlier ones.
 """
 
@@ -83,10 +81,9 @@ def load_records(file, root=None) -> list[dict]:
 class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
-    Args: file, images (root of the image paths, default the file's folder), encoding (tiktoken.Encoding), image_size in
-    pixels,
-        turns "branch" | "pack", limit (first records only, 0 = all), max_length in tokens (longer turns are cut, with a
-        count in `cut`).
+    Args: file; encoding (tiktoken.Encoding); image_size in pixels; images, root of the image paths (default: the file's
+        folder); turns "branch" | "pack"; limit, first records only (0 = all); max_length in tokens (longer turns are
+        cut, with a count in `cut`).
     """
 
     def __init__(self, file, encoding, image_size: int, images=None, turns="branch", limit=0, max_length=512):
