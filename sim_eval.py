@@ -70,7 +70,7 @@ from data.policies import (
     read_blind_table,
 )
 from data.report import report, write_results
-from data.run import cli, start_worker
+from data.run import cli, progress, start_worker
 from data.world import (
     INITIAL,
     Label,
@@ -374,16 +374,6 @@ def run_jobs(cfg: EvalConfig, jobs: list[Job]):
             print(f"\na worker process died; the {len(left)} unfinished scenes are run again", file=sys.stderr)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def progress(done: int, total: int, start: float) -> None:
-    """One updating line with rate and time left; where it cannot update, one line every tenth."""
-    rate = done / max(time.monotonic() - start, 1e-9)
-    line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
-    if sys.stdout.isatty():
-        print(f"\r{line:60s}", end="\n" if done == total else "", flush=True)
-    elif done == total or done % max(1, total // 10) == 0:
-        print(line, flush=True)
 
 
 def evaluate(cfg: EvalConfig, command: str = "", found: tuple | None = None) -> dict:

@@ -29,6 +29,7 @@ Logged (metrics.csv: step, seconds, name, value):
 """
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,8 @@ class DensePictures:
                 f"{self.folder / 'dense.npz'}: cannot be read ({error}); `python -m data.build` makes it"
             ) from None
         self.names = picture_names(self.folder)
+        if len(self.names) != len(self.targets):
+            raise ValueError(f"{self.folder}: {len(self.targets)} rows in dense.npz, {len(self.names)} conversations")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -215,8 +218,6 @@ def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
 
 def picture_names(folder: Path) -> list[str]:
     """Picture files of a data.build folder in the order of its conversations.json, which is the order of dense.npz."""
-    import json
-
     return [record["image"] for record in json.loads((Path(folder) / "conversations.json").read_text())]
 
 
@@ -250,10 +251,11 @@ def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batc
 
 
 @torch.no_grad()
-def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, device, batch: int = 32) -> dict:
+def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray | None, device, batch: int = 32) -> dict:
     """Share of answers right to the letter, by family, with the picture and with a grey one; contact error of the
     decoded numbers.
 
+    Args: tokens, cached visual tokens (n, P, W) of `data`; None = read the pictures.
     Every answer token is predicted from the true ones before it. All of them being right is the same as greedy decoding
     being right.
     """
@@ -268,7 +270,8 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray, 
         ids, target = b.tokens.to(device), b.labels[:, 1:]
         at = (target != IGNORE).nonzero(as_tuple=True)
         owner = torch.tensor([r - start for r, _ in flat], device=device)
-        shown = torch.from_numpy(np.array(tokens[start : rows.stop])).float().to(device)
+        shown = data.pictures(rows) if tokens is None else torch.from_numpy(np.array(tokens[start : rows.stop])).float()
+        shown = shown.to(device)
         said = [torch.full_like(target, IGNORE) for _ in range(2)]
         for guess, images, owners in zip(said, (shown, grey), (owner, torch.zeros_like(owner)), strict=True):
             guess[at] = model.lm.lm_head(model.hidden(images, ids, owners)[at]).argmax(-1).cpu()
@@ -374,7 +377,10 @@ def train(cfg: TrainConfig) -> dict:
         )
         if cfg.val:
             val = Conversations(Path(cfg.val) / "conversations.json", model.encoding, size, limit=cfg.eval_records)
-            val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], world)
+            if cached is not None:
+                val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], world)
+            else:  # the encoder is trained too: read the pictures with what it has become
+                val_tokens = None
         evaluate = lambda: evaluate_answers(model, val, val_tokens, world.device)  # noqa: E731
     objective.to(world.device).train()
     optimizer = torch.optim.AdamW(parameter_groups(objective, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.98))

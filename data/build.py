@@ -24,10 +24,8 @@ jitters, not random points.
 """
 
 import dataclasses
-import io
 import json
 import multiprocessing
-import os
 import platform
 import sys
 import time
@@ -42,7 +40,7 @@ import numpy as np
 from PIL import Image
 
 from data import objects, questions
-from data.run import cli, start_worker, write_text
+from data.run import cli, progress, start_worker, write_atomically, write_text
 from data.tokenizer import train_ranks, write_ranks
 
 SEED_BASE = {"train": 0, "val": 10_000_000}  # tests start at 20,000,000 and are made by sim_eval.py alone
@@ -119,30 +117,20 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
         if rule == "general":
             dense[..., 5], kind = -1, np.full_like(kind, -1)  # -1 = not told
         image = f"images/{first // GROUP:05d}/{index:08d}.png"
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
-        (Path(cfg.out) / image).write_bytes(buffer.getvalue())
+        Image.fromarray(picture).save(Path(cfg.out) / image, compress_level=3)
         rows.append({"index": index, "image": image, "rule": rule, "facts": facts})
         targets.append(dense)
         kinds.append(kind)
     done.parent.mkdir(exist_ok=True)
-    temporary = done.with_suffix(f".tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            rows=np.frombuffer(json.dumps(rows).encode(), np.uint8),
-            targets=np.stack(targets),
-            kinds=np.stack(kinds),
-        )
-    os.replace(temporary, done)
+    arrays = {"rows": np.frombuffer(json.dumps(rows).encode(), np.uint8), "targets": np.stack(targets)}
+    arrays["kinds"] = np.stack(kinds)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # a file, because savez adds .npz to a name
+            np.savez(file, **arrays)
+
+    write_atomically(done, write)
     return last - first
-
-
-def progress(done: int, total: int, start: float, width: int = 78) -> None:
-    """One updating line with rate and time left."""
-    rate = done / max(time.monotonic() - start, 1e-9)
-    line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9) / 60:.1f} min left"
-    print(f"\r{line:{width}s}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
 def merge(cfg: BuildConfig, seconds: float) -> dict:

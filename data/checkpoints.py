@@ -21,7 +21,6 @@ Sources: github.com/state-spaces/mamba (config and names), huggingface.co/docs/t
 
 import json
 import math
-import os
 import pickle
 import re
 import warnings
@@ -35,24 +34,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.run import write_atomically
+
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")  # ends of names: in bfloat16 their rounding errors grow with every step
 TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other
 JSON_BYTES = 2**26  # no config or index is larger
 LARGEST = {"n_layer": 2**10, "expand": 64, "mlp_ratio": 64, "d_state": 2**12, "image_size": 2**14}  # others: 2**20
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new."""
-    tmp = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(str(tmp))
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict) -> None:

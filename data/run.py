@@ -63,16 +63,35 @@ def start_worker(counter) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new."""
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        write(str(tmp))
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all. Raises: ValueError naming a file that cannot be written."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    """A text file, whole or not at all. Raises: ValueError naming a file that cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_atomically(path, lambda tmp: Path(tmp).write_text(text))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def progress(done: int, total: int, start: float) -> None:
+    """One updating line of scenes with rate and time left; where it cannot update, one line every tenth."""
+    rate = done / max(time.monotonic() - start, 1e-9)
+    line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
+    if sys.stdout.isatty():
+        print(f"\r{line:60s}", end="\n" if done == total else "", flush=True)
+    elif done == total or done % max(1, total // 10) == 0:
+        print(line, flush=True)
 
 
 class World:
@@ -161,36 +180,42 @@ class Run:
         self.cfg, self.start_step, self.start_time, self.before = cfg, 0, time.monotonic(), 0.0
         self.averages: dict[str, list[float]] = {}
         if world.first:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "run.json").write_text(
-                    json.dumps(dataclasses.asdict(cfg) | {"command": " ".join(sys.argv)}, indent=1) + "\n"
-                )
-            except OSError as error:
-                raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+            settings = dataclasses.asdict(cfg) | {"command": " ".join(sys.argv)}
+            write_text(self.out / "run.json", json.dumps(settings, indent=1) + "\n")
 
     # -- checkpoints
+
+    def settings(self) -> dict:
+        """What a resumed run must share with the interrupted one: all but where it runs and how often it reports."""
+        free = ("out", "resume", "device", "save_every")
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
 
     def save(self, step: int, modules, optimizer) -> None:
         """Everything that the next step depends on, in one file that appears whole or not at all."""
         import torch
 
-        from data.checkpoints import write_atomically
-
         if self.world.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
+            state["settings"] = self.settings()
             state["seconds"] = self.before + time.monotonic() - self.start_time
             write_atomically(self.out / "checkpoint.pt", lambda tmp: torch.save(state, tmp))
         self.world.barrier()
 
     def resume(self, modules, optimizer) -> int:
-        """Load OUT/checkpoint.pt if it is there; returns the first step still to do. metrics.csv is cut back to it."""
+        """Load OUT/checkpoint.pt if it is there; returns the first step still to do. metrics.csv is cut back to it.
+
+        Raises: ValueError naming the first setting that is not what the interrupted run had.
+        """
         import torch
 
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return 0
         state = torch.load(path, map_location=self.world.device, weights_only=True)
+        for name, value in self.settings().items():
+            if state["settings"].get(name) != value:
+                was = state["settings"].get(name)
+                raise ValueError(f"{path}: --{name.replace('_', '-')} was {was!r}, now {value!r}; name another --out")
         for module, values in zip(modules, state["modules"], strict=True):
             module.load_state_dict(values)
         optimizer.load_state_dict(state["optimizer"])
@@ -198,8 +223,7 @@ class Run:
         if self.world.first and (self.out / "metrics.csv").exists():
             with open(self.out / "metrics.csv", newline="") as file:
                 rows = [r for r in csv.reader(file) if r and (r[0] == "step" or int(r[0]) <= state["step"])]
-            with open(self.out / "metrics.csv", "w", newline="") as file:
-                csv.writer(file).writerows(rows)
+            write_text(self.out / "metrics.csv", "".join(",".join(row) + "\n" for row in rows))
         return state["step"]
 
     def finish(self) -> None:

@@ -28,7 +28,6 @@ import binascii
 import collections
 import heapq
 import json
-import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -36,6 +35,8 @@ from pathlib import Path
 
 import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
 import tiktoken
+
+from data.run import write_text
 
 # two digits | a lone digit | a word, with the space before it | one mark, with the space before it | one white space.
 # Every character falls into some branch: tiktoken silently DROPS text that its pattern does not match.
@@ -115,16 +116,6 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         for pair in changed:
             heapq.heappush(heap, (-total[pair], pair))
     return ranks
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic: the old file or the new, never half."""
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:

@@ -71,6 +71,8 @@ def test_minutes_of_training_are_those_of_the_committed_metrics():
     for stage, value in seconds.items():
         (minutes,) = re.findall(rf"^\| {stage} \|.*?\| ([\d.]+) min \|", README, re.M)
         assert abs(float(minutes) - value / 60) <= 0.051, stage
+    (together,) = re.findall(r"Together ([\d.]+) minutes", README)
+    assert abs(float(together) - sum(seconds.values()) / 60) <= 0.051
 
 
 def test_scan_table_is_the_one_of_the_committed_benchmark():

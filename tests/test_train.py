@@ -90,6 +90,8 @@ def test_a_build_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "make_group", lambda job: made.append(job[1]) or real(job))
     assert stamp and real((cfg, 0, 4)) == 4 and (tmp_path / "b/parts/00000000.npz").stat().st_mtime_ns == stamp
     monkeypatch.setattr(build_module, "make_group", real)
+    build_module._scene.close()  # this process made a group itself; other tests open a world of their own
+    build_module._scene = None
     build(cfg)
     assert (tmp_path / "b/facts.jsonl").read_text().count("\n") == 8 and not (tmp_path / "b/parts").exists()
 
@@ -141,8 +143,10 @@ def test_each_stage_trains_its_parts_and_leaves_the_others_bit_equal(data, start
     assert len(logged(tmp_path / stage, "loss")) == 4 and not (tmp_path / stage / "checkpoint.pt").exists()
 
 
-def test_unfreeze_vision_moves_the_encoder_too(data, start, tmp_path):
-    train(config(data, start, tmp_path / "u", stage="cotrain", unfreeze_vision=True, max_steps=2))
+def test_unfreeze_vision_moves_the_encoder_too_and_validates_what_it_became(data, start, tmp_path):
+    changes = dict(stage="cotrain", unfreeze_vision=True, max_steps=2, val=str(data / "val"))
+    train(config(data, start, tmp_path / "u", **changes))
+    assert logged(tmp_path / "u", "exact.object") and not list((data / "val").glob("tokens-*"))
     before, after = weights(start), weights(tmp_path / "u")
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("vision"))
 
@@ -221,6 +225,17 @@ def test_no_weight_decay_on_a_log_d_norms_biases_embeddings(start):
     assert not [n for n in decayed if any(f in n for f in forbidden)]
     assert "lm.backbone.layers.0.mixer.in_proj.weight" in decayed
     assert len(decay["params"]) + len(rest["params"]) == len(names)
+
+
+def test_resuming_with_other_settings_is_refused(data, start, tmp_path, monkeypatch):
+    cfg = config(data, start, tmp_path / "r", stage="cotrain", save_every=2)
+    monkeypatch.setattr(train_module, "digest", lambda module: 1 / 0 if (tmp_path / "r/checkpoint.pt").exists() else 0)
+    with pytest.raises(ZeroDivisionError):  # falls over after the last step, with a checkpoint of step 2 on disk
+        train(cfg)
+    monkeypatch.undo()
+    cfg.resume, cfg.lr = True, 0.5
+    with pytest.raises(ValueError, match="--lr was 0.001, now 0.5"):
+        train(cfg)
 
 
 # ---- stage 2
