@@ -9,7 +9,7 @@
 What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit):
 
     stage     trained        frozen        loss
-    vision    vision         -             depth, normals, masks, kind of part in 16 x 16 cells; category and colour
+    vision    vision         -             depth, normals, masks, kind and openness of parts (16 x 16); category, colour
     align     projector      vision, lm    next token of answers in words
     cotrain   projector, lm  vision        next token of all answers, general and robot questions together
     (policy)  head           all the rest  finetune_policy.py
@@ -21,8 +21,8 @@ answer at once from the last prompt state (`--number-weight`), which is the stat
 can be switched off.
 
 Logged (metrics.csv: step, seconds, name, value):
-    loss; vision: geometry, mask, movable, kinds, words and on --val: movable_iou, kind_accuracy, normal_degrees,
-    category_accuracy
+    loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,
+    normal_degrees, category_accuracy
     align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of
     answers that are right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees
@@ -91,9 +91,9 @@ LIGHT_JITTER = 0.15  # vision stage: brightness and contrast vary by this share
 class DenseObjective(nn.Module):
     """Stage 0: patch tokens must tell what the simulator knows of their 2 x 2 cells, and their mean what the object is.
 
-    Targets (B, 16, 16, 6) are relative depth, normal x, y, z (camera frame), object mask, movable mask; kind (B, 16,
-    16) is an index into objects.PART_KINDS; -1 means "not told" (pictures of unseen categories). The layers here are
-    thrown away after the stage.
+    Targets (B, 16, 16, 7) are relative depth, normal x, y, z (camera frame), object mask, movable mask, openness of the
+    part; kind (B, 16, 16) is an index into objects.PART_KINDS; -1 means "not told" (pictures of unseen categories). The
+    layers here are thrown away after the stage.
     """
 
     N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
@@ -104,14 +104,14 @@ class DenseObjective(nn.Module):
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
         self.cells = 16 // self.side  # cells along one side of a patch
         self.kinds = len(objects.PART_KINDS)
-        self.dense = nn.Linear(W, self.cells**2 * (6 + self.kinds))
+        self.dense = nn.Linear(W, self.cells**2 * (7 + self.kinds))
         self.category, self.colour = nn.Linear(W, self.N_CATEGORIES), nn.Linear(W, len(objects.COLOURS))
         weight = torch.ones(self.kinds)
         weight[0] = 0.3  # most of an object is its fixed body
         self.register_buffer("kind_weight", weight, persistent=False)
 
     def predict(self, pictures: Tensor):
-        """uint8 (B, 3, S, S) -> cells (B, 16, 16, 6 + kinds), category and colour logits."""
+        """uint8 (B, 3, S, S) -> cells (B, 16, 16, 7 + kinds), category and colour logits."""
         x = self.vision(pictures)
         s, c = self.side, self.cells
         cells = self.dense(x).view(len(x), s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(x), s * c, s * c, -1)
@@ -125,10 +125,13 @@ class DenseObjective(nn.Module):
         geometry = F.l1_loss(cells[..., :4][solid], target[..., :4][solid])
         mask = F.binary_cross_entropy_with_logits(cells[..., 4], target[..., 4])
         movable = F.binary_cross_entropy_with_logits(cells[..., 5][told], target[..., 5][told])
-        kinds = F.cross_entropy(cells[..., 6:][told], kind[told], weight=self.kind_weight)
+        kinds = F.cross_entropy(cells[..., 7:][told], kind[told], weight=self.kind_weight)
+        on_part = told & (kind > 0)
+        openness = (cells[..., 6] - target[..., 6]).abs()[on_part].sum() / max(on_part.sum(), 1)
         words = F.cross_entropy(category_logits, category) + F.cross_entropy(colour_logits, colour)
-        loss = 2 * geometry + mask + movable + 0.3 * kinds + 0.2 * words
-        return loss, {"geometry": geometry, "mask": mask, "movable": movable, "kinds": kinds, "words": words}
+        loss = 2 * geometry + mask + movable + 0.3 * kinds + openness + 0.2 * words
+        parts = {"geometry": geometry, "mask": mask, "movable": movable, "kinds": kinds, "openness": openness}
+        return loss, parts | {"words": words}
 
 
 class AnswerObjective(nn.Module):
@@ -237,7 +240,7 @@ def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batc
         said, true = (cells[..., 4] > 0) & (cells[..., 5] > 0), target[..., 5] > 0.5
         both, either = both + (said & true).sum().item(), either + (said | true).sum().item()
         on_part = kind > 0
-        right, parts = right + (cells[..., 6:].argmax(-1) == kind)[on_part].sum().item(), parts + on_part.sum().item()
+        right, parts = right + (cells[..., 7:].argmax(-1) == kind)[on_part].sum().item(), parts + on_part.sum().item()
         solid = target[..., 4] > 0.95
         cosine_ = F.cosine_similarity(cells[..., 1:4][solid], target[..., 1:4][solid], dim=-1)
         angles.append(torch.rad2deg(torch.arccos(cosine_.clamp(-1, 1))))

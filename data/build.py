@@ -43,7 +43,8 @@ from data import objects, questions
 from data.run import cli, progress, start_worker, write_atomically, write_text
 from data.tokenizer import train_ranks, write_ranks
 
-SEED_BASE = {"train": 0, "val": 10_000_000}  # tests start at 20,000,000 and are made by sim_eval.py alone
+# Test scenes: sim_eval.py acts on 20,000,000+ (seen) and 30,000,000+ (unseen); the questions have ranges of their own.
+SEED_BASE = {"train": 0, "val": 10_000_000, "test-seen": 40_000_000, "test-unseen": 50_000_000}
 CATEGORY_WEIGHT = {"StorageFurniture": 3.0, "Refrigerator": 2.0}  # the rest 1: furniture has the most kinds of fronts
 GROUP = 100  # scenes a worker makes at a time; also the unit of resuming
 TARGET_SIDE = 16  # cells of the dense targets along one side
@@ -56,20 +57,20 @@ class BuildConfig:
     workers: int = 2  # processes
     seed: int = 0
     out: str = "data/cache/train"  # folder
-    split: str = "train"  # train | val: which range of scene seeds
+    split: str = "train"  # train | val | test-seen | test-unseen: which range of scene seeds, which categories
     image_size: int = 128  # pixels
-    gadgets: float = 0.12  # share of pictures with random gadgets (training variety; none in val)
-    unseen: float = (
-        0.08  # share of pictures of unseen categories, general questions only (0 = the strict rule; none in val)
-    )
-    opened: float = 0.15  # share of pictures with parts already open: for questions of state, without contact labels
+    gadgets: float = 0.25  # share of pictures with random gadgets (training variety; train only)
+    unseen: float = 0.08  # share of pictures of unseen categories, general questions only (0: strict rule; train only)
+    opened: float = 0.08  # share of pictures with parts already open: for questions of state, without contact labels
+    after: float = 0.14  # share of pictures taken after an attempt, good or bad: for questions of past and success
     vocab: int = 1021  # byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none
 
 
-def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, bool]:
-    """Scene number -> (category, scene seed, rule "all" | "general", opened), from the seed and the number alone."""
+def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
+    """Scene number -> (category, scene seed, rule "all" | "general", "closed" | "opened" | "after"), from the seed and
+    the number alone."""
     rng = np.random.default_rng([cfg.seed, SEED_BASE[cfg.split], index])
-    draw, rule, names = rng.random(), "all", objects.SEEN
+    draw, rule, names = rng.random(), "all", objects.UNSEEN if cfg.split == "test-unseen" else objects.SEEN
     if cfg.split == "train" and draw < cfg.unseen:
         rule, names = "general", objects.UNSEEN
     elif cfg.split == "train" and draw < cfg.unseen + cfg.gadgets:
@@ -77,7 +78,8 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, bool]:
     weight = np.array([CATEGORY_WEIGHT.get(name, 1.0) for name in names])
     category = names[rng.choice(len(names), p=weight / weight.sum())]
     seed = SEED_BASE[cfg.split] + zlib.crc32(f"{cfg.seed}/{category}/{index}".encode()) % 9_000_000
-    return category, seed, rule, bool(rng.random() < cfg.opened)
+    how = np.searchsorted([cfg.opened, cfg.opened + cfg.after], rng.random(), side="right")
+    return category, seed, rule, ("opened", "after", "closed")[how]
 
 
 _scene = None  # one PyBullet world a process
@@ -97,10 +99,11 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rows, targets, kinds = [], [], []
     for index in range(first, last):
-        category, seed, rule, opened = scene_kind(cfg, index)
+        category, seed, rule, how = scene_kind(cfg, index)
         rng = np.random.default_rng([seed, 1])
         scene = _scene.spawn(category, seed)
-        if opened:
+        event = world.attempt(scene, rng) if how == "after" else None
+        if how == "opened":
             scene.set_joints(
                 [
                     q + rng.uniform(0.3, 0.8) * (p.upper - q) if rng.random() < 0.7 else q
@@ -108,7 +111,9 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
                 ]
             )
         picture = scene.render()
-        facts = world.facts(scene, rng, expert=rule == "all" and not opened)
+        facts = world.facts(scene, rng, expert=rule == "all" and how == "closed")
+        if event:
+            facts["event"] = event
         for part in facts["parts"]:
             if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
                 rotation = world.rotation_from_approach(np.array(part["contact"]["approach"]))

@@ -17,8 +17,10 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +80,16 @@ def load_records(file, root=None) -> list[dict]:
     return records
 
 
+class Item(NamedTuple):
+    """One question with its answer, or with turns "pack" a whole conversation, as token numbers."""
+
+    tokens: list[int]
+    labels: list[int]  # IGNORE outside answers
+    prompt: int  # length of the (first) prompt
+    numbers: list[float]  # of the answer / 100
+    weight: float  # how often it is drawn beside others of its record
+
+
 class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
@@ -93,22 +105,25 @@ class Conversations:
         self.end, user, assistant = (
             encoding.encode_single_token(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")
         )
-        self.items: list[
-            list[tuple[list[int], list[int], int, list[float]]]
-        ] = []  # per record: (tokens, labels, prompt, numbers)
+        # Where records name the families of their turns, rare ones are drawn more often: weight 1 / sqrt(their number)
+        tally = Counter(family for record in self.records for family in record.get("families", ()))
+        self.items: list[list[Item]] = []  # per record
         for record in self.records:
             said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-            items = []
-            for question, answer in zip(said[::2], said[1::2], strict=True):
+            items, families = [], record.get("families", [])
+            for k, (question, answer) in enumerate(zip(said[::2], said[1::2], strict=True)):
                 prompt = [user, *encoding.encode_ordinary(question), assistant]
                 reply = [*encoding.encode_ordinary(answer), self.end]
                 is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
                 numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
-                items.append((prompt + reply, [IGNORE] * len(prompt) + reply, len(prompt), numbers[:N_NUMBERS]))
+                weight = tally[families[k]] ** -0.5 if k < len(families) else 1.0
+                labels = [IGNORE] * len(prompt) + reply
+                items.append(Item(prompt + reply, labels, len(prompt), numbers[:N_NUMBERS], weight))
             if turns == "pack":
-                items = [(sum((i[0] for i in items), []), sum((i[1] for i in items), []), items[0][2], items[0][3])]
-            self.cut += sum(len(i[0]) > max_length for i in items)
-            self.items.append([(t[:max_length], y[:max_length], min(p, max_length), n) for t, y, p, n in items])
+                items = [Item(sum((i.tokens for i in items), []), sum((i.labels for i in items), []), *items[0][2:])]
+            items = [i._replace(prompt=min(i.prompt, max_length)) for i in items]
+            self.cut += sum(len(i.tokens) > max_length for i in items)
+            self.items.append([i._replace(tokens=i[0][:max_length], labels=i[1][:max_length]) for i in items])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -122,7 +137,7 @@ class Conversations:
         ]
         return torch.from_numpy(np.stack(out).transpose(0, 3, 1, 2).copy())
 
-    def draw(self, rows, rng: np.random.Generator, per_picture: int, contact: float, grounding: float) -> list:
+    def draw(self, rows, rng, per_picture: int, contact: float, grounding: float) -> list[Item]:
         """`per_picture` questions for each record, row by row.
 
         contact, grounding: chance that a question is one for a contact (an answer of N_NUMBERS numbers), or another one
@@ -133,25 +148,26 @@ class Conversations:
         for r in rows:
             sorts = [[], [], []]
             for item in self.items[r]:
-                sorts[0 if len(item[3]) == N_NUMBERS else 1 if item[3] else 2].append(item)
+                sorts[0 if len(item.numbers) == N_NUMBERS else 1 if item.numbers else 2].append(item)
             for _ in range(per_picture):
                 wanted = np.searchsorted([contact, contact + grounding], rng.random(), side="right")
                 left = sorts[wanted] or [i for s in sorts for i in s] or self.items[r]
-                chosen.append(left[rng.integers(len(left))])
+                weights = np.array([item.weight for item in left])
+                chosen.append(left[rng.choice(len(left), p=weights / weights.sum())])
                 for s in sorts:  # no question twice, as long as there are others
                     s[:] = [i for i in s if i is not chosen[-1]]
         return chosen
 
     def collate(self, rows, items) -> Batch:
-        T = max(len(i[0]) for i in items)
+        T = max(len(i.tokens) for i in items)
         tokens = torch.full((len(items), T), self.end)
         labels = torch.full((len(items), T), IGNORE)
         numbers = torch.full((len(items), N_NUMBERS), float("nan"))
-        for k, (ids, targets, _, values) in enumerate(items):
-            tokens[k, : len(ids)] = torch.tensor(ids)
-            labels[k, : len(ids)] = torch.tensor(targets)
-            numbers[k, : len(values)] = torch.tensor(values)
-        lengths, prompts = (torch.tensor([f(i) for i in items]) for f in (lambda i: len(i[0]), lambda i: i[2]))
+        for k, item in enumerate(items):
+            tokens[k, : len(item.tokens)] = torch.tensor(item.tokens)
+            labels[k, : len(item.labels)] = torch.tensor(item.labels)
+            numbers[k, : len(item.numbers)] = torch.tensor(item.numbers)
+        lengths, prompts = torch.tensor([len(i.tokens) for i in items]), torch.tensor([i.prompt for i in items])
         return Batch(np.asarray(rows), tokens, lengths, labels, prompts, numbers)
 
 

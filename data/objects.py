@@ -359,10 +359,15 @@ def handle(kind, at, span, rgb, out=0.04) -> list[Shape]:
     return []
 
 
+def seam(rgb) -> tuple:
+    """Colour of what shows in a gap: dark, but not on black, where one would not see it."""
+    return METAL if colour_name(rgb) == "black" else DARK
+
+
 def panel(size, at, rgb) -> list[Shape]:
-    """The front of a door or drawer, and a dark sheet behind it that shows as a seam. at: middle of the back face."""
+    """The front of a door or drawer, and a sheet behind it that shows as a seam. at: middle of the back face."""
     (thick, wide, tall), (x, y, z) = size, at
-    sheet = box((0.004, wide, tall), (x + 0.002, y, z), DARK)
+    sheet = box((0.004, wide, tall), (x + 0.002, y, z), seam(rgb))
     return [box((thick, wide - GAP, tall - GAP), (x + thick / 2, y, z), rgb), sheet]
 
 
@@ -390,7 +395,7 @@ def drawer(rng, label, size, front, rgb, grip, thick=0.02) -> Part:
     shapes = panel((thick, width, height), (0, 0, 0), rgb)
     shapes += [box((depth * 0.85, width * 0.9, 0.01), (x, 0, -height * 0.35), inside)]
     shapes += [box((depth * 0.85, 0.01, height * 0.6), (x, s * width * 0.45, 0), inside) for s in ENDS]
-    shapes += handle(grip, (thick, 0, up), span, METAL if colour_name(rgb) == "black" else DARK)
+    shapes += handle(grip, (thick, 0, up), span, seam(rgb))
     return slide(label, front, (1, 0, 0), depth * rng.uniform(0.6, 0.8), shapes)
 
 
@@ -942,7 +947,7 @@ def gadget_part(rng, kind, label, wide, tall, deep, rgb, upright):
 
 def gadget(rng):
     """A random body with one to three movable parts on random faces, like no category in particular."""
-    wide, deep, tall, bottom = sizes(rng, (0.3, 0.8), (0.3, 0.7), (0.25, 0.8), (0.03, 0.08))
+    wide, deep, tall, bottom = sizes(rng, (0.2, 0.9), (0.2, 0.7), (0.18, 0.9), (0.03, 0.08))
     rgb, round_body, bottom = tint(rng), rng.random() < 0.25, bottom * (rng.random() < 0.5)
     deep, middle = wide if round_body else deep, bottom + tall / 2
     body = cylinder(wide / 2, tall, (0, 0, middle), rgb) if round_body else box((deep, wide, tall), (0, 0, middle), rgb)
@@ -955,6 +960,11 @@ def gadget(rng):
     }
     on_side = ("cap", "lever") if round_body else ("drawer", "door", "flap", "cap", "lever", "slider", "bar")
     on_top = ("lid", "lid", "lift-off lid", "cap", "lever", "slider", "bar")
+    for _ in range(rng.integers(4)):  # lumps that mean nothing, partly inside the body: nobody may rely on plain boxes
+        size, at = np.array(sizes(rng, *[(0.04, 0.3)] * 3)), (deep / 2, wide / 2, tall / 2) * rng.uniform(-1, 1, 3)
+        at = at + (0, 0, middle + size[2] / 2)
+        lump = pick(rng, box(size, at, tint(rng)), cylinder(size[0] / 2, size[1], at, tint(rng), pick(rng, *"xyz")))
+        base.append(lump)
     order = [*rng.permutation(["front", "top"]), *rng.permutation(["right", "left"])]
     wanted, parts, used = int(rng.choice([1, 2, 3], p=[0.36, 0.42, 0.22])), [], set()
     wanted = min(wanted, len(on_side))  # every face gets a kind of its own, so that the labels differ

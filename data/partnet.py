@@ -408,6 +408,11 @@ class ObjectScene(Scene):
             return super().urdf()
         return to_urdf(self._thing, self.physics.mass_kg, self.physics.inertia)
 
+    def draw_textures(self):
+        super().draw_textures()
+        if self._thing is not None:  # has its own
+            self.textures = {}
+
     def spawn(self, category: str, seed: int, part: int | None = None) -> "ObjectScene":
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""
         try:

@@ -11,6 +11,8 @@
 | object   | what it is                                | "a cabinet"                                                 |
 | caption  | for a description                         | "a brown cabinet", "a brown cabinet with two drawers"       |
 | colour   | for the colour of the object or of a part | "brown"                                                     |
+| size     | how large it looks; which part is larger  | "small", "medium", "large"; "the top drawer"                |
+| relation | left or right, above or below, as seen    | "left", "right", "above", "below"                           |
 | parts    | which movable parts are in view           | "the top drawer and the bottom drawer"                      |
 | count    | how many movable parts, how many drawers  | "two", "none"                                               |
 | state    | open or closed, of a part                 | "closed"                                                    |
@@ -18,17 +20,24 @@
 | box      | for the box of the object or of a part    | "(20,41,55,63)": left, top, right, bottom                   |
 | presence | is there a drawer, is there a cabinet     | "yes", "no": half of each, with plausible negatives         |
 | possible | can this be done now                      | "yes", "no, there is no lid", "no, the lid is already open" |
-| plan     | how to do it, what next, what can be done | "move to the lid, grip it, swing it open"                   |
+| plan     | how to do it, what next, the next five    | "move to the lid, grip it, swing it open"                   |
+|          | steps, what can be done                   |                                                             |
+| success  | was the goal reached (after an attempt)   | "yes", "no"                                                 |
+| past     | what has just been done (the same)        | "opened the lid", "nothing, the attempt failed"             |
+| future   | what a pull or a push will do             | "the lid swings open", "nothing, the lid is already closed" |
 | contact  | where to touch, and from which direction  | "37 52 05 71 93": pixel (u, v), approach (x, y, z)          |
 
 Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question.
 No question gives away the answer of another one: those about "this object" come first, then those that name a part,
 half of them without the object's noun. An ANSWER still helps the turns after it: evaluation asks each question alone.
+The robot's families are RoboVQA's six: planning, success, possible (discriminative affordance), contact (generative
+affordance), past and future. Success and past are asked of pictures taken after somebody tried (facts["event"]).
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
 no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
 
-Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 for the families; LLaVA (arXiv 2304.08485) for the
-layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from templates, not from people.
+Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 and RoboVQA (arXiv 2311.00899) for the families;
+LLaVA (arXiv 2304.08485) for the layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from
+templates, not from people; one picture, not a video.
 """
 
 import functools
@@ -53,6 +62,24 @@ ABSENT_COUNT = 0.3  # share of "how many drawers" that is asked where there is n
 CLOSE_CLOSED = 0.15  # share of "no" that asks to close what is closed: as frequent as "close", "yes" in opened scenes
 CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of its part words is counted
 
+SIZES = (
+    (0.50, "small"),
+    (0.56, ""),
+    (0.66, "medium"),
+    (0.72, ""),
+    (9, "large"),
+)  # longer side of the box, of the frame
+LARGER = 1.6  # ratio of pixels from which one part is plainly larger than another
+ASIDE = 0.08  # of the frame, from which something is plainly to the left of, or above, something else
+FIVE = 5  # steps of a long plan that are asked for at once
+# What becomes of a part, by the verb of its instruction; PAST only of the verbs of CLOSABLE_KINDS.
+FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "raise": "comes up", "tilt": "tilts",
+          "fold up": "folds up", "slide": "slides", "swing out": "swings out", "press down": "goes down",
+          "push back": "slides back"}  # fmt: skip
+PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back": "pushed back"}
+
+ROBOT_FAMILIES = ("plan", "success", "possible", "past", "future")  # answered in words; contact is the sixth
+GENERAL_FAMILIES = ("object", "caption", "colour", "size", "relation", "parts", "count", "state", "presence")
 PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
 CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
@@ -69,6 +96,16 @@ ASK = {
                "Which colour does this object have?", "What color is this object?"),
     "part colour": ("What colour is {the}?", "Name the colour of {the}.", "Which colour does {the} have?",
                     "What color is {the}?"),
+    "size": ("How large is this object in the picture: small, medium or large?", "How large does this object look?",
+             "Does this object look small, medium or large?", "Of what size is this object in the picture?"),
+    "larger": ("Which looks larger, {a} or {b}?", "Which is larger in the picture, {a} or {b}?",
+               "{a} or {b}: which is larger?", "Of {a} and {b}, which is the larger one?"),
+    "side": ("Is this object in the left or in the right half of the picture?", "Left or right: where is this object?",
+             "On which side of the picture is this object, left or right?", "Which half holds it: left, right?"),
+    "left right": ("Is {a} to the left or to the right of {b}?", "Left or right of {b}: where is {a}?",
+                   "On which side of {b} is {a}, left or right?", "Seen from here, is {a} left or right of {b}?"),
+    "above below": ("Is {a} above or below {b}?", "Above or below {b}: where is {a}?",
+                    "In the picture, is {a} above or below {b}?", "Is {a} higher than {b} or lower, above or below?"),
     "parts": ("Which parts of this object can you see that move?", "Which movable parts can you see?",
               "What can be moved on this object?", "Name the parts of this object that can move.",
               "List the movable parts in view."),
@@ -91,6 +128,16 @@ ASK = {
     "next": ("Goal: {act}. Done so far: {done}. What next?", "I want to {act}. So far: {done}. Next step?",
              "Current goal is: {act}. Last steps: {done}. Immediate next step?",
              "Task: {act}. Finished: {done}. What follows?"),
+    "five": ("Goal: {act}. Done so far: {done}. What are the next five steps?", "I want to {act}. Next five steps?",
+             "Current goal is: {act}. Last steps: {done}. Next five steps?", "Plan ahead, five steps: {act}."),
+    "success": ("The goal was to {act}. Did it work?", "Somebody tried to {act}. Was it a success?",
+                "Goal: {act}. Has it been reached?", "Was the attempt to {act} successful?"),
+    "past": ("What has just been done?", "What did the robot just do?", "Which action has just been finished?",
+             "What happened right before this picture?"),
+    "future": ("The gripper holds {the} and pulls. What will happen?", "What happens if the robot pulls at {the}?",
+               "The robot is about to pull at {the}. What comes next?", "Predict what a pull at {the} will do."),
+    "future push": ("The gripper touches {the} and pushes. What will happen?", "What happens if one pushes {the}?",
+                    "The robot is about to push {the}. What comes next?", "Predict what a push at {the} will do."),
     "actions": ("What actions are possible now?", "What could a robot do with this object?",
                 "Which actions are possible on this object?", "What can be done with this object now?"),
 }  # fmt: skip
@@ -305,6 +352,12 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Gen
         ask(rng, "caption", caption(facts)),
         ask(rng, "colour", facts["colour"]),
     ]
+    if facts["box"]:
+        x0, y0, x1, y1 = np.array(facts["box"]) / facts["image_size"]
+        if looks := next(word for limit, word in SIZES if max(x1 - x0, y1 - y0) < limit):
+            whole.append(ask(rng, "size", looks))
+        if abs(aside := (x0 + x1) / 2 - 0.5) > ASIDE:
+            whole.append(ask(rng, "relation", "left" if aside < 0 else "right", "side"))
     # Not "is there a door?" - "no" where the object has a door without being a Door
     others = {n: w for n, w in nouns.items() if n != noun and all(clear(n, p["label"]) for p in facts["parts"])}
     if (other := draw(rng, others)) is None:
@@ -343,6 +396,9 @@ def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tupl
             the = named(part["label"], noun, rng)
             naming.append(ask(rng, kind.removeprefix("part "), answer, kind, part["label"], the=the))
 
+    if len(parts) > 1:
+        naming += pair_turns(parts, size, rng)
+
     # What is there and what is not. Where only one answer could be given nothing is asked, which keeps the balance.
     kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
     absent: dict[str, float] = {}
@@ -371,6 +427,75 @@ def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tupl
             answer = f"nothing, the {part['label']} is already open"
         goal, done = act(part["verb"], named(part["label"], noun, rng)), ", ".join(todo[:n_done]) or "nothing"
         naming.append(ask(rng, "plan", answer, kind, part["label"], act=goal, done=done))
+        naming.append(long_plan(decided, rng))
+
+    # What a pull or a push will do, and, after an attempt, what was done
+    movable = [p for p in decided if p["verb"] == "open" or p["verb"] in FUTURE]
+    movable = [p for p in movable if p["primitive"] == "pull" or state(p) != "open"]
+    if movable:
+        part = pick(rng, movable)
+        push = part["primitive"] == "push" or (state(part) is not None and rng.random() < 0.4)
+        the = named(part["label"], noun, rng)
+        naming.append(ask(rng, "future", future(part, push), "future push" if push else None, part["label"], the=the))
+    if event := facts.get("event"):
+        whole_event, naming_event = event_turns(event, parts, noun, rng)
+        whole, naming = whole + whole_event, naming + naming_event
+    return whole, naming
+
+
+def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) -> list[Turn]:
+    """Which of two parts looks larger, and how they lie to each other in the picture, where that is plain to see.
+
+    Not asked of parts whose names tell it ("above or below: the top drawer, the bottom drawer").
+    """
+    first, second = (parts[i] for i in rng.permutation(len(parts))[:2])
+    a, b = (f"the {part['label']}" for part in (first, second))
+    out = []
+    if max(ratio := first["pixels"] / second["pixels"], 1 / ratio) > LARGER:
+        out.append(ask(rng, "size", a if ratio > 1 else b, "larger", f"{a} or {b}", a=a, b=b))
+    (x, y), told = (np.array(first["centre"]) - second["centre"]) / size, set(f"{a} {b}".split()) & set(SIDES)
+    if told:
+        return out
+    if abs(x) > ASIDE:
+        out.append(ask(rng, "relation", "left" if x < 0 else "right", "left right", f"{a}, {b}", a=a, b=b))
+    if abs(y) > ASIDE:
+        out.append(ask(rng, "relation", "above" if y < 0 else "below", "above below", f"{a}, {b}", a=a, b=b))
+    return out
+
+
+def long_plan(decided: Sequence[Mapping], rng: np.random.Generator) -> Turn:
+    """The next five steps towards working every part that is still closed, with or without some of them done."""
+    todo = [step for p in decided if state(p) != "open" for step in (*steps(p), "let go")]
+    wording = pick(rng, ASK["five"])
+    n_done = int(rng.integers(min(len(todo), 3) + 1)) if "{done}" in wording else 0
+    answer = ", ".join(todo[n_done : n_done + FIVE]) or "nothing, everything is already open"
+    goal = "work every part that is still closed" if len(decided) > 1 else act(decided[0]["verb"], "this object's part")
+    return Turn("plan", wording.format(act=goal, done=", ".join(todo[:n_done]) or "nothing"), answer)
+
+
+def future(part: Mapping, push: bool) -> str:
+    """What a pull at a part, or a push against it, will do to it as it stands."""
+    if push and part["primitive"] == "pull":
+        return (
+            f"the {part['label']} closes"
+            if state(part) == "open"
+            else f"nothing, the {part['label']} is already closed"
+        )
+    opens = "slides out" if part["joint"] == "prismatic" else "swings open"
+    return f"the {part['label']} {FUTURE.get(part['verb'], opens)}"
+
+
+def event_turns(event: Mapping, parts: Sequence[Mapping], noun: str, rng: np.random.Generator) -> tuple[list, list]:
+    """Past and success, of a picture after an attempt, where the parts' states tell it."""
+    now = {p["label"]: p for p in parts}
+    goal, acted = now.get(event["goal"]), now.get(event["acted"])
+    whole, naming = [], []
+    if acted and state(acted):
+        did = f"{PAST[acted['verb']]} the {acted['label']}"
+        whole.append(ask(rng, "past", did if state(acted) == "open" else "nothing, the attempt failed"))
+    if goal and state(goal) and event["success"] == (state(goal) == "open"):
+        goal_act = act(goal["verb"], named(goal["label"], noun, rng))
+        naming.append(ask(rng, "success", "yes" if event["success"] else "no", None, goal["label"], act=goal_act))
     return whole, naming
 
 

@@ -109,6 +109,10 @@ class View:
     border: float = 0.025  # of the frame, does not count as inside
 
 
+TEXTURES = ("plain", "stripes", "plain", "grain", "plain", "checks", "plain", "speckle")  # of a body; half are plain
+TEXTURE_M, TEXTURE_AMPLITUDE = (0.06, 0.16), (0.03, 0.08)  # wavelength, metres; share by which the brightness varies
+OWN_TEXTURE = 0.3  # chance that a part has a texture of its own, not its body's
+
 INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the range that is left
 INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a cylinder, nearly inside a sphere
 MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
@@ -154,6 +158,21 @@ def unit(vector: np.ndarray) -> np.ndarray:
     """`vector` (..., 3) at length 1; a zero vector stays zero."""
     vector = np.asarray(vector, float)
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
+
+
+def texture(rng: np.random.Generator):
+    """A random solid texture: a function of points (n, 3), metres -> change of brightness (n,), or None for plain."""
+    kind, direction, side = TEXTURES[rng.integers(len(TEXTURES))], *unit(rng.normal(size=(2, 3)))
+    wave, size, phase = 2 * math.pi / rng.uniform(*TEXTURE_M), rng.uniform(*TEXTURE_AMPLITUDE), rng.uniform(0, 6, 3)
+    cells = rng.uniform(-1, 1, (16, 16, 16))
+    patterns = {
+        "plain": None,
+        "stripes": lambda x: size * np.sign(np.sin(wave * x @ direction)),
+        "grain": lambda x: size * np.sin(wave * x @ direction + 2 * np.sin(0.4 * wave * x @ side)),  # bent, as in wood
+        "checks": lambda x: size * np.sign(np.sin(0.5 * wave * x + phase)).prod(1),
+        "speckle": lambda x: size * cells[tuple((np.floor(wave / 3 * x).astype(int) % 16).T)],
+    }
+    return patterns[kind]
 
 
 def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
@@ -228,6 +247,7 @@ class Scene:
         _, camera, self.target = max(found, key=lambda item: item[0])
         self.look(camera)
         self.draw_light_and_background()
+        self.draw_textures()
         return self
 
     def make(self, category: str, seed: int) -> objects.ObjectSpec:
@@ -362,6 +382,32 @@ class Scene:
             colour = np.broadcast_to(first, (self.image_size, self.image_size, 3))
         self.background = (255 * np.clip(colour, 0, 1)).astype(np.uint8)  # (S, S, 3)
 
+    def draw_textures(self):
+        """Sets .textures, link -> function of points (n, 3) in the link's frame: a function of (category, seed)."""
+        rng = stream(self.category, self.seed, "texture")
+        body = texture(rng)
+        self.textures = {BASE: body}
+        for j in range(len(self.spec.parts)):
+            own = texture(rng)  # drawn always, so that one part's draw does not move the next one's
+            self.textures[j] = own if rng.random() < OWN_TEXTURE else body
+
+    def _textured(self, rgb: np.ndarray, depth: np.ndarray, links: np.ndarray) -> np.ndarray:
+        """rgb with every pixel's brightness varied by the texture at its place on its link, which moves with the link.
+
+        The simulator's own textures need images and coordinates per mesh; a solid texture (Perlin 1985) needs neither.
+        """
+        rgb = rgb.astype(float)
+        for link, pattern in self.textures.items():
+            rows, columns = np.nonzero(links == link)
+            if pattern is None or not len(rows):
+                continue
+            points = self._backproject_pixels(rows, columns, depth)
+            if link != BASE:
+                *_, position, orientation = p.getLinkState(self.body, link, computeForwardKinematics=1)[:6]
+                points = (points - position) @ np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
+            rgb[rows, columns] *= 1 + pattern(points)[:, None]
+        return rgb.clip(0, 255).astype(np.uint8)
+
     def picture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """rgb (S, S, 3) uint8, depth (S, S) metres along the camera's z (inf: nothing), links (S, S) int16, now."""
         S, near, far = self.image_size, self.view.near_m, self.view.far_m
@@ -378,7 +424,7 @@ class Scene:
         links = np.where(segments < 0, BACKGROUND, (segments >> 24) - 1).astype(np.int16)
         rgb = np.where(links[..., None] == BACKGROUND, self.background, rgb)
         depth = np.where(links == BACKGROUND, np.inf, near * far / (far - (far - near) * depth))
-        return rgb, depth, links
+        return self._textured(rgb, depth, links), depth, links
 
     def render(self) -> np.ndarray:
         """Takes the picture of the start state: sets .rgb, .depth, .links (see `picture`) and returns .rgb."""
@@ -400,10 +446,11 @@ class Scene:
             return None
         return self._backproject_pixels(np.array([row]), np.array([column]))[0]
 
-    def _backproject_pixels(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def _backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
         f, cx, cy = self.intrinsics
         ray = np.stack([(columns - cx) / f, (rows - cy) / f, np.ones(len(rows))], 1)
-        return self.eye + (self.depth[rows, columns, None] * ray) @ self.camera_rotation
+        depth = self.depth if depth is None else depth
+        return self.eye + (depth[rows, columns, None] * ray) @ self.camera_rotation
 
     def _rays(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Casts rays (n, 3) -> (n, 3); returns links hit (n,) (BACKGROUND: none), hit points and normals (n, 3)."""
@@ -506,6 +553,11 @@ class Scene:
         initial = moved >= INITIAL
         reason = "success" if initial else "wrong part" if link != target else reason or "did not move"
         return Outcome(moved, initial, moved >= self.long_threshold(target), reason, joints)
+
+    def openness(self, part: int) -> float:
+        """Where `part` starts between its closed state (0) and its limit (1)."""
+        movable = self.spec.parts[part]
+        return (self.joints[part] - movable.start) / (movable.upper - movable.start)
 
     def opened(self, part: int, q: float) -> float:
         """How far (rad or m) `part` at joint value `q` has moved from the start, counted in the instructed sense."""
@@ -646,6 +698,33 @@ def _path(part, q0: float, point: np.ndarray, normal: np.ndarray):
     return place
 
 
+# ---- what happened ---------------------------------------------------------------------------------------------------
+def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
+    """Somebody tries to work the target, well or badly; the joints stay as they end. For pictures of afterwards.
+
+    Three sixths of the attempts are the expert's, one works another part, two grip with the right point and a wrong
+    direction. Returns {"goal", "acted" (labels), "moved" (of the acted part, rad or m), "success" (the goal's long
+    threshold)}; None where the expert finds no contact, and then nothing has moved. Takes the picture of the start.
+    """
+    scene.render()
+    goal = acted = scene.target
+    others = [j for j in range(len(scene.joints)) if j != goal]
+    way = ("good", "good", "good", "other", "bad", "bad")[rng.integers(6)]
+    if way == "other" and others:
+        acted = others[rng.integers(len(others))]
+    label = scene.expert(rng, acted, jitters=0)
+    if label is None:
+        return None
+    approach = tilt(label.approach, rng.uniform(math.pi / 3, math.pi / 2), rng) if way == "bad" else label.approach
+    before = list(scene.joints)
+    outcome = scene.act(label.u, label.v, approach, acted)
+    ended = np.clip(outcome.joints or before, [m.lower for m in scene.spec.parts], [m.upper for m in scene.spec.parts])
+    success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
+    scene.set_joints(ended.tolist())
+    names = [part.label for part in scene.spec.parts]
+    return {"goal": names[goal], "acted": names[acted], "moved": round(outcome.moved, 4), "success": bool(success)}
+
+
 # ---- what a picture shows -------------------------------------------------------------------------------------------
 def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: int = 1) -> dict:
     """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
@@ -670,7 +749,7 @@ def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: 
                 "pixels": len(rows),
                 "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
                 "box": _box(mask) if shown else None,
-                "openness": round((scene.joints[j] - part.start) / (part.upper - part.start), 4),
+                "openness": round(scene.openness(j), 4),
                 "contact": contact,
             }
         )
@@ -694,8 +773,9 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What the vision stage learns to see, as means over the cells of a 16 x 16 raster.
 
     Returns:
-        targets (16, 16, 6) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
-            x, y, z (camera frame, from the depth image), share of object, share of movable parts.
+        targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
+            x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
+            the part that fills the cell (0: none).
         part_kind (16, 16) int8: index into objects.PART_KINDS of the part that fills the cell (0: none, or a kind that
             is not in the list).
     Raises: ValueError when 16 does not divide the image size.
@@ -722,4 +802,7 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     kinds = [part.kind for part in scene.spec.parts]
     index = np.array([objects.PART_KINDS.index(kind) if kind in objects.PART_KINDS else 0 for kind in kinds])
     filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
-    return cells(maps).astype(np.float16), np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)
+    openness = np.array([scene.openness(j) for j in range(len(kinds))])
+    opened = np.where(filled, openness[share.argmax(-1)], 0)[..., None]
+    targets = np.concatenate([cells(maps), opened], -1).astype(np.float16)
+    return targets, np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)

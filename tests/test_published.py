@@ -470,8 +470,8 @@ def test_from_parts_in_bfloat16_is_close_and_its_projector_can_be_trained(parts)
 def test_a_published_vocabulary_has_no_number_tokens(parts, llava):
     encoding = read_tokenizer_json(parts[1] / "tokenizer.json")
     data = Conversations(llava / "conversations.json", encoding, 32)
-    assert all(numbers == [] for items in data.items for _, _, _, numbers in items)  # ids 256 .. 355 are plain pieces
-    assert any(256 <= t < 356 for items in data.items for ids, _, _, _ in items for t in ids)
+    assert all(item.numbers == [] for items in data.items for item in items)  # ids 256 .. 355 are plain pieces
+    assert any(256 <= t < 356 for items in data.items for item in items for t in item.tokens)
 
 
 @needs_transformers
