@@ -68,9 +68,13 @@ class TrainConfig:
     warmup: int = 80  # steps
     weight_decay: float = 0.05  # matrices only: never A_log, D, norms, biases, embeddings
     clip: float = 1.0  # largest gradient norm
-    questions: int = 3  # asked of each picture in a step
-    contact: float = 0.45  # cotrain: chance that a question asks for a contact (five numbers)
-    grounding: float = 0.25  # cotrain: chance that it is another one answered with numbers (where, box)
+    dense: float = 1.0  # vision: weight of the dense losses
+    contrast: float = 0.0  # vision: weight of the picture-caption contrast (CLIP's loss)
+    probe: bool = False  # vision: the encoder stays frozen, only the linear layers learn: what do its tokens tell?
+    questions: int = 4  # asked of each picture in a step
+    contact: float = 0.35  # cotrain: chance that a question asks for a contact (five numbers)
+    grounding: float = 0.15  # cotrain: chance that it is another one answered with numbers (where, box)
+    skip: str = ""  # families of questions left out of training, such as plan,possible,success,past,future,contact
     turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
     soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
     number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
@@ -98,28 +102,31 @@ class DenseObjective(nn.Module):
 
     N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
 
-    def __init__(self, model: RoboMamba):
+    def __init__(self, model: RoboMamba, dense_weight: float = 1.0, contrast_weight: float = 0.0):
         super().__init__()
         self.vision, W = model.vision, model.config.vision.width
+        self.dense_weight, self.contrast_weight = dense_weight, contrast_weight
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
         self.cells = 16 // self.side  # cells along one side of a patch
         self.kinds = len(objects.PART_KINDS)
         self.dense = nn.Linear(W, self.cells**2 * (7 + self.kinds))
         self.category, self.colour = nn.Linear(W, self.N_CATEGORIES), nn.Linear(W, len(objects.COLOURS))
+        if contrast_weight:
+            self.image_side, self.words_side = nn.Linear(W, 64), nn.EmbeddingBag(model.config.lm.vocab_size, 64)
         weight = torch.ones(self.kinds)
         weight[0] = 0.3  # most of an object is its fixed body
         self.register_buffer("kind_weight", weight, persistent=False)
 
     def predict(self, pictures: Tensor):
-        """uint8 (B, 3, S, S) -> cells (B, 16, 16, 7 + kinds), category and colour logits."""
+        """uint8 (B, 3, S, S) -> tokens (B, P, W), cells (B, 16, 16, 7 + kinds), category and colour logits."""
         x = self.vision(pictures)
         s, c = self.side, self.cells
         cells = self.dense(x).view(len(x), s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(x), s * c, s * c, -1)
-        return cells, self.category(x.mean(1)), self.colour(x.mean(1))
+        return x, cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
-    def forward(self, pictures, target, kind, category, colour):
+    def forward(self, pictures, target, kind, category, colour, captions, caption_starts):
         """All but the object mask is averaged over the object's cells; background teaches little."""
-        cells, category_logits, colour_logits = self.predict(pictures)
+        tokens, cells, category_logits, colour_logits = self.predict(pictures)
         solid = target[..., 4] > 0.5
         told = solid & (target[..., 5] >= 0)
         geometry = F.l1_loss(cells[..., :4][solid], target[..., :4][solid])
@@ -129,9 +136,25 @@ class DenseObjective(nn.Module):
         on_part = told & (kind > 0)
         openness = (cells[..., 6] - target[..., 6]).abs()[on_part].sum() / max(on_part.sum(), 1)
         words = F.cross_entropy(category_logits, category) + F.cross_entropy(colour_logits, colour)
-        loss = 2 * geometry + mask + movable + 0.3 * kinds + openness + 0.2 * words
+        # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
+        loss = self.dense_weight * (2 * geometry + mask + movable + 0.3 * kinds + openness + 0.2 * words)
         parts = {"geometry": geometry, "mask": mask, "movable": movable, "kinds": kinds, "openness": openness}
-        return loss, parts | {"words": words}
+        parts["words"] = words
+        if self.contrast_weight:
+            parts["contrast"] = self.contrast(tokens, captions, caption_starts)
+            loss = loss + self.contrast_weight * parts["contrast"]
+        return loss, parts
+
+    def contrast(self, tokens: Tensor, captions: Tensor, starts: Tensor) -> Tensor:
+        """CLIP's loss: which caption of the batch belongs to which picture. Equal captions share the target.
+
+        Differs: the words side is a mean of word vectors, and the temperature is fixed at 0.1.
+        """
+        a = F.normalize(self.image_side(tokens.mean(1)), dim=-1)
+        b = F.normalize(self.words_side(captions, starts), dim=-1)
+        same = (b.detach() @ b.detach().T > 1 - 1e-5).float()
+        logits, target = a @ b.T / 0.1, same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 class AnswerObjective(nn.Module):
@@ -176,7 +199,7 @@ class AnswerObjective(nn.Module):
 class DensePictures:
     """Pictures and dense targets of a data.build folder."""
 
-    def __init__(self, folder: str, image_size: int):
+    def __init__(self, folder: str, image_size: int, encoding):
         self.folder, self.size = Path(folder), image_size
         try:
             with np.load(self.folder / "dense.npz") as file:
@@ -187,7 +210,10 @@ class DensePictures:
             raise ValueError(
                 f"{self.folder / 'dense.npz'}: cannot be read ({error}); `python -m data.build` makes it"
             ) from None
-        self.names = picture_names(self.folder)
+        records = json.loads((self.folder / "conversations.json").read_text())  # in the order of dense.npz
+        self.names = [record["image"] for record in records]
+        captions = (r["conversations"][2 * r["families"].index("caption") + 1]["value"] for r in records)
+        self.captions = [encoding.encode_ordinary(caption) for caption in captions]
         if len(self.names) != len(self.targets):
             raise ValueError(f"{self.folder}: {len(self.targets)} rows in dense.npz, {len(self.names)} conversations")
 
@@ -210,18 +236,22 @@ class DensePictures:
             pictures[i], target[i], kind[i] = np.clip((p - 127.0) * gain + 127 + offset, 0, 255).astype(np.uint8), t, k
         words = (torch.from_numpy(x[rows].astype(np.int64)) for x in (self.category, self.colour))
         pictures = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-        return pictures, torch.from_numpy(target), torch.from_numpy(kind), *words
+        captions = [self.captions[r] for r in rows]
+        starts = torch.tensor([0, *np.cumsum([len(c) for c in captions])[:-1].tolist()])
+        return (
+            pictures,
+            torch.from_numpy(target),
+            torch.from_numpy(kind),
+            *words,
+            torch.tensor(sum(captions, [])),
+            starts,
+        )
 
 
 def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
     """(H, W, ..) moved by (dy, dx); the border is repeated."""
     H, W = x.shape[:2]
     return x[np.clip(np.arange(H) - dy, 0, H - 1)][:, np.clip(np.arange(W) - dx, 0, W - 1)]
-
-
-def picture_names(folder: Path) -> list[str]:
-    """Picture files of a data.build folder in the order of its conversations.json, which is the order of dense.npz."""
-    return [record["image"] for record in json.loads((Path(folder) / "conversations.json").read_text())]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -233,10 +263,9 @@ def evaluate_vision(objective: DenseObjective, data: DensePictures, device, batc
     both = either = right = parts = categories = 0
     angles = []
     for start in range(0, len(data), batch):
-        pictures, target, kind, category, _ = (
-            x.to(device) for x in data.batch(np.arange(start, min(start + batch, len(data))))
-        )
-        cells, category_logits, _ = objective.predict(pictures)
+        rows = np.arange(start, min(start + batch, len(data)))
+        pictures, target, kind, category = (x.to(device) for x in data.batch(rows)[:4])
+        _, cells, category_logits, _ = objective.predict(pictures)
         said, true = (cells[..., 4] > 0) & (cells[..., 5] > 0), target[..., 5] > 0.5
         both, either = both + (said & true).sum().item(), either + (said | true).sum().item()
         on_part = kind > 0
@@ -347,7 +376,7 @@ def train(cfg: TrainConfig) -> dict:
     ).to(world.device)
 
     # What is trained and what is frozen.
-    trained = STAGES[cfg.stage] + (("vision",) if cfg.unfreeze_vision else ())
+    trained = () if cfg.probe else STAGES[cfg.stage] + (("vision",) if cfg.unfreeze_vision else ())
     frozen = {}
     for name in ("vision", "projector", "lm", "head"):
         part = getattr(model, name).requires_grad_(name in trained)
@@ -365,14 +394,14 @@ def train(cfg: TrainConfig) -> dict:
     size = model.config.vision.image_size
     torch.manual_seed(cfg.seed + 1)  # the throw-away layers
     if cfg.stage == "vision":
-        objective = DenseObjective(model)
-        data = DensePictures(cfg.data, size)
-        val = DensePictures(cfg.val, size) if cfg.val else None
+        objective = DenseObjective(model, cfg.dense, cfg.contrast)
+        data = DensePictures(cfg.data, size, model.encoding)
+        val = DensePictures(cfg.val, size, model.encoding) if cfg.val else None
         evaluate = lambda: evaluate_vision(objective, val, world.device)  # noqa: E731
     else:
         numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
         objective = AnswerObjective(model, numbers * cfg.soft_numbers, numbers * cfg.number_weight)
-        data = Conversations(file, model.encoding, size, cfg.images, cfg.turns)
+        data = Conversations(file, model.encoding, size, cfg.images, cfg.turns, skip=cfg.skip)
         cached = (
             None
             if cfg.unfreeze_vision

@@ -82,6 +82,36 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
     return category, seed, rule, ("opened", "after", "closed")[how]
 
 
+def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+    """Scene number `index`, rendered in `scene` -> (row of facts.jsonl, picture (S, S, 3), dense targets, kinds)."""
+    from data import world  # here, so that only the workers load PyBullet
+
+    category, seed, rule, how = scene_kind(cfg, index)
+    rng = np.random.default_rng([seed, 1])
+    scene.spawn(category, seed)
+    event = world.attempt(scene, rng) if how == "after" else None
+    if how == "opened":
+        scene.set_joints(
+            [
+                q + rng.uniform(0.3, 0.8) * (p.upper - q) if rng.random() < 0.7 else q
+                for p, q in zip(scene.spec.parts, scene.joints, strict=True)
+            ]
+        )
+    picture = scene.render()
+    facts = world.facts(scene, rng, expert=rule == "all" and how == "closed")
+    if event:
+        facts["event"] = event
+    for part in facts["parts"]:
+        if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
+            rotation = world.rotation_from_approach(np.array(part["contact"]["approach"]))
+            part["contact"]["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
+    dense, kind = world.dense_targets(scene)
+    if rule == "general":
+        dense[..., 5:], kind = -1, np.full_like(kind, -1)  # -1 = not told
+    image = f"images/{index // GROUP:05d}/{index:08d}.png"
+    return {"index": index, "image": image, "rule": rule, "facts": facts}, picture, dense, kind
+
+
 _scene = None  # one PyBullet world a process
 
 
@@ -99,31 +129,9 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rows, targets, kinds = [], [], []
     for index in range(first, last):
-        category, seed, rule, how = scene_kind(cfg, index)
-        rng = np.random.default_rng([seed, 1])
-        scene = _scene.spawn(category, seed)
-        event = world.attempt(scene, rng) if how == "after" else None
-        if how == "opened":
-            scene.set_joints(
-                [
-                    q + rng.uniform(0.3, 0.8) * (p.upper - q) if rng.random() < 0.7 else q
-                    for p, q in zip(scene.spec.parts, scene.joints, strict=True)
-                ]
-            )
-        picture = scene.render()
-        facts = world.facts(scene, rng, expert=rule == "all" and how == "closed")
-        if event:
-            facts["event"] = event
-        for part in facts["parts"]:
-            if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
-                rotation = world.rotation_from_approach(np.array(part["contact"]["approach"]))
-                part["contact"]["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
-        dense, kind = world.dense_targets(scene)
-        if rule == "general":
-            dense[..., 5], kind = -1, np.full_like(kind, -1)  # -1 = not told
-        image = f"images/{first // GROUP:05d}/{index:08d}.png"
-        Image.fromarray(picture).save(Path(cfg.out) / image, compress_level=3)
-        rows.append({"index": index, "image": image, "rule": rule, "facts": facts})
+        row, picture, dense, kind = make_scene(_scene, cfg, index)
+        Image.fromarray(picture).save(Path(cfg.out) / row["image"], compress_level=3)
+        rows.append(row)
         targets.append(dense)
         kinds.append(kind)
     done.parent.mkdir(exist_ok=True)

@@ -95,10 +95,11 @@ class Conversations:
 
     Args: file; encoding (tiktoken.Encoding); image_size in pixels; images, root of the image paths (default: the file's
         folder); turns "branch" | "pack"; limit, first records only (0 = all); max_length in tokens (longer turns are
-        cut, with a count in `cut`).
+        cut, with a count in `cut`); skip, families of questions left out ("plan,contact"; records without families stay
+        whole, and a record of which nothing is left keeps its first question).
     """
 
-    def __init__(self, file, encoding, image_size: int, images=None, turns="branch", limit=0, max_length=512):
+    def __init__(self, file, encoding, image_size: int, images=None, turns="branch", limit=0, max_length=1024, skip=""):
         self.root = Path(images) if images else Path(file).parent
         self.records, self.image_size, self.encoding, self.cut = load_records(file, self.root), image_size, encoding, 0
         self.records = self.records[: limit or None]
@@ -119,6 +120,8 @@ class Conversations:
                 weight = tally[families[k]] ** -0.5 if k < len(families) else 1.0
                 labels = [IGNORE] * len(prompt) + reply
                 items.append(Item(prompt + reply, labels, len(prompt), numbers[:N_NUMBERS], weight))
+            kept = [i for i, f in zip(items, families, strict=False) if f not in skip.split(",")]
+            items = items if not skip or not families else kept or items[:1]
             if turns == "pack":
                 items = [Item(sum((i.tokens for i in items), []), sum((i.labels for i in items), []), *items[0][2:])]
             items = [i._replace(prompt=min(i.prompt, max_length)) for i in items]

@@ -149,7 +149,7 @@ INSTRUCTIONS_PLAIN = ("{act} of the object", "{act} of this object", "{act}", "{
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer. part: label or kind of the part that the question names; None = the whole object."""
+    """One question and its answer. part: label or kind of the part it names (two: "a and b"); None = whole object."""
 
     family: str
     question: str
@@ -450,16 +450,16 @@ def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) ->
     """
     first, second = (parts[i] for i in rng.permutation(len(parts))[:2])
     a, b = (f"the {part['label']}" for part in (first, second))
-    out = []
+    both, out = f"{first['label']} and {second['label']}", []
     if max(ratio := first["pixels"] / second["pixels"], 1 / ratio) > LARGER:
-        out.append(ask(rng, "size", a if ratio > 1 else b, "larger", f"{a} or {b}", a=a, b=b))
+        out.append(ask(rng, "size", a if ratio > 1 else b, "larger", both, a=a, b=b))
     (x, y), told = (np.array(first["centre"]) - second["centre"]) / size, set(f"{a} {b}".split()) & set(SIDES)
     if told:
         return out
     if abs(x) > ASIDE:
-        out.append(ask(rng, "relation", "left" if x < 0 else "right", "left right", f"{a}, {b}", a=a, b=b))
+        out.append(ask(rng, "relation", "left" if x < 0 else "right", "left right", both, a=a, b=b))
     if abs(y) > ASIDE:
-        out.append(ask(rng, "relation", "above" if y < 0 else "below", "above below", f"{a}, {b}", a=a, b=b))
+        out.append(ask(rng, "relation", "above" if y < 0 else "below", "above below", both, a=a, b=b))
     return out
 
 
@@ -469,8 +469,9 @@ def long_plan(decided: Sequence[Mapping], rng: np.random.Generator) -> Turn:
     wording = pick(rng, ASK["five"])
     n_done = int(rng.integers(min(len(todo), 3) + 1)) if "{done}" in wording else 0
     answer = ", ".join(todo[n_done : n_done + FIVE]) or "nothing, everything is already open"
-    goal = "work every part that is still closed" if len(decided) > 1 else act(decided[0]["verb"], "this object's part")
-    return Turn("plan", wording.format(act=goal, done=", ".join(todo[:n_done]) or "nothing"), answer)
+    goal = "use every part that is still closed" if len(decided) > 1 else act(decided[0]["verb"], "the part that moves")
+    names = " and ".join(p["label"] for p in decided)
+    return Turn("plan", wording.format(act=goal, done=", ".join(todo[:n_done]) or "nothing"), answer, names)
 
 
 def future(part: Mapping, push: bool) -> str:

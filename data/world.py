@@ -703,7 +703,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     """Somebody tries to work the target, well or badly; the joints stay as they end. For pictures of afterwards.
 
     Three sixths of the attempts are the expert's, one works another part, two grip with the right point and a wrong
-    direction. Returns {"goal", "acted" (labels), "moved" (of the acted part, rad or m), "success" (the goal's long
+    direction. Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long
     threshold)}; None where the expert finds no contact, and then nothing has moved. Takes the picture of the start.
     """
     scene.render()
@@ -720,6 +720,9 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     outcome = scene.act(label.u, label.v, approach, acted)
     ended = np.clip(outcome.joints or before, [m.lower for m in scene.spec.parts], [m.upper for m in scene.spec.parts])
     success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
+    if outcome.long and not scene.spec.parts[acted].both_ways:  # further strokes follow the first, until it is plain
+        start, upper = before[acted], scene.spec.parts[acted].upper
+        ended[acted] = max(ended[acted], start + rng.uniform(0.3, 0.8) * (upper - start))
     scene.set_joints(ended.tolist())
     names = [part.label for part in scene.spec.parts]
     return {"goal": names[goal], "acted": names[acted], "moved": round(outcome.moved, 4), "success": bool(success)}

@@ -31,11 +31,21 @@ from data.questions import (
 )
 
 SIZE = 128  # pixels
-GENERAL = {"object", "caption", "colour", "presence"}
-WHOLE = ("object", "caption", "colour", "parts", "count")  # families that speak of "this object" when no part is named
+SIDES = {"left", "right"}
+GENERAL = {"object", "caption", "colour", "size", "relation", "presence"}
+WHOLE = (
+    "object",
+    "caption",
+    "colour",
+    "size",
+    "relation",
+    "parts",
+    "count",
+    "past",
+)  # families that speak of "this object" when no part is named
 
 
-def make_facts(rng, categories=(*SEEN, GADGET), opened=0.15, hidden=0.1):
+def make_facts(rng, categories=(*SEEN, GADGET), opened=0.15, hidden=0.1, after=0.2):
     """Facts of a made-up picture of an object of the catalogue, in the form that data/build.py writes."""
     spec = make_object(categories[rng.integers(len(categories))], np.random.default_rng(rng.integers(10_000)))
     any_open, parts = rng.random() < opened, []
@@ -50,7 +60,15 @@ def make_facts(rng, categories=(*SEEN, GADGET), opened=0.15, hidden=0.1):
             unit = approach / np.linalg.norm(approach)
             fact["contact"] = {"u": x + 1.5, "v": y - 2.5, "approach": unit.tolist()}
         parts.append(fact)
-    facts = {"category": spec.category, "seed": 1, "image_size": SIZE, "box": [5, 9, 120, 101], "parts": parts}
+    x, y, w, h = rng.integers((0, 0, 20, 20), (40, 40, 88, 88)).tolist()
+    facts = {"category": spec.category, "seed": 1, "image_size": SIZE, "box": [x, y, x + w, y + h], "parts": parts}
+    if not any_open and rng.random() < after:  # somebody tried: the acted part opens, or the attempt fails
+        goal, acted = (parts[i] for i in rng.integers(len(parts), size=2))
+        worked = bool(rng.random() < 0.5)
+        acted["openness"] = rng.uniform(0.15, 0.8) if worked else acted["openness"]
+        facts["event"] = {"goal": goal["label"], "acted": acted["label"], "success": worked and goal is acted}
+        for part in parts:
+            part["contact"] = None
     return json.loads(json.dumps({**facts, "colour": body_colour(spec)}))
 
 
@@ -215,7 +233,8 @@ def test_same_seed_same_turns_and_questions_differ_within_a_picture(many):
     wordings = {t.question for _ in range(3) for t in turns(many[0][0], np.random.default_rng(_))}
     assert len(wordings) > len(many[0][1])  # another seed asks otherwise
     found = {t.family for _, asked in many for t in asked}
-    assert found == GENERAL | {"parts", "state", "count", "where", "box", "possible", "contact", "plan"}
+    assert found == GENERAL | {"parts", "state", "count", "where", "box", "contact"} | set(questions.ROBOT_FAMILIES)
+    assert {*questions.GENERAL_FAMILIES, *questions.ROBOT_FAMILIES, "where", "box", "contact"} == found
 
 
 def test_turns_leave_the_facts_alone():
@@ -278,6 +297,47 @@ def test_answers_are_true(many):
                 else:
                     assert turn.part not in parts and turn.answer == f"no, there is no {turn.part}"
                     assert not any(set(turn.part.split()) <= set(label.split()) for label in parts)
+            elif turn.family == "size" and not turn.part:
+                x0, y0, x1, y1 = facts["box"]
+                side = max(x1 - x0, y1 - y0) / SIZE
+                assert turn.answer == ("small" if side < 0.5 else "medium" if 0.56 <= side < 0.66 else "large"), side
+                assert side < 0.5 or 0.56 <= side < 0.66 or side >= 0.72
+            elif turn.family in ("size", "relation") and turn.part:
+                first, second = (parts[name] for name in turn.part.split(" and "))
+                (x, y), (u, v) = first["centre"], second["centre"]
+                said = {"left": x < u - 10, "right": x > u + 10, "above": y < v - 10, "below": y > v + 10}
+                said |= {
+                    f"the {p['label']}": p["pixels"] > 1.6 * q["pixels"] for p, q in ((first, second), (second, first))
+                }
+                assert said[turn.answer], (turn, first, second)
+                start, end = (turn.question.find(f"the {p['label']}") for p in (first, second))
+                assert min(start, end) >= 0
+            elif turn.family == "relation":
+                x = (facts["box"][0] + facts["box"][2]) / 2 - SIZE / 2
+                assert turn.answer == ("left" if x < 0 else "right") and abs(x) > 10
+            elif turn.family == "success":
+                assert part["label"] == facts["event"]["goal"]
+                assert (turn.answer == "yes") == (part["openness"] >= 0.25) and not 0.1 < part["openness"] < 0.25
+            elif turn.family == "past":
+                acted = parts[facts["event"]["acted"]]
+                assert acted in shown and not 0.1 < acted["openness"] < 0.25
+                if acted["openness"] > 0.2:
+                    assert re.fullmatch(rf"(opened|lifted|pulled off|pushed back) the {acted['label']}", turn.answer)
+                else:
+                    assert turn.answer == "nothing, the attempt failed"
+            elif turn.family == "future":
+                assert part["label"] in turn.answer and (part["primitive"] == "pull" or "push" in turn.question)
+                is_open = part["kind"] in questions.CLOSABLE_KINDS and part["openness"] > 0.2
+                if "push" in turn.question and part["primitive"] == "pull":
+                    assert turn.answer.split()[-1] == ("closes" if is_open else "closed")
+                else:
+                    assert turn.answer.startswith(f"the {part['label']} ") and "clos" not in turn.answer
+            elif turn.family == "plan" and turn.part and " five" in turn.question or "five " in turn.question:
+                assert 1 <= len(turn.answer.split(", ")) <= 5
+                closed = [p for p in shown if questions.ready(p)]
+                assert ("already" in turn.answer) == (not closed)
+                for step in turn.answer.split(", ") if closed else ():
+                    assert step == "let go" or any(step in questions.steps(p) for p in closed)
             elif turn.family == "plan" and part:
                 if part["openness"] > 0.2 and part["kind"] in questions.CLOSABLE_KINDS:
                     assert turn.answer == f"nothing, the {turn.part} is already open"
@@ -318,7 +378,7 @@ def test_wording_of_some_answers():
 def test_what_is_asked_first_names_neither_object_nor_part(many):
     for facts, asked in many:
         secret = set(NOUNS[facts["category"]].split()) - {"of", "pair", "can"}  # "can you see": no trash can
-        secret |= set().union(*(p["label"].split() for p in facts["parts"]))
+        secret |= set().union(*(p["label"].split() for p in facts["parts"])) - SIDES  # "left or right?" tells nothing
         naming = [t.part is not None or t.family in ("presence", "box") for t in asked]
         assert naming == sorted(naming)  # all the questions about "this object" come first
         for turn, names in zip(asked, naming, strict=True):
@@ -337,7 +397,8 @@ def test_half_of_the_part_questions_use_no_noun(many):
         for turn in asked:
             if (
                 turn.part
-                and turn.family not in ("count", "presence")
+                and turn.family not in ("count", "presence", "size", "relation")
+                and "five" not in turn.question
                 and not set(noun.split()) & set(turn.part.split())
             ):
                 said[noun in turn.question] += 1
@@ -355,7 +416,7 @@ def test_general_pictures_have_no_word_about_their_parts():
                 assert turn.family in GENERAL and turn.part is None
                 said = words(turn.question) | words(turn.answer)
                 for part in facts["parts"]:
-                    assert not set(part["label"].split()) & said - set(noun.split()), turn
+                    assert not set(part["label"].split()) & said - set(noun.split()) - SIDES, turn
                 assert not re.search(r"\d|possible|robot|open|closed|mov(e|able)", turn.question + turn.answer)
 
 
@@ -450,7 +511,7 @@ def test_hidden_parts_are_not_asked_about_and_not_called_absent():
 def test_nothing_visible_is_no_crash():
     for facts in scenes(50, hidden=1.0, opened=0) + [scenes(1)[0] | {"parts": [], "box": None}]:
         asked = turns(facts, np.random.default_rng(0))
-        assert {t.family for t in asked} <= GENERAL | {"count", "box"}
+        assert {t.family for t in asked} <= GENERAL | {"count", "box"} and not any(t.part for t in asked)
         assert [t.answer for t in asked if t.family == "count"] == ["none"]
 
 

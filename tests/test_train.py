@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import train as train_module
 from data import build as build_module
 from data.build import BuildConfig, build
 from data.dataset import IGNORE, Conversations, load_manipulation, load_records
+from data.objects import SEEN, UNSEEN
 from data.run import cli, cosine, rows_of_step
 from data.tokenizer import NUMBER_BASE
 from finetune_policy import PolicyConfig, finetune, geodesic
@@ -100,10 +102,46 @@ def test_unseen_categories_never_get_a_part_a_contact_or_a_mask(tmp_path):
     build(BuildConfig(scenes=12, workers=1, out=str(tmp_path / "u"), image_size=32, unseen=1.0, gadgets=0.0, vocab=420))
     assert (tmp_path / "u/manipulation.jsonl").read_text() == ""
     families = {f for r in json.loads((tmp_path / "u/conversations.json").read_text()) for f in r["families"]}
-    assert families <= {"object", "caption", "colour", "presence"}
+    assert families <= {"object", "caption", "colour", "size", "relation", "presence"}
     with np.load(tmp_path / "u/dense.npz") as dense:
-        assert (dense["targets"][..., 5] == -1).all() and (dense["kinds"] == -1).all()
+        assert (dense["targets"][..., 5:] == -1).all() and (dense["kinds"] == -1).all()
         assert dense["targets"][..., 4].max() > 0.5  # the object's own mask is told
+
+
+def test_pictures_after_an_attempt_show_what_became_of_it(tmp_path):
+    """Both test splits; every scene is an attempt: its joints, its questions and its openness targets agree."""
+    for split, categories in (("test-seen", SEEN), ("test-unseen", UNSEEN)):
+        build(BuildConfig(scenes=16, workers=2, out=str(tmp_path / split), image_size=64, split=split, after=0.92))
+        facts = [json.loads(line)["facts"] for line in (tmp_path / split / "facts.jsonl").read_text().splitlines()]
+        assert {f["category"] for f in facts} <= set(categories)
+        events = [f for f in facts if "event" in f]
+        assert len(events) >= 12 and {True, False} == {f["event"]["success"] for f in events}
+        for f in events:
+            acted = next(p for p in f["parts"] if p["label"] == f["event"]["acted"])
+            assert (acted["openness"] > 0.1) == (f["event"]["moved"] >= 0.05) or acted["verb"] == "turn", f
+            assert all(p["contact"] is None for p in f["parts"])
+        families = [t for r in json.loads((tmp_path / split / "conversations.json").read_text()) for t in r["families"]]
+        assert {"success", "past", "future", "plan"} <= set(families)
+        with np.load(tmp_path / split / "dense.npz") as dense:
+            opened = dense["targets"][..., 6].astype(float).max((1, 2))
+        widest = [max(f["parts"], key=lambda p: p["openness"]) for f in facts]
+        told = [(o, p["openness"]) for o, p in zip(opened, widest, strict=True) if p["pixels"] > 200]
+        assert len(told) > 3 and np.allclose(*zip(*told, strict=True), atol=1e-3), told  # float16
+
+
+def test_rare_families_are_drawn_more_often_and_skipped_ones_never(data, start):
+    model = RoboMamba.from_pretrained(start)
+    file = data / "train/conversations.json"
+    both = Conversations(file, model.encoding, 32), Conversations(file, model.encoding, 32, skip="contact,plan,future")
+    weights_ = {}
+    for record, items in zip(both[0].records, both[0].items, strict=True):
+        for family, item in zip(record["families"], items, strict=True):
+            weights_[family] = item.weight
+    tally = Counter(f for r in both[0].records for f in r["families"])
+    assert all(abs(weights_[f] ** -2 - n) < 1e-6 for f, n in tally.items()) and len(tally) > 8
+    kept = sum(n for f, n in tally.items() if f not in ("contact", "plan", "future"))
+    assert sum(map(len, both[1].items)) == kept < tally.total()
+    assert not any(len(item.numbers) == 5 for items in both[1].items for item in items)
 
 
 def test_labels_hold_the_answer_and_the_end_and_nothing_else(data, start):
@@ -149,6 +187,15 @@ def test_unfreeze_vision_moves_the_encoder_too_and_validates_what_it_became(data
     assert logged(tmp_path / "u", "exact.object") and not list((data / "val").glob("tokens-*"))
     before, after = weights(start), weights(tmp_path / "u")
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("vision"))
+
+
+def test_a_probe_leaves_the_encoder_and_contrast_teaches_it_captions(data, start, tmp_path):
+    train(config(data, start, tmp_path / "p", stage="vision", probe=True, val=str(data / "val")))
+    before, after = weights(start), weights(tmp_path / "p")
+    assert all(torch.equal(before[n], after[n]) for n in before) and logged(tmp_path / "p", "normal_degrees")
+    train(config(data, start, tmp_path / "c", stage="vision", dense=0.0, contrast=1.0, max_steps=40, batch_size=8))
+    losses = logged(tmp_path / "c", "contrast")
+    assert np.mean(losses[-5:]) < 0.8 * losses[0], losses
 
 
 @pytest.mark.parametrize("stage", ["vision", "cotrain"])
