@@ -318,7 +318,7 @@ def test_dense_targets(scene):
     for category in CATEGORIES:
         scene.spawn(category, 31).render()
         targets, kind = world.dense_targets(scene)
-        assert targets.shape == (16, 16, 6) and targets.dtype == np.float16 and np.isfinite(targets).all()
+        assert targets.shape == (16, 16, 7) and targets.dtype == np.float16 and np.isfinite(targets).all()
         assert kind.shape == (16, 16) and kind.dtype == np.int8
         cell = scene.image_size // 16
         assert abs(targets[..., 4].astype(float).mean() - (scene.links != BACKGROUND).mean()) < 1e-3
@@ -353,6 +353,63 @@ def test_opened_parts_are_drawn_open(scene):
         scene.set_joints([0.0, 0.0])
     with pytest.raises(ValueError, match="outside"):
         scene.set_joints([part.upper + 1])
+
+
+def test_textures_vary_the_brightness_keep_the_colour_and_move_with_the_part(scene):
+    """Ratio to the plain picture: within 1 +- 0.08, equal over the channels; on a part it follows the part."""
+    varied = looked = 0
+    for seed in range(16):
+        scene.spawn("StorageFurniture", seed)
+        rgb, _, links = scene.picture()
+        textures, scene.textures = scene.textures, {}
+        plain = scene.picture()[0]
+        bright = (links != BACKGROUND) & (plain.min(-1) > 60) & (plain.max(-1) < 230)  # rounding matters little here
+        if bright.sum() < 50:
+            continue
+        ratio, looked = rgb[bright] / plain[bright], looked + 1
+        assert np.abs(ratio - 1).max() < 0.08 + 1 / 60 and np.ptp(ratio, axis=-1).max() < 2 / 60
+        assert np.array_equal(rgb[links == BACKGROUND], plain[links == BACKGROUND])
+        varied += ratio.std() > 0.01
+        assert (ratio.std() > 0.005) <= any(textures.values())
+    assert looked >= 5 and 2 <= varied < looked  # half are plain
+    for seed in range(40):  # something bright
+        scene.spawn("StorageFurniture", seed)
+        rgb, _, links = scene.picture()
+        if (rgb[links == 0].min(-1) > 80).sum() > 200:
+            break
+    scene.textures = {0: lambda x: 0.08 * np.sign(np.sin(60 * x[:, 1]))}  # x in the part's own frame
+    for q in (scene.spec.parts[0].lower, scene.spec.parts[0].upper):
+        scene.set_joints([q, *scene.joints[1:]])
+        *_, position, orientation = p.getLinkState(scene.body, 0, computeForwardKinematics=1)[:6]
+        turn = np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
+        rgb, depth, links = scene.picture()
+        rows, columns = np.nonzero(links == 0)
+        own = (scene._backproject_pixels(rows, columns, depth) - position) @ turn
+        textures, scene.textures = scene.textures, {}
+        plain, scene.textures = scene.picture()[0][rows, columns], textures
+        clear = plain.min(-1) > 60
+        ratio = rgb[rows, columns].mean(-1)[clear] / plain.mean(-1)[clear]
+        assert clear.sum() > 50 and np.abs(ratio - 1 - textures[0](own[clear])).max() < 0.02
+
+
+def test_an_attempt_leaves_the_scene_as_it_ended(scene):
+    seen = {True: 0, False: 0}
+    for i in range(24):
+        scene.spawn(("StorageFurniture", "Box", "Door", "Bottle")[i % 4], 900 + i)
+        before, names = list(scene.joints), [part.label for part in scene.spec.parts]
+        event = world.attempt(scene, np.random.default_rng(i))
+        if event is None:
+            assert scene.joints == before
+            continue
+        goal, acted = names.index(event["goal"]), names.index(event["acted"])
+        assert goal == scene.target and set(event) == {"goal", "acted", "moved", "success"}
+        gone = [q - q0 for q, q0 in zip(scene.joints, before, strict=True)]
+        assert event["success"] == (goal == acted and gone[goal] >= 0.1 - 1e-6)
+        assert all(abs(g) < 0.02 for j, g in enumerate(gone) if j != acted), (event, gone)
+        if event["moved"] >= 0.1:
+            assert 0.29 <= scene.openness(acted) <= 1 + 1e-9
+        seen[event["success"]] += 1
+    assert min(seen.values()) >= 5, seen
 
 
 def test_bad_spawns_are_named(scene):
