@@ -9,8 +9,9 @@ shares of the picture, plus the geodesic angle between the predicted and the tru
 approach is filled by a fixed rule (data.world.rotation_from_approach), because a suction cup leaves it free: with the
 paper's random yaw the angle could not fall below 90 degrees on average.
 
-Logged (metrics.csv): loss; on --val every --eval-every epochs: pixel_px (median distance in pixels), approach_degrees
-(median angle of the approach axis, which is what decides), rotation_degrees (median angle of the whole rotation).
+Logged (metrics.csv; drawn at the end as OUT/curves.png): loss; on --val every --eval-every epochs: pixel_px (median
+distance in pixels), approach_degrees (median angle of the approach axis, which is what decides), rotation_degrees
+(median angle of the whole rotation).
 """
 
 import dataclasses

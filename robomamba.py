@@ -36,6 +36,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -598,28 +599,84 @@ class RoboMamba(nn.Module):
             raise ValueError(f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; or pass a file")
         return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.lm.lm_head.weight.device)
 
-    @torch.inference_mode()
     def generate(
-        self, image, question: str, max_new_tokens: int = 64, temperature=0.0, top_k=0, top_p=1.0, seed=0
-    ) -> str:
+        self, image, question, max_new_tokens: int = 64, temperature=0.0, top_k=0, top_p=1.0, seed=0
+    ) -> str | list[str]:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        Args: image as in `predict_action`, or None; temperature 0 = greedy, else sampling from the top_k / top_p tokens
-        with `seed`.
+        Args: image as in `predict_action`, or None, or with a list of questions a list as long (a picture that occurs
+        several times is read once); question, str or list of str; temperature 0 = greedy, else sampling from the top_k
+        / top_p tokens with `seed` (an int, or one a question).
+        Returns: the answer, or for a list the answers, each what the question alone would get.
         """
-        states = self.look(self._picture(image)) if image is not None else None
+        if isinstance(question, str):
+            return self.generate(image, [question], max_new_tokens, temperature, top_k, top_p, seed)[0]
+        answers = self.generate_ids(image, question, max_new_tokens, temperature, top_k, top_p, seed)
+        return [self.text(ids) for ids in answers]
+
+    def text(self, ids: list[int]) -> str:
+        """Token ids of an answer as words; ids beyond the vocabulary (padded embeddings) say nothing."""
+        return self.encoding.decode([t for t in ids if t < self.encoding.n_vocab]).strip()
+
+    @torch.inference_mode()
+    def generate_ids(
+        self, image, questions: list[str], max_new_tokens: int = 64, temperature=0.0, top_k=0, top_p=1.0, seed=0
+    ) -> list[list[int]]:
+        """`generate` for a list of questions, as token ids without the end token.
+
+        Prompts differ in length, but nothing is padded: all rows read as many tokens as the shortest prompt has in one
+        pass; from there a row is fed the rest of its prompt, one token a step, or what it said last. So a short
+        question already answers while a long one is still being read, every state is that of a true last token, and
+        one question alone is read in one pass. A row that has ended leaves the batch.
+        """
+        prompts, answers = [self.prompt(question) for question in questions], [[] for _ in questions]
+        if not prompts:
+            return []
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed: {len(seeds)} seeds for {len(prompts)} questions; give one, or one each")
+        rngs = [torch.Generator().manual_seed(s) for s in seeds]
         backbone, device = self.lm.backbone, self.lm.lm_head.weight.device
-        end = self.encoding.encode_single_token("<|endoftext|>")
-        tokens = torch.tensor([self.prompt(question)], device=device)
-        h, states = backbone(backbone.embedding(tokens), states)
-        h, answer, rng = h[:, -1], [], torch.Generator().manual_seed(seed)
-        for _ in range(max_new_tokens):
-            token = sample(self.lm.lm_head(h)[0], temperature, top_k, top_p, rng)
-            if token == end:
-                break
-            answer.append(token)
-            h, states = backbone.step(backbone.embedding(torch.tensor([token], device=device)), states)
-        return self.encoding.decode([t for t in answer if t < self.encoding.n_vocab]).strip()
+        end, t = self.encoding.encode_single_token("<|endoftext|>"), min(map(len, prompts))
+        read = torch.tensor([prompt[:t] for prompt in prompts], device=device)
+        h, states = backbone(backbone.embedding(read), self._looked(image, len(prompts)))
+        h, rows = h[:, -1], list(range(len(prompts)))  # the questions still in the batch
+        while True:
+            logits = self.lm.lm_head(h)
+            greedy = logits.argmax(-1).tolist() if temperature <= 0 else None
+            kept, fed = [], []
+            for i, row in enumerate(rows):
+                if t < len(prompts[row]):
+                    token = prompts[row][t]
+                elif len(answers[row]) == max_new_tokens:
+                    continue
+                else:
+                    token = greedy[i] if greedy else sample(logits[i], temperature, top_k, top_p, rngs[row])
+                    if token == end:
+                        continue
+                    answers[row].append(token)
+                kept.append(i)
+                fed.append(token)
+            if not kept:
+                return answers
+            if len(kept) < len(rows):
+                states = [LayerState(*(s[kept] for s in state)) for state in states]
+                rows = [rows[i] for i in kept]
+            h, states = backbone.step(backbone.embedding(torch.tensor(fed, device=device)), states)
+            t += 1
+
+    def _looked(self, image, n: int) -> list[LayerState] | None:
+        """The states before `n` questions: after one picture for all, or a list of one each; None without a picture."""
+        if image is None:
+            return None
+        images = list(image) if isinstance(image, list | tuple) else [image] * n
+        if len(images) != n:
+            raise ValueError(f"image: {len(images)} pictures for {n} questions; give one, or one each")
+        keys = [str(x) if isinstance(x, str | os.PathLike) else id(x) for x in images]
+        different = dict(zip(keys, images, strict=True))
+        place = {key: i for i, key in enumerate(different)}
+        states = self.look(torch.cat([self._picture(x) for x in different.values()]))
+        return [LayerState(*(s[[place[key] for key in keys]] for s in state)) for state in states]
 
     @torch.inference_mode()
     def predict_action(self, image, instruction: str) -> Action:
@@ -772,7 +829,12 @@ def main() -> None:
     try:
         model = RoboMamba.from_pretrained(args.checkpoint)
         if args.ask is not None:
-            print(model.generate(args.image, args.ask))
+            start = time.perf_counter()
+            (answer,) = model.generate_ids(args.image, [args.ask])
+            seconds = time.perf_counter() - start
+            print(model.text(answer))
+            speed = f"{len(answer)} tokens, {len(answer) / seconds:.0f} tokens/s"
+            print(f"{speed} in {seconds:.2f} s, reading picture and question included", file=sys.stderr)
         else:
             depth = read_depth(args.depth) if args.depth else None
             action, side = model.predict_action(args.image, args.act), model.config.vision.image_size

@@ -40,9 +40,7 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
 import zlib
@@ -69,8 +67,8 @@ from data.policies import (
     model_policy,
     read_blind_table,
 )
-from data.report import report, write_results
-from data.run import cli, progress, start_worker
+from data.report import report, wilson, write_results
+from data.run import cli, commit, hardware, progress, start_worker
 from data.world import (
     INITIAL,
     Label,
@@ -450,15 +448,6 @@ def skipped(done: list[tuple[Job, dict]], broken: dict[str, str]) -> dict:
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 
-def wilson(k: int, n: int, z: float = 1.959964) -> dict:
-    """Rate k / n with Wilson's 95 % interval, which stays inside 0..1 and is right at 0 and n; n = 0 says nothing."""
-    if n == 0:
-        return {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
-    centre, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    low, high = (max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z)))
-    return {"k": k, "n": n, "rate": round(k / n, 4), "lo": round(low, 4), "hi": round(high, 4)}
-
-
 def median(values) -> float | None:
     return round(float(np.median(values)), 2) if len(values) else None
 
@@ -506,21 +495,6 @@ def language(records: list[dict]) -> dict:
         "right_sentence": {"initial": wilson(sum(record["initial"] for record in asked), n)},
         "wrong_sentence": {"initial": wilson(sum(s["wrong_initial"] for s in said), n)},
     }
-
-
-def commit() -> str | None:
-    try:
-        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def hardware() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text() + "\nmodel name: " + name)[1]
-    return f"{name}, {os.cpu_count()} cores"
 
 
 # --------------------------------------------------------------------------------------------------------------- demo

@@ -25,7 +25,8 @@ Logged (metrics.csv: step, seconds, name, value):
     normal_degrees, category_accuracy
     align, cotrain: answer (cross-entropy), numbers (L1 in shares of the picture) and on --val: exact.FAMILY = share of
     answers that are right to the letter, blank.FAMILY = the same with a grey picture (what the wording alone gives
-    away), contact_px, contact_degrees
+    away), contact_px, contact_degrees; and three fixed questions of --val with what the model says and what is true, on
+    the console and in OUT/answers.md. At the end all curves are drawn: OUT/curves.png
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from data import objects, questions
 from data.dataset import GREY, IGNORE, N_NUMBERS, Conversations, read_picture, visual_tokens
-from data.run import Run, World, cli, cosine, digest, rows_of_step, stop_on_nan
+from data.run import Run, World, cli, cosine, digest, rows_of_step, stop_on_nan, write_text
 from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens, load_encoding
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
 
@@ -88,6 +89,7 @@ class TrainConfig:
 STAGES = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
 MAX_SHIFT_CELLS = 2  # vision stage: pictures are shifted by up to so many cells of 8 pixels
 LIGHT_JITTER = 0.15  # vision stage: brightness and contrast vary by this share
+SHOWN_FAMILIES = ("caption", "plan", "contact")  # answers.md: a question of each, on different pictures of --val
 
 # ---- objectives ------------------------------------------------------------------------------------------------------
 
@@ -326,6 +328,40 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray |
     return out
 
 
+def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
+    """(picture file, question, answer) of three records: of each of SHOWN_FAMILIES the first question there is; a file
+    without families shows its first questions."""
+    found: dict[int, tuple[str, str, str]] = {}
+    for family in SHOWN_FAMILIES:
+        for row, record in enumerate(data.records):
+            said, families = [turn["value"] for turn in record["conversations"]], record.get("families", [family])
+            if row not in found and "image" in record and family in families:
+                k = 2 * families.index(family)
+                question = said[k].replace("<image>", "").strip()
+                found[row] = (str(data.root / record["image"]), question, said[k + 1])
+                break
+    return list(found.values())
+
+
+def show_answers(model: RoboMamba, shown: list[tuple[str, str, str]], step: int, run: Run) -> None:
+    """What the model says at this step, so that a person sees it learn: on the console and as rows of OUT/answers.md.
+
+    Rows of the same or a later step, which a killed run may have left, are replaced.
+    """
+    if not shown:
+        return
+    images, asked, truths = (list(column) for column in zip(*shown, strict=True))
+    answers = model.generate(images, asked)
+    path, rows = run.out / "answers.md", []
+    if path.exists():
+        rows = [row for row in path.read_text().splitlines()[2:] if int(row.split("|")[1]) < step]
+    for image, *texts in zip(images, asked, answers, truths, strict=True):
+        cells = [" ".join(text.split()).replace("|", "\\|") for text in (Path(image).name, *texts)]
+        rows.append(f"| {step} | {' | '.join(cells)} |")
+        run.say("  {1}  model: {2}  truth: {3}".format(*cells))
+    write_text(path, "\n".join(["| step | picture | question | model | truth |", "| --- " * 5 + "|", *rows, ""]))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +427,7 @@ def train(cfg: TrainConfig) -> dict:
     )
 
     # Data and objective.
-    size = model.config.vision.image_size
+    size, shown = model.config.vision.image_size, []
     torch.manual_seed(cfg.seed + 1)  # the throw-away layers
     if cfg.stage == "vision":
         objective = DenseObjective(model, cfg.dense, cfg.contrast)
@@ -409,6 +445,7 @@ def train(cfg: TrainConfig) -> dict:
         )
         if cfg.val:
             val = Conversations(Path(cfg.val) / "conversations.json", model.encoding, size, limit=cfg.eval_records)
+            shown = shown_questions(val)
             if cached is not None:
                 val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], world)
             else:  # the encoder is trained too: read the pictures with what it has become
@@ -417,6 +454,8 @@ def train(cfg: TrainConfig) -> dict:
     objective.to(world.device).train()
     optimizer = torch.optim.AdamW(parameter_groups(objective, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.98))
     first = run.resume([objective], optimizer) if cfg.resume else 0
+    if world.first and not first:
+        (run.out / "answers.md").unlink(missing_ok=True)  # of an earlier run in this folder
     parallel = world.wrap(objective)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda")
     result = {}
@@ -454,6 +493,7 @@ def train(cfg: TrainConfig) -> dict:
                 result = evaluate()
                 run.write(step + 1, **result)
                 run.say(f"step {step + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+                show_answers(model, shown, step + 1, run)
             world.barrier()
             objective.train()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.max_steps:

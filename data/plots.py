@@ -1,11 +1,14 @@
 """Curves from metrics.csv as one picture of small panels, drawn with Pillow.
 
+Every run of train.py and finetune_policy.py leaves its own as OUT/curves.png.
+
 python -m data.plots data/pretrained/robomamba-tiny/metrics.csv --out curves.png             # every stage and name
 python -m data.plots runs/cotrain/metrics.csv --names loss,contact_px --out curves.png
 """
 
 import argparse
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -29,13 +32,20 @@ def read_curves(path) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw_curves(curves: dict[str, list[tuple[float, float]]], columns: int = COLUMNS) -> Image.Image:
-    """One panel a curve: name and last value on top, smallest and largest value at the left, last step below."""
+    """One panel a curve: name and last value on top, smallest and largest value at the left, last step below.
+
+    What is not finite is left out; a curve without any finite value has a panel with its name alone.
+    """
     (w, h), (left, top) = PANEL, MARGIN
     sheet = Image.new("RGB", (columns * w, -(-len(curves) // columns) * h), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (label, points) in enumerate(curves.items()):
         x0, y0 = i % columns * w + left, i // columns * h + top
         x1, y1 = x0 + w - left - 12, y0 + h - 2 * top
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if not points:
+            pen.text((x0, y0 - 14), f"{label}: nothing finite", fill=INK)
+            continue
         low, high = min(v for _, v in points), max(v for _, v in points)
         span, last = (high - low) or 1.0, max(points[-1][0], 1.0)
         pen.rectangle((x0, y0, x1, y1), outline=GRID)

@@ -1,20 +1,35 @@
-"""What sim_eval.py prints and writes about a run: tables in Markdown, results.json.
+"""What sim_eval.py and data/benchmark.py print and write about a run: tables in Markdown, results.json.
 
     report(results)       the main table: policies side by side, what the sentence is worth, what was skipped
     details(results)      how the episodes ended, per split
     categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
 
-Each takes what sim_eval.evaluate returns and gives text.
+    reasoning_report(results)     answers in words and in coordinates: what stands in the README
+    reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
+    paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
+
+Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, returns and gives text.
 """
 
 import json
+import math
 from pathlib import Path
 
 from data.run import write_text
 
 PAPER = Path(__file__).with_name("paper_table2.json")
+PAPER_REASONING = Path(__file__).with_name("paper_table1.json")
 THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> dict:
+    """Rate k / n with Wilson's 95 % interval, which stays inside 0..1 and is right at 0 and n; n = 0 says nothing."""
+    if n == 0:
+        return {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
+    centre, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    low, high = (max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z)))
+    return {"k": k, "n": n, "rate": round(k / n, 4), "lo": round(low, 4), "hi": round(high, 4)}
 
 
 def percent(rate: dict) -> str:
@@ -144,6 +159,108 @@ def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
     write_text(out / f"{table_stem}.md", report(results) + "\n" + details(results))
     if stem == "results":
         write_text(out / "categories.md", categories(results))
+
+
+def place(scores: dict) -> str:
+    """A score of data.benchmark in a cell: a rate, an IoU, pixels, pixels and degrees."""
+    if "rate" in scores:
+        return f"{scores['rate']:.2f}"
+    if "iou" in scores:
+        return f"IoU {scores['iou']:.2f}"
+    px = "no answer" if scores["px"] is None else f"{scores['px']:.1f} px"
+    return f"{px}, {scores['degrees']:.0f} deg" if "degrees" in scores else px
+
+
+def unread(read: dict) -> str:
+    return "" if read["k"] == read["n"] else f" ({read['n'] - read['k']} of {read['n']} are no coordinates)"
+
+
+def reasoning_report(results: dict) -> str:
+    """Two tables: robot questions, general questions and presence, by who answers; then the families side by side."""
+    columns = (
+        "robot exact",
+        "BLEU-1",
+        "BLEU-2",
+        "BLEU-3",
+        "BLEU-4",
+        "general exact",
+        "presence",
+        "precision",
+        "recall",
+    )
+    lines = row("answers", *columns, "F1", "yes") + row(*["---"] * (len(columns) + 3))
+    for split, result in results["splits"].items():
+        for who, scores in result["answerers"].items():
+            exact = [percent(scores[key]) if key in scores else "" for key in ("robot", "general")]
+            bleu = [f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4
+            pope = scores.get("pope")
+            asked = [f"{pope[key]:.2f}" for key in ("precision", "recall", "f1", "yes")] if pope else [""] * 4
+            cells = (exact[0], *bleu, exact[1], f"{pope['accuracy']['rate']:.2f}" if pope else "", *asked)
+            lines += row(f"{split}, {who}", *cells)
+    lines += [
+        "",
+        "Share of answers right to the letter, k/n, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's",
+        'questions; presence as POPE scores it ("yes" is positive). Greedy decoding, every question asked alone.',
+        "",
+    ]
+    splits = results["splits"]
+    shown = ("model", "image-blind", "majority")
+    head = [text for split in splits for text in (f"{split} n", *(f"{split} {who}" for who in shown))]
+    lines += row("family", *head) + row(*["---"] * (len(head) + 1))
+    for family in dict.fromkeys(f for result in splits.values() for f in result["answerers"]["model"]["families"]):
+        cells = []
+        for result in splits.values():
+            scores = [result["answerers"][who]["families"].get(family) for who in shown]
+            cells += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(shown))
+        lines += row(family, *cells)
+    return "\n".join(
+        [*lines, "", "Words: share right to the letter. Where, contact: median distance. Box: median IoU.", ""]
+    )
+
+
+def reasoning_details(results: dict) -> str:
+    """Per split: every family with k/n and interval, then every category."""
+    lines = []
+    for split, result in results["splits"].items():
+        for title in ("families", "categories"):
+            groups = {who: scores[title] for who, scores in result["answerers"].items()}
+            lines += row(f"{split}: {title}", *groups) + row(*["---"] * (len(groups) + 1))
+            for name in groups["model"]:
+                scores = [group[name] for group in groups.values()]
+                lines += row(
+                    name, *(percent(s) if "k" in s else f"{place(s)} ({percent(s['read'])} read)" for s in scores)
+                )
+            lines.append("")
+        speed = f"{result['tokens_per_second']:.0f} tokens/s, reading pictures and questions included"
+        lines += [
+            f"{split}: {result['n']} questions, {result['pictures']} pictures of {result['folder']}; {speed}.",
+            "",
+        ]
+    return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
+
+
+def paper_table1(results: dict) -> str:
+    """Ours (BLEU of the robot's questions; POPE = accuracy on presence) above what RoboMamba's Table 1 prints."""
+    paper = json.loads(PAPER_REASONING.read_text())
+    columns = paper["columns"]
+    lines = [
+        "Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and",
+        "models pre-trained on text. Their rows are for orientation; the numbers must not be compared.**",
+        f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}.",
+        "",
+    ]
+    lines += row("model", *columns) + row(*["---"] * (len(columns) + 1))
+    for split, result in results["splits"].items():
+        scores = result["answerers"]["model"]
+        ours = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
+        if "pope" in scores:
+            ours["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
+        if "bleu" in scores:
+            ours |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
+        lines += row(f"ours, {split}, our own questions", *(ours.get(column, "") for column in columns))
+    for name, values in paper["rows"].items():
+        lines += row(f"{name} (theirs)", *("" if value is None else value for value in values))
+    return "\n".join([*lines, ""])
 
 
 def scan_table(results: dict) -> str:

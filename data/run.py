@@ -2,12 +2,14 @@
 
     cfg = cli(Config, __doc__)          every field of a dataclass becomes a flag, booleans become --x / --no-x
     world = World(cfg.device)           one process, or one of several under torchrun
-    run = Run(cfg, world, total_steps)  OUT/metrics.csv, one updating line, OUT/checkpoint.pt, --resume
+    run = Run(cfg, world, total_steps)  OUT/metrics.csv, one updating line, OUT/checkpoint.pt, --resume;
+                                        at the end OUT/curves.png
 
 Exact resume needs no saved random state: whatever is random at step i is drawn from a generator seeded by (seed, i).
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -16,13 +18,18 @@ import json
 import math
 import multiprocessing
 import os
+import platform
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+
+from data.plots import draw_curves, read_curves
 
 
 def cli(config_class, doc: str, argv: list[str] | None = None):
@@ -84,14 +91,31 @@ def write_text(path: Path, text: str) -> None:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def progress(done: int, total: int, start: float) -> None:
-    """One updating line of scenes with rate and time left; where it cannot update, one line every tenth."""
+def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
+    """One updating line of `what` is counted, with rate and time left; where it cannot update, one line every tenth."""
     rate = done / max(time.monotonic() - start, 1e-9)
-    line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
+    line = f"{what} {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
     if sys.stdout.isatty():
         print(f"\r{line:60s}", end="\n" if done == total else "", flush=True)
     elif done == total or done % max(1, total // 10) == 0:
         print(line, flush=True)
+
+
+def commit() -> str | None:
+    """Short hash of this repository's commit; None outside of git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> str:
+    """The processor's name and the number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text() + "\nmodel name: " + name)[1]
+    return f"{name}, {os.cpu_count()} cores"
 
 
 class World:
@@ -196,7 +220,7 @@ class Run:
 
         if self.world.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
-            state["settings"] = self.settings()
+            state |= {"settings": self.settings(), "averages": self.averages}
             state["seconds"] = self.before + time.monotonic() - self.start_time
             write_atomically(self.out / "checkpoint.pt", lambda tmp: torch.save(state, tmp))
         self.world.barrier()
@@ -220,6 +244,7 @@ class Run:
             module.load_state_dict(values)
         optimizer.load_state_dict(state["optimizer"])
         self.before, self.start_step = state["seconds"], state["step"]
+        self.averages = state.get("averages", {})  # what was logged since the last row
         if self.world.first and (self.out / "metrics.csv").exists():
             with open(self.out / "metrics.csv", newline="") as file:
                 rows = [r for r in csv.reader(file) if r and (r[0] == "step" or int(r[0]) <= state["step"])]
@@ -227,9 +252,13 @@ class Run:
         return state["step"]
 
     def finish(self) -> None:
-        """The run is complete: its checkpoint is no longer needed."""
+        """The run is complete: draw OUT/curves.png; the checkpoint, and what kills left half written, can go."""
         if self.world.first:
-            (self.out / "checkpoint.pt").unlink(missing_ok=True)
+            if (self.out / "metrics.csv").exists():
+                sheet = draw_curves(read_curves(self.out / "metrics.csv"))
+                write_atomically(self.out / "curves.png", lambda tmp: sheet.save(tmp, "PNG"))
+            for path in (*self.out.glob("*.tmp*"), self.out / "checkpoint.pt"):
+                path.unlink(missing_ok=True)
             print(flush=True)
 
     # -- metrics

@@ -3,11 +3,14 @@
 pytest tests/test_train.py
 """
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from data import build as build_module
 from data.build import BuildConfig, build
 from data.dataset import IGNORE, Conversations, load_manipulation, load_records
 from data.objects import SEEN, UNSEEN
+from data.plots import draw_curves
 from data.run import cli, cosine, rows_of_step
 from data.tokenizer import NUMBER_BASE
 from finetune_policy import PolicyConfig, finetune, geodesic
@@ -222,6 +226,47 @@ def test_a_killed_run_resumes_bit_for_bit(data, start, tmp_path, monkeypatch, st
     assert logged(tmp_path / "whole", "loss") == logged(tmp_path / "killed", "loss")
 
 
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(data, start, tmp_path):
+    """SIGKILL to train.py three times, at a random step plus a random delay: in a step, a validation, a save, wherever
+    it hits. log_every, eval_every and save_every share no divisor: means, rows and answers must be cut right."""
+    T, environment = 45, os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = f"--stage cotrain --data {data}/train --val {data}/val --init {start} --device cpu --resume --max-steps {T}"
+    flags += " --batch-size 4 --warmup 2 --questions 2 --log-every 2 --save-every 5 --eval-every 7 --eval-records 4"
+
+    def launch(name: str) -> subprocess.Popen:
+        command = [sys.executable, "train.py", *flags.split(), "--out", str(tmp_path / name)]
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+
+    def rows(name: str) -> list[tuple]:
+        with open(tmp_path / name / "metrics.csv", newline="") as file:
+            return [(r["step"], r["name"], r["value"]) for r in csv.DictReader(file)]
+
+    def last_step(name: str) -> int:
+        with contextlib.suppress(OSError, IndexError, ValueError):  # no file, no row, half a row
+            return int((tmp_path / name / "metrics.csv").read_text().splitlines()[-1].split(",")[0])
+        return 0
+
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng, killed_at = np.random.default_rng(seed), []
+    for k in range(3):
+        step, process = int(rng.integers(10 * k + 2, 10 * k + 11)), launch("killed")
+        while process.poll() is None and last_step("killed") < step:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        killed_at.append(step)
+        assert process.wait() == -signal.SIGKILL, (seed, killed_at)
+    assert not (tmp_path / "killed/model.safetensors").exists()
+    assert launch("killed").wait(300) == 0 and launch("whole").wait(300) == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[n], other[n]) for n in one), (seed, killed_at)
+    assert rows("whole") == rows("killed") and len(rows("whole")) > 100, (seed, killed_at)
+    texts = [(tmp_path / name / "answers.md").read_text() for name in ("whole", "killed")]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 2 + 3 * -(-T // 7), (seed, killed_at)
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "killed").iterdir()}
+
+
 def test_two_processes_compute_the_losses_of_one(data, start, tmp_path):
     """The same global batch: mean loss and weights after four steps agree to rounding."""
     one = config(data, start, tmp_path / "one", stage="cotrain")
@@ -285,6 +330,30 @@ def test_resuming_with_other_settings_is_refused(data, start, tmp_path, monkeypa
         train(cfg)
 
 
+def test_training_shows_what_the_model_says_and_draws_its_curves(data, start, tmp_path):
+    cfg = config(data, start, tmp_path / "s", stage="cotrain", val=str(data / "val"), eval_every=2, lr=1e-4)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/answers.md").write_text("left by an earlier run")
+    train(cfg)
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "s/answers.md").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == ["2"] * 3 + ["4"] * 3 and len({row[1] for row in rows}) == 3
+    records = {Path(r["image"]).name: r for r in json.loads((data / "val/conversations.json").read_text())}
+    model = RoboMamba.from_pretrained(tmp_path / "s")
+    for _, picture, question, answer, truth in rows[3:]:
+        said = [turn["value"].replace("<image>\n", "") for turn in records[picture]["conversations"]]
+        assert said[said.index(question) + 1] == truth
+        now = model.generate(data / "val" / records[picture]["image"], question)
+        assert " ".join(now.split()).replace("|", "\\|") == answer
+    with Image.open(tmp_path / "s/curves.png") as sheet:
+        assert len(sheet.getcolors()) > 3  # paper, ink, grid and line
+
+
+def test_curves_are_drawn_without_what_is_not_finite():
+    got = draw_curves({"a": [(1, float("nan"))], "b": [(1, 2.0), (2, float("inf")), (3, 1.0)]})
+    wanted = draw_curves({"a": [], "b": [(1, 2.0), (3, 1.0)]})
+    assert np.array_equal(got, wanted) and len(wanted.getcolors()) > 3
+
+
 # ---- stage 2
 
 
@@ -295,6 +364,7 @@ def test_stage_2_trains_the_head_only(data, start, tmp_path):
     before, after = weights(start), weights(tmp_path / "p")
     assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("head"))
     losses = logged(tmp_path / "p", "loss")
+    assert (tmp_path / "p/curves.png").exists()
     assert (
         losses[-1] < 0.7 * losses[0]
         and result["pixel_px"] > 0

@@ -1,0 +1,341 @@
+"""The reasoning examination: what does a model say about pictures it has never seen, in words, decoded for real?
+
+    python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen          # seconds
+    python -m data.build --scenes 200 --split test-unseen --out data/cache/test-unseen
+    python -m data.benchmark --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
+
+    folder -> read_questions -> answer (greedy, a batch at a time) -> score -> OUT/reasoning.json, reasoning.md (report)
+                                                                  `-> OUT/answers.jsonl, every answer, to look at
+
+Four answer every question: the model; the same model in front of a grey picture ("image-blind": what the wording gives
+away); "majority", the most frequent answer of the family in the training questions, or for coordinates the median of
+every number; and "copy", which says the question again (a floor for BLEU). What is reported of each:
+
+    words         exact match after stripping, k/n with Wilson's 95 % interval
+    coordinates   where, contact: median distance in pixels, contact also the median angle of the direction in degrees;
+                  box: median IoU. An answer that is no such tuple counts as infinitely far, 180 degrees, IoU 0
+    presence      POPE: accuracy, precision, recall, F1 with "yes" as the positive, share of yes; the answer's first
+                  word counts, and what is neither yes nor no is wrong
+    ROBOT_FAMILIES together: exact match and corpus BLEU-1 to 4; GENERAL_FAMILIES together: exact match
+    categories    exact match of all answers in words, by the category of the object
+
+Not a stage of train.py: none of its flags means anything here.
+Sources: POPE, arXiv 2305.10355; BLEU, Papineni et al. 2002; Table 1 of RoboMamba (arXiv 2406.04339) for what is asked.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import GREY, load_records
+from data.questions import GENERAL_FAMILIES, ROBOT_FAMILIES, parse_contact
+from data.report import paper_table1, reasoning_details, reasoning_report, wilson
+from data.run import cli, commit, hardware, progress, write_text
+
+COORDINATE_FAMILIES = {"where": 2, "box": 4, "contact": 5}  # how many numbers make an answer
+ANSWERERS = ("model", "image-blind", "majority", "copy")
+
+
+@dataclass
+class BenchmarkConfig:
+    checkpoint: str = "data/pretrained/robomamba-tiny"  # folder written by save_pretrained
+    data: str = "data/cache/test-seen,data/cache/test-unseen"  # folders made by data.build, comma separated
+    train: str = "data/cache/train"  # whose most frequent answers are the majority floor
+    out: str = "runs/reasoning"  # folder for reasoning.json, reasoning.md and answers.jsonl
+    pictures: int = 0  # first so many of each folder; 0 = all
+    batch_size: int = 8  # pictures at a time, with all of their questions
+    device: str = "auto"  # auto | cpu | cuda
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words and single punctuation marks: "No, it's open." -> no , it ' s open ."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def bleu(said: Sequence[str], true: Sequence[str]) -> list[float]:
+    """Corpus BLEU-1, -2, -3, -4 in 0 .. 100, one reference each, on `words`.
+
+        p_n = sum over pairs of the n-grams of `said` that occur in its `true`, each at most as often as there
+              / sum over pairs of the number of n-grams of `said`
+        BLEU-N = 100 min(1, exp(1 - r / c)) (p_1 p_2 .. p_N)^(1/N),  c, r = tokens of all `said`, of all `true`
+
+    No smoothing: where no n-gram is right, or none is long enough, BLEU-n and those after it are 0.
+    """
+    matches, totals, c, r = [0] * 4, [0] * 4, 0, 0
+    for pair in zip(said, true, strict=True):
+        ours, theirs = map(words, pair)
+        c, r = c + len(ours), r + len(theirs)
+        for n in range(4):
+            grams, wanted = (Counter(zip(*(t[i:] for i in range(n + 1)), strict=False)) for t in (ours, theirs))
+            matches[n] += (grams & wanted).total()
+            totals[n] += grams.total()
+    brevity = 1.0 if c >= r else math.exp(1 - r / c) if c else 0.0
+    scores, product = [], 1.0
+    for n in range(4):
+        product *= matches[n] / max(totals[n], 1)
+        scores.append(round(100 * brevity * product ** (1 / (n + 1)), 2))
+    return scores
+
+
+def pope(said: Sequence[str], true: Sequence[str]) -> dict:
+    """{"accuracy": Wilson's, "precision", "recall", "f1", "yes": share of questions answered yes}; "yes" = positive."""
+    said, true = ([(words(text) or [""])[0] for text in texts] for texts in (said, true))
+    yes, wanted = said.count("yes"), true.count("yes")
+    both = sum(s == t == "yes" for s, t in zip(said, true, strict=True))
+    precision, recall = both / max(yes, 1), both / max(wanted, 1)
+    return {
+        "accuracy": wilson(sum(s == t for s, t in zip(said, true, strict=True)), len(true)),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+        "f1": round(2 * precision * recall / max(precision + recall, 1e-9), 4),
+        "yes": round(yes / max(len(said), 1), 4),
+    }
+
+
+def coordinates(text: str, n: int) -> list[float] | None:
+    """ "(37,52)" or "37 52 05 71 93" -> n shares of the picture in 0..1, middles of their bins; None if it is no such
+    tuple. The last three of five are parts of a direction, (d + 1) / 2."""
+    form = r"\d\d( \d\d){4}" if n == 5 else rf"\(\d\d(,\d\d){{{n - 1}}}\)"
+    if not re.fullmatch(form, text.strip(), re.ASCII):
+        return None
+    return [(int(number) + 0.5) / 100 for number in re.findall(r"\d\d", text)]
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of boxes (left, top, right, bottom); 0 where a side is negative."""
+    overlap = math.prod(max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    areas = [math.prod(max(0.0, box[i + 2] - box[i]) for i in (0, 1)) for box in (a, b)]
+    return overlap / max(sum(areas) - overlap, 1e-9)
+
+
+def place_scores(family: str, said: Sequence[str], true: Sequence[str], size: int) -> dict:
+    """Scores of a family of COORDINATE_FAMILIES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
+
+    A median that is not finite (more than half of the answers are no tuples) is None.
+    """
+    n = COORDINATE_FAMILIES[family]
+    pairs = [(coordinates(s, n), coordinates(t, n)) for s, t in zip(said, true, strict=True)]
+    out = {"n": len(pairs), "read": wilson(sum(s is not None for s, _ in pairs), len(pairs))}
+    if family == "box":
+        return out | {"iou": round(float(np.median([iou(s, t) if s else 0.0 for s, t in pairs])), 4)}
+    px = float(np.median([size * math.dist(s[:2], t[:2]) if s else math.inf for s, t in pairs]))
+    out["px"] = round(px, 2) if math.isfinite(px) else None
+    if family == "contact":
+        directions = [(parse_contact(s), parse_contact(t)[2]) for s, t in zip(said, true, strict=True)]
+        cosines = np.array([np.clip(s[2] @ t, -1, 1) if s else -1.0 for s, t in directions])
+        out["degrees"] = round(float(np.median(np.degrees(np.arccos(cosines)))), 2)
+    return out
+
+
+def exact(said: Sequence[str], true: Sequence[str]) -> dict:
+    return wilson(sum(s.strip() == t.strip() for s, t in zip(said, true, strict=True)), len(true))
+
+
+# ---- questions and answers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn, asked of its picture alone."""
+
+    image: str  # file
+    category: str  # of the object, "" where there is no facts.jsonl
+    family: str
+    question: str
+    answer: str
+
+
+def read_questions(folder, limit: int = 0) -> list[Question]:
+    """All turns of a data.build folder, or of its first `limit` pictures. Raises: ValueError naming file and record."""
+    file, facts = Path(folder) / "conversations.json", Path(folder) / "facts.jsonl"
+    records, found = load_records(file), []
+    try:
+        rows = [json.loads(line) for line in facts.read_text().splitlines()] if facts.exists() else []
+        categories = {row["image"]: row["facts"]["category"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder anew") from None
+    for index, record in enumerate(records[: limit or None]):
+        said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
+        families, image = record.get("families", ()), record.get("image")
+        if len(families) != len(said) // 2 or not image:
+            need = f"expected an image and {len(said) // 2} families, one a turn, got {image!r} and {len(families)}"
+            raise ValueError(f"{file}, record {index}: {need}; `python -m data.build` writes them")
+        if categories and image not in categories:
+            raise ValueError(f"{facts}: no line for {image} of {file}; build the folder anew")
+        for family, question, answer in zip(families, said[::2], said[1::2], strict=True):
+            n = COORDINATE_FAMILIES.get(family)
+            if n and coordinates(answer, n) is None:
+                raise ValueError(f"{file}, record {index}: family {family!r}: {answer!r} is not {n} numbers")
+            where = str(Path(folder) / image)
+            found.append(Question(where, categories.get(image, ""), family, question, answer))
+    return found
+
+
+def majority(questions: Sequence[Question]) -> dict[str, str]:
+    """{family: its most frequent answer; for coordinates the median of every number}. Ties: the first in the alphabet.
+
+    The median is the stronger floor there: any one tuple is rare.
+    """
+    groups: dict[str, list[str]] = {}
+    for q in questions:
+        groups.setdefault(q.family, []).append(q.answer)
+    out = {}
+    for family, answers in groups.items():
+        if n := COORDINATE_FAMILIES.get(family):
+            middle = [f"{int(100 * x):02d}" for x in np.median([coordinates(a, n) for a in answers], 0)]
+            out[family] = " ".join(middle) if n == 5 else f"({','.join(middle)})"
+        else:
+            out[family] = min(Counter(answers).items(), key=lambda item: (-item[1], item[0]))[0]
+    return out
+
+
+def answer(model, questions: Sequence[Question], pictures: int) -> tuple[list[str], list[str], float]:
+    """Greedy answers with the picture and with a grey one, and tokens per second of the former (pictures included)."""
+    side = model.config.vision.image_size
+    grey = np.full((side, side, 3), GREY, np.uint8)
+    images = list(dict.fromkeys(q.image for q in questions))
+    order: dict[str, list[int]] = {image: [] for image in images}
+    for i, q in enumerate(questions):
+        order[q.image].append(i)
+    said, blind, seen, tokens, seconds = [""] * len(questions), [""] * len(questions), {}, 0, 0.0
+    groups, start = range(0, len(images), pictures), time.monotonic()
+    for k, first in enumerate(groups):
+        rows = [i for image in images[first : first + pictures] for i in order[image]]
+        began = time.monotonic()
+        ids = model.generate_ids([questions[i].image for i in rows], [questions[i].question for i in rows])
+        seconds, tokens = seconds + time.monotonic() - began, tokens + sum(map(len, ids))
+        new = list(dict.fromkeys(questions[i].question for i in rows if questions[i].question not in seen))
+        seen |= zip(new, model.generate(grey, new), strict=True)  # a grey picture gets one answer a wording
+        for i, answer in zip(rows, ids, strict=True):
+            said[i], blind[i] = model.text(answer), seen[questions[i].question]
+        progress(k + 1, len(groups), start, f"batches of {pictures} pictures")
+    return said, blind, round(tokens / max(seconds, 1e-9), 1)
+
+
+def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict:
+    """All scores of one answerer on one folder; groups without a question are left out.
+
+    Returns {"families": {family: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact matches,
+    "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
+    """
+    order = [*GENERAL_FAMILIES, *ROBOT_FAMILIES, *COORDINATE_FAMILIES]
+    present = {q.family for q in questions}
+    names = [*(f for f in order if f in present), *sorted(present - set(order))]
+    families = {name: [i for i, q in enumerate(questions) if q.family == name] for name in names}
+
+    def texts(rows) -> tuple[list[str], list[str]]:
+        return [said[i] for i in rows], [questions[i].answer for i in rows]
+
+    out: dict = {"families": {}}
+    for family, rows in families.items():
+        place = family in COORDINATE_FAMILIES
+        out["families"][family] = place_scores(family, *texts(rows), size) if place else exact(*texts(rows))
+    in_words = [i for i, q in enumerate(questions) if q.family not in COORDINATE_FAMILIES]
+    groups = {"general": GENERAL_FAMILIES, "robot": ROBOT_FAMILIES, "words": None}
+    for name, wanted in groups.items():
+        rows = [i for i in in_words if wanted is None or questions[i].family in wanted]
+        if rows:
+            out[name] = exact(*texts(rows))
+            if name == "robot":
+                out["bleu"] = bleu(*texts(rows))
+    if "presence" in families:
+        out["pope"] = pope(*texts(families["presence"]))
+    categories = sorted({questions[i].category for i in in_words} - {""})
+    out["categories"] = {c: exact(*texts([i for i in in_words if questions[i].category == c])) for c in categories}
+    return out
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def split_name(folder: Path) -> tuple[str, dict]:
+    """("seen" of a folder built with --split test-seen, its build settings); without a manifest the folder's name."""
+    try:
+        config = json.loads((folder / "manifest.json").read_text())["config"]
+        return config["split"].removeprefix("test-"), config
+    except OSError:
+        return folder.name, {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'manifest.json'}: not what data.build writes ({error!r})") from None
+
+
+def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]]:
+    """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
+    from data.run import World
+    from robomamba import RoboMamba, count
+
+    start, folders = time.monotonic(), [Path(name) for name in cfg.data.split(",")]
+    if cfg.pictures < 0 or cfg.batch_size < 1:
+        raise ValueError(f"--pictures {cfg.pictures} must be at least 0, --batch-size {cfg.batch_size} at least 1")
+    named = [split_name(folder) for folder in folders]
+    if len({name for name, _ in named}) < len(named):
+        raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
+    asked = [read_questions(folder, cfg.pictures) for folder in folders]  # all that can be wrong is named here
+    floor = majority(read_questions(cfg.train))
+    model = RoboMamba.from_pretrained(cfg.checkpoint, device=World(cfg.device).device)
+    results = {
+        "checkpoint": cfg.checkpoint,
+        "parameters": count(model),
+        "command": command,
+        "commit": commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+        "hardware": hardware(),
+        "decoding": "greedy",
+        "majority": floor,
+        "splits": {},
+    }
+    rows = []
+    for folder, (name, build), questions in zip(folders, named, asked, strict=True):
+        print(f"{name}: {len(questions)} questions on {len({q.image for q in questions})} pictures of {folder}")
+        said, blind, speed = answer(model, questions, cfg.batch_size)
+        answers = [said, blind, [floor.get(q.family, "") for q in questions], [q.question for q in questions]]
+        size = model.config.vision.image_size
+        results["splits"][name] = {
+            "folder": str(folder),
+            "seed": build.get("seed"),
+            "n": len(questions),
+            "pictures": len({q.image for q in questions}),
+            "tokens_per_second": speed,
+            "answerers": {who: score(questions, s, size) for who, s in zip(ANSWERERS, answers, strict=True)},
+        }
+        for q, *texts in zip(questions, said, blind, strict=True):
+            rows.append({"split": name, **vars(q), **dict(zip(ANSWERERS[:2], texts, strict=True))})
+    results["seconds"] = round(time.monotonic() - start, 1)
+    return results, rows
+
+
+def main() -> None:
+    cfg = cli(BenchmarkConfig, __doc__)
+    try:
+        out = Path(cfg.out)
+        write_text(out / ".probe", "")  # a folder that cannot be written is named before the work
+        (out / ".probe").unlink()
+        results, rows = benchmark(cfg, shlex.join(["python", "-m", "data.benchmark", *sys.argv[1:]]))
+        text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])
+        write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(out / "reasoning.json", json.dumps(results, indent=1) + "\n")
+        write_text(out / "reasoning.md", text)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"\n{reasoning_report(results)}")
+    print(f"{results['seconds']} s. Written:", *(out / f"{name}" for name in ("reasoning.json", "reasoning.md")))
+
+
+if __name__ == "__main__":
+    main()
