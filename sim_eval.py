@@ -9,6 +9,7 @@
     python sim_eval.py --make-blind-table data/cache/train/manipulation.jsonl
     python sim_eval.py --objects DIR --out runs/mine         # articulated objects of your own (data/partnet.py)
     python sim_eval.py --closed-loop 3 --out runs/closed     # look and grip again three times, beside open loop
+    python sim_eval.py --speed --out runs/speed              # predictions a second, and a Transformer's (data/speed.py)
     python sim_eval.py --robot panda --out demo              # one episode with a Franka arm, as a film (data/panda.py)
 
     (category, seed) -> Scene -> picture + sentence -> policy -> pixel (u, v), approach -> Scene.act -> Outcome
@@ -69,7 +70,7 @@ from data.policies import (
     model_policy,
     read_blind_table,
 )
-from data.report import report, write_results
+from data.report import report, speed_table, write_results
 from data.run import cli, progress, start_worker
 from data.world import (
     INITIAL,
@@ -126,6 +127,7 @@ class EvalConfig:
     physics_table: bool = False  # scripted policies only, on val scenes: physics.json and physics.md
     affordance: str = ""  # categories, comma separated: draw where a pull works
     sheet: str = ""  # FILE.png: draw one scene of every category and stop
+    speed: bool = False  # time predictions of --checkpoint, and of a Transformer of its size (data/speed.py), and stop
     make_blind_table: str = ""  # manipulation.jsonl of the training data: write --blind-table and stop
 
 
@@ -617,6 +619,13 @@ def run(cfg: EvalConfig, command: str) -> int:
         print(f"{cfg.blind_table}: medians of {table['samples']} samples, {len(table['category_part'])} kinds of parts")
         return 0
     out = Path(cfg.out)
+    if cfg.speed:
+        from data import speed  # needs torch
+
+        make_folder(out)
+        facts = {"command": command, "commit": commit(), "hardware": hardware()}
+        print(f"\n{speed_table(speed.run(cfg.checkpoint, out, facts))}\nWritten: {out}/speed.json, .md, .png")
+        return 0
     default = "val" if cfg.physics_table else "" if cfg.objects else "both"
     cfg = dataclasses.replace(cfg, split=cfg.split or default)
     if cfg.demo:

@@ -84,10 +84,10 @@ def write_text(path: Path, text: str) -> None:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def progress(done: int, total: int, start: float) -> None:
-    """One updating line of scenes with rate and time left; where it cannot update, one line every tenth."""
+def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
+    """One updating line of `what` is counted, with rate and time left; where it cannot update, one every tenth."""
     rate = done / max(time.monotonic() - start, 1e-9)
-    line = f"scenes {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
+    line = f"{what} {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
     if sys.stdout.isatty():
         print(f"\r{line:60s}", end="\n" if done == total else "", flush=True)
     elif done == total or done % max(1, total // 10) == 0:
