@@ -641,8 +641,12 @@ class RoboMamba(nn.Module):
             x = x + position_code(side, x.shape[-1]).to(x)
         return self.lm.backbone(x, states)[1]
 
-    def hidden(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None, states=None) -> Tensor:
-        """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of.
+    def hidden(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of."""
+        return self.read(images, tokens, owner)[0]
+
+    def read(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None, states=None) -> tuple:
+        """The same, and the state of every block at the end, from which a later picture or text can go on.
 
         Every picture is read once. Row r belongs to picture owner[r]; by default rows b * Q .. b * Q + Q - 1 belong to
         picture b. `images` (B, ..) and `states` as in `look`; images None = no picture.
@@ -653,7 +657,7 @@ class RoboMamba(nn.Module):
                     raise ValueError(f"{len(tokens)} rows of tokens are not a multiple of {len(images)} pictures")
                 owner = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // len(images))
             states = [state._make(s[owner] for s in state) for state in self.look(images, states)]
-        return self.lm.backbone(self.lm.backbone.embedding(tokens), states)[0]
+        return self.lm.backbone(self.lm.backbone.embedding(tokens), states)
 
     def forward(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, labels: Tensor | None = None):
         """Next-token logits and, with labels, the loss (paper section 3.2, stage 1: cross-entropy on the answer only).
@@ -672,12 +676,12 @@ class RoboMamba(nn.Module):
         target = labels.masked_fill(~inside, -100)[:, 1:]
         return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)
 
-    def pooled(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, owner=None, states=None) -> Tensor:
-        """(B * Q, D): what the policy head reads. The last TRUE token is indexed; `[:, -1]` would be padding.
+    def pooled(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, owner: Tensor | None = None) -> Tensor:
+        """(B * Q, D): what the policy head reads; for the head "ssm" all states (B * Q, T, D), zeros for padding."""
+        return self.pool(self.hidden(images, tokens, owner), lengths)
 
-        For the head "ssm": (B * Q, T, D), all text states, with zeros for padding. owner, states as in `hidden`.
-        """
-        h = self.hidden(images, tokens, owner, states)
+    def pool(self, h: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D) -> what `pooled` says. The last TRUE token is indexed; `[:, -1]` would be padding."""
         inside = (torch.arange(h.shape[1], device=h.device) < lengths[:, None]).unsqueeze(-1)
         if self.config.head.kind == "ssm":
             return h * inside
@@ -726,12 +730,18 @@ class RoboMamba(nn.Module):
         return self.encoding.decode([t for t in answer if t < self.encoding.n_vocab]).strip()
 
     @torch.inference_mode()
-    def predict_action(self, image, instruction: str) -> Action:
-        """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action."""
+    def predict_action(self, image, instruction: str, memory: list | None = None) -> Action:
+        """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action.
+
+        Args: memory, a list, empty at first: goes on from the state in it and leaves the state after this prediction.
+        """
         S, device = self.config.vision.image_size, self.lm.lm_head.weight.device
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
         lengths = torch.tensor([tokens.shape[1]], device=device)
-        pixel, r6 = self.head(self.pooled(self._picture(image), tokens, lengths))
+        h, states = self.read(self._picture(image), tokens, states=memory)
+        if memory is not None:
+            memory[:] = states
+        pixel, r6 = self.head(self.pool(h, lengths))
         u, v = ((pixel[0].float() + 1) * S / 2).clamp(0, S - 1e-3).tolist()
         return Action(u, v, rotation_from_6d(r6[0].float()).cpu().numpy())
 

@@ -104,8 +104,9 @@ PHYSICS_POLICIES = (
     "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel,"
     "direction-10,direction-20,direction-30,direction-45,direction-60,pixel-2,pixel-4,pixel-8,pixel-16"
 )
-# policy -> field of EvalConfig; model-text is the same model, its action spelled out in words
-CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "random-backbone": "random_checkpoint"}
+# policy -> field of EvalConfig; model-text and -carried are the same model used in other ways (data/policies.py)
+CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "model-carried": "checkpoint"}
+CHECKPOINTS |= {"random-backbone": "random_checkpoint"}
 
 
 @dataclass
@@ -187,7 +188,7 @@ class Bench:
                 if not Path(folder).is_dir() or not folder:
                     flag = "--" + CHECKPOINTS[name].replace("_", "-")
                     raise ValueError(f"{flag} {folder or '(not given)'}: no such folder; the policy {name} needs it")
-                self.policies[name], sizes[folder] = model_policy(folder, as_text=name == "model-text")
+                self.policies[name], sizes[folder] = model_policy(folder, name == "model-text", name == "model-carried")
             elif name in ("blind", "mean-action"):
                 self.policies[name] = blind_policy(read_blind_table(cfg.blind_table), mean=name == "mean-action")
             elif name in SCRIPTED:

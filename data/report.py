@@ -167,7 +167,7 @@ SPEED_ROWS = {  # of data/speed.py
     "encoder": "the picture encoder alone, part of all below",
     "head": "one pass and the policy head",
     "text": "one pass and the action as text, {text} tokens",
-    "going on": "closed loop, prediction {step}: new picture and short prompt after the state so far",
+    "going on": "prediction {step} of a loop that remembers: going on from its state",
     "reading all again": "the same, reading all {past} earlier tokens again",
 }
 SPEED_NOTES = """
@@ -194,7 +194,7 @@ def speed_table(results: dict) -> str:
     sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in (ours, theirs))
     lines = [
         "Language models: Mamba {}, Transformer {}; batch 1, float32, medians;".format(*sizes),
-        f"{tokens['picture']} tokens a picture, {tokens['prompt']} the prompt, {tokens['short prompt']} the short one.",
+        f"a picture is {tokens['picture']} tokens, the prompt {tokens['prompt']}.",
         "",
     ]
     for device, measured in results["devices"].items():

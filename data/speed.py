@@ -11,8 +11,8 @@ compared is called in turn, so that a machine that slows down slows all of it.
     text              the same pass, then the action token by token, as many tokens as a contact and its end have
     context           random tokens read before picture and prompt: what a robot remembers of earlier steps
     closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: "going on" from
-                      the state they left, with the new picture and the short prompt AGAIN, or "reading all again".
-                      Earlier pictures count as language-model tokens only, as if their encodings were kept
+                      the state they left, or "reading all again": what a model does that keeps no state. Earlier
+                      pictures cost their language-model tokens only, as if their encodings were kept
 
 The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
 """
@@ -36,7 +36,7 @@ from robomamba import RoboMamba, count
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
 SENTENCE, ANSWER = "open the top drawer", "37 52 05 71 93"
-AGAIN, STEP = "again", 8  # of the closed loop: the short prompt; which prediction is timed
+STEP = 8  # of the closed loop
 WARM, ROUNDS = 2, 5  # rounds that are not counted; the fewest that are
 RUN = 32  # tokens generated in a row for the time of one
 
@@ -77,14 +77,13 @@ class Subject:
     """One model on one device with a picture and prompts: what can be asked of it, as functions to be timed."""
 
     def __init__(self, model: RoboMamba, device: torch.device):
-        S, prompt = model.config.vision.image_size, lambda text: torch.tensor([model.prompt(text)], device=device)
+        S = model.config.vision.image_size
         self.model, self.backbone, self.device = model.to(device), model.lm.backbone, device
         self.picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, device=device)
-        self.ids, self.again = prompt(contact_question(SENTENCE)), prompt(AGAIN)
+        self.ids = torch.tensor([model.prompt(contact_question(SENTENCE))], device=device)
         self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # and the end
         self.picture_tokens = (S // model.config.vision.patch_size) ** 2
-        first, later = self.picture_tokens + self.ids.shape[1], self.picture_tokens + self.again.shape[1]
-        self.past = self.context(first + (STEP - 2) * later)  # of the closed loop
+        self.past = self.context((STEP - 1) * (self.picture_tokens + self.ids.shape[1]))  # of the closed loop
         self.past_states = self.read(self.past)[1]
 
     def context(self, n: int) -> Tensor:
@@ -95,23 +94,23 @@ class Subject:
         h, states = self.backbone(x, states)
         return h[:, -1], states
 
-    def head(self, ids: Tensor, states: list | None = None) -> None:
-        lengths = torch.tensor([ids.shape[1]], device=self.device)
-        self.model.head(self.model.pooled(self.picture, ids, lengths, states=states))
+    def head(self, states: list | None = None) -> None:
+        h, _ = self.model.read(self.picture, self.ids, states=states)
+        self.model.head(self.model.pool(h, torch.tensor([self.ids.shape[1]], device=self.device)))
 
     def text(self) -> None:
-        h, states = self.read(self.backbone.embedding(self.ids), self.model.look(self.picture))
-        generate(self.model, h, states, self.answer - 1)  # the last token is not fed back
-        self.model.lm.lm_head(h).argmax()
+        h, states = self.model.read(self.picture, self.ids)
+        generate(self.model, h[:, -1], states, self.answer - 1)  # the last token is not fed back
+        self.model.lm.lm_head(h[:, -1]).argmax()
 
     def predictions(self) -> dict:
         """{row: function} of the first table."""
         return {
             "encoder": lambda: self.model.vision(self.picture),
-            "head": lambda: self.head(self.ids),
+            "head": self.head,
             "text": self.text,
-            "going on": lambda: self.head(self.again, self.past_states),
-            "reading all again": lambda: self.head(self.again, self.read(self.past)[1]),
+            "going on": lambda: self.head(self.past_states),
+            "reading all again": lambda: self.head(self.read(self.past)[1]),
         }
 
 
@@ -132,7 +131,7 @@ def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: fl
             h, states = s.read(x)
             after[name] = sum(t.numel() * t.element_size() for state in states for t in state)
             calls["read", name] = lambda s=s, x=x: s.read(x)
-            calls["prediction", name] = lambda s=s, states=states: s.head(s.ids, states)
+            calls["prediction", name] = lambda s=s, states=states: s.head(states)
             calls["tokens", name] = lambda s=s, h=h, states=states: generate(s.model, h, states, RUN)
         short = {key: call for key, call in calls.items() if key[0] != "read"}
         times = clock({key: call for key, call in calls.items() if key[0] == "read"}, seconds / 3, device)
@@ -174,8 +173,7 @@ def run(checkpoint: str, out: Path, facts: dict, lengths=LENGTHS, seconds: float
         }
         subject = Subject(model, torch.device("cpu"))
         results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1]}
-        results["tokens"] |= {"short prompt": subject.again.shape[1], "text": subject.answer}
-        results["tokens"] |= {"past of the closed loop": subject.past.shape[1]}
+        results["tokens"] |= {"text": subject.answer, "past of the closed loop": subject.past.shape[1]}
         results["devices"] = {name: measure(model, device, lengths, seconds, tick) for name, device in devices.items()}
     finally:
         torch.set_num_threads(threads)

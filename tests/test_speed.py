@@ -6,6 +6,7 @@ pytest tests/test_speed.py
 import dataclasses
 import functools
 import json
+import types
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from PIL import Image
 import sim_eval
 from data import speed
 from data.costs import memory
+from data.policies import model_policy
+from data.questions import contact_question
 from data.report import SPEED_ROWS, speed_table
 from finetune_policy import PolicyConfig, finetune, pooled_states
 from robomamba import PRESETS, HeadConfig, MambaLM, PolicyHead, RoboMamba, RoboMambaConfig, append, count
@@ -36,7 +39,7 @@ def test_the_transformer_has_the_parameters_of_the_mamba():
     for name in ("tiny", "mamba-130m", "robomamba-2.8b"):
         with torch.device("meta"):
             ours, theirs = (
-                count(MambaLM(dataclasses.replace(PRESETS[name].lm, mixer=mixer)).backbone.layers)
+                count(MambaLM(dataclasses.replace(PRESETS[name].lm, n_layer=4, mixer=mixer)).backbone.layers)
                 for mixer in ("mamba", "attention")
             )
         assert abs(theirs / ours - 1) < 0.002, name  # the MLP's width is a multiple of 8
@@ -134,7 +137,7 @@ def test_reading_on_from_a_state_equals_reading_all_of_it(which, request):
     pictures, tokens = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 300, (1, 9))
     backbone, P = model.lm.backbone, 16
     first = backbone(backbone.embedding(tokens), model.look(pictures[:1]))[1]
-    on = model.hidden(pictures[1:], tokens[:, :4], states=first)
+    on, _ = model.read(pictures[1:], tokens[:, :4], states=first)
     shown = []
     handle = backbone.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
     for b in range(2):
@@ -144,6 +147,30 @@ def test_reading_on_from_a_state_equals_reading_all_of_it(which, request):
     whole = backbone(torch.cat([shown[0], words, shown[1], words[:, :4]], 1))[0]
     assert whole.shape[1] == 2 * P + 13
     close(on, whole[:, -4:])
+
+
+def test_a_memory_is_gone_on_from(mini, picture):
+    other, memory = picture[::-1].copy(), []
+    first, second = (mini.predict_action(p, "open", memory) for p in (picture, other))
+    fresh = [mini.predict_action(p, "open") for p in (picture, other)]
+    assert first.u == fresh[0].u and second.u != fresh[1].u
+    ids = torch.tensor([mini.prompt(contact_question("open"))])
+    with torch.no_grad():
+        states = mini.read(uint8_picture(picture), ids)[1]
+        states = mini.read(uint8_picture(other), ids, states=states)[1]
+    for kept, wanted in zip(memory, states, strict=True):
+        close(kept.ssm, wanted.ssm)
+
+
+def test_the_carried_policy_forgets_with_the_scene_and_keeps_sentences_apart(mini, picture, tmp_path):
+    mini.save_pretrained(tmp_path / "m")
+    policy, fresh = model_policy(tmp_path / "m", carried=True)[0], model_policy(tmp_path / "m")[0]
+    one, other = (types.SimpleNamespace(category="Box", seed=seed, rgb=picture) for seed in (1, 2))
+    said = fresh(one, "open", 0, None)[0]
+    assert policy(one, "open", 0, None)[0] == said
+    assert policy(one, "close", 0, None)[0] == fresh(one, "close", 0, None)[0]
+    assert policy(one, "open", 0, None)[0] != said  # it has seen this one before
+    assert policy(other, "open", 0, None)[0] == said
 
 
 # ---- the head with SSM blocks
