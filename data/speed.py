@@ -1,6 +1,6 @@
 """How long a prediction takes: head or text, Mamba or a Transformer of the same size, a short or a long past.
 
-    python sim_eval.py --speed --out runs/speed      # about two minutes on one core, then the GPU where there is one
+    python sim_eval.py --speed --out runs/speed      # under two minutes on one core, then the GPU if any
 
 Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; what is
 compared is called in turn, so that a machine that slows down slows all of it.
@@ -10,6 +10,7 @@ compared is called in turn, so that a machine that slows down slows all of it.
     head              one pass over picture and prompt, then the policy head
     text              the same pass, then the action token by token, as many tokens as a contact and its end have
     context           random tokens read before picture and prompt: what a robot remembers of earlier steps
+    state             bytes of all that is kept of the context, without a cache's spare room (up to as much again)
     closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: "going on" from
                       the state they left, or "reading all again": what a model does that keeps no state. Earlier
                       pictures cost their language-model tokens only, as if their encodings were kept
