@@ -45,7 +45,7 @@ class PolicyConfig:
     lr: float = 2e-3  # peak
     weight_decay: float = 0.01
     direction_weight: float = 0.3  # of the geodesic angle in radians against the pixel's L1 in shares of the picture
-    head: str = "two_mlp"  # two_mlp | one_mlp (paper Table 6)
+    head: str = "two_mlp"  # two_mlp | one_mlp | ssm (paper Table 6)
     hidden: int = 8  # hidden width of the head; 0 = the checkpoint's own head and pool, whatever --head and --pool say
     pool: str = "last"  # last | first_last | mean
     random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
@@ -67,7 +67,10 @@ def targets(samples: list[dict], image_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: World, batch: int = 64) -> Tensor:
-    """(n, D): the state the head reads for each sample. Several samples of one picture share its reading."""
+    """(n, D): the state the head reads for each sample; (n, T, D), zeros for padding, for the head "ssm".
+
+    Several samples of one picture share its reading.
+    """
     names = list(dict.fromkeys(s["image"] for s in samples))
     tokens = visual_tokens(model.vision, folder, names, world)
     where = {name: i for i, name in enumerate(names)}
@@ -79,8 +82,8 @@ def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: Wor
         ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=model.encoding.eot_token)
         shown, owner = np.unique([where[s["image"]] for s in part], return_inverse=True)
         inputs = (torch.from_numpy(tokens[shown]).float(), ids, lengths, torch.from_numpy(owner))
-        out.append(model.pooled(*(x.to(world.device) for x in inputs)))
-    return torch.cat(out)
+        out.extend(model.pooled(*(x.to(world.device) for x in inputs)))
+    return nn.utils.rnn.pad_sequence(out, batch_first=True)
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ from data.dataset import read_picture
 from data.depth import lift, read_depth
 from data.questions import contact_question
 from data.tokenizer import load_encoding, read_tokenizer_json, write_encoding
+from data.transformer import TransformerBlock
 from selective_scan import scan_step, selective_scan
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class VisionConfig:
 
 @dataclass
 class LMConfig:
-    """The Mamba language model. Fields named as in Mamba's own config where it has them."""
+    """The language model. Fields named as in Mamba's own config where it has them."""
 
     d_model: int = 192
     n_layer: int = 4
@@ -93,6 +94,7 @@ class LMConfig:
     a_max: float = 4.0
     bc_norm: bool = True  # normalise B and C to unit root mean square; off for published weights
     norm_eps: float = 1e-5
+    mixer: str = "mamba"  # "attention": a Transformer of the same size to compare with, see data/transformer.py
 
     @property
     def d_inner(self) -> int:
@@ -102,12 +104,18 @@ class LMConfig:
     def rank(self) -> int:
         return self.dt_rank or math.ceil(self.d_model / 16)
 
+    @property
+    def n_block(self) -> int:
+        return self.n_layer if self.mixer == "mamba" else math.ceil(self.n_layer / 2)
+
 
 @dataclass
 class HeadConfig:
     """The policy head (paper section 3.3, appendix Table 6)."""
 
-    kind: str = "two_mlp"  # "two_mlp": pixel and rotation apart (the paper's choice); "one_mlp": one MLP with 8 outputs
+    # "two_mlp": pixel and rotation apart (the paper's choice); "one_mlp": one MLP with 8 outputs;
+    # "ssm": two of (Mamba block, mean over the text, MLP), which read all text states, whatever `pool` says
+    kind: str = "two_mlp"
     hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
     pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
 
@@ -133,7 +141,9 @@ class RoboMambaConfig:
             raise ValueError(f"vision.stem: {len(v.stem)} + 1 halvings do not make patch_size {v.patch_size}")
         if self.position_code and lm.d_model % 4:
             raise ValueError(f"lm.d_model {lm.d_model} must be a multiple of 4 for position_code")
-        if head.kind not in ("two_mlp", "one_mlp") or head.pool not in ("last", "first_last", "mean"):
+        if lm.mixer not in ("mamba", "attention"):
+            raise ValueError(f"lm.mixer: {lm.mixer!r} is unknown; there are mamba and attention")
+        if head.kind not in ("two_mlp", "one_mlp", "ssm") or head.pool not in ("last", "first_last", "mean"):
             raise ValueError(f"head: kind {head.kind!r} or pool {head.pool!r} is unknown (see HeadConfig)")
 
     def to_dict(self) -> dict:
@@ -398,7 +408,8 @@ class MambaBackbone(nn.Module):
     def __init__(self, cfg: LMConfig):
         super().__init__()
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.layers = nn.ModuleList(MambaBlock(cfg) for _ in range(cfg.n_layer))
+        block = MambaBlock if cfg.mixer == "mamba" else TransformerBlock
+        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_block))
         self.norm_f = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
@@ -470,12 +481,17 @@ class Action(NamedTuple):
 class PolicyHead(nn.Module):
     """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
 
-    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU between layers, no last bias, as in its code.
+    With kind "ssm" it reads the text states (B, T, D) instead, zero where there is padding, and averages its own.
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1", "(SSM block + MLP) x2"). ReLU between layers, no last
+    bias, as in its code. Differs: its SSM blocks have expand 2, which here is 1: one of its 64 blocks is 1.5 % of its
+    model, but one of the 4 of `tiny` is 7 %.
     """
 
     def __init__(self, cfg: HeadConfig, d_model: int):
         super().__init__()
-        self.outputs = (2, 6) if cfg.kind == "two_mlp" else (8,)
+        self.outputs = (8,) if cfg.kind == "one_mlp" else (2, 6)
+        if cfg.kind == "ssm":
+            self.blocks = nn.ModuleList(MambaBlock(LMConfig(d_model=d_model, expand=1)) for _ in self.outputs)
         self.mlps = nn.ModuleList(self._mlp((d_model, *cfg.hidden, n)) for n in self.outputs)
 
     @staticmethod
@@ -485,9 +501,14 @@ class PolicyHead(nn.Module):
             layers += [nn.Linear(w_in, w_out), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = pooled.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
-        return torch.cat([mlp(pooled) for mlp in self.mlps], -1).split([2, 6], -1)
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        states = states.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
+        read = [states] * len(self.mlps)
+        if states.ndim == 3:
+            inside = (states != 0).any(-1, keepdim=True)  # a normed state is never all zeros
+            sums = ((block(states)[0] * inside).sum(1) for block in self.blocks)
+            read = [(x / inside.sum(1)).to(states.dtype) for x in sums]
+        return torch.cat([mlp(x) for mlp, x in zip(self.mlps, read, strict=True)], -1).split([2, 6], -1)
 
 
 def rotation_from_6d(r6: Tensor) -> Tensor:
@@ -530,32 +551,36 @@ class RoboMamba(nn.Module):
 
     # -- forward
 
-    def look(self, images: Tensor) -> list[LayerState]:
+    def look(self, images: Tensor, states: list[LayerState] | None = None) -> list[LayerState]:
         """uint8 (B, 3, S, S), or cached visual tokens (B, P, W) -> the state of every Mamba block after the picture.
 
-        The state is all that the model remembers of a picture, so several questions can branch from one reading.
+        The state is all that the model remembers of a picture, so several questions can branch from one reading. It may
+        go on from `states`: what was seen and said before.
         """
         tokens = self.vision(images) if images.ndim == 4 else images
         x = self.projector(tokens.to(self.projector[0].weight.dtype))  # (B, P, D)
         if self.config.position_code:
             side = self.config.vision.image_size // self.config.vision.patch_size
             x = x + position_code(side, x.shape[-1]).to(x)
-        return self.lm.backbone(x)[1]
+        return self.lm.backbone(x, states)[1]
 
     def hidden(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
-        """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of.
+        """Final-norm states (B * Q, T, D) of the text tokens (B * Q, T), each row after the picture it speaks of."""
+        return self.read(images, tokens, owner)[0]
+
+    def read(self, images: Tensor | None, tokens: Tensor, owner: Tensor | None = None, states=None) -> tuple:
+        """The same, and the state of every block at the end, from which a later picture or text can go on.
 
         Every picture is read once. Row r belongs to picture owner[r]; by default rows b * Q .. b * Q + Q - 1 belong to
-        picture b. `images` (B, ..) as in `look`, or None = no picture.
+        picture b. `images` (B, ..) and `states` as in `look`; images None = no picture.
         """
-        states = None
         if images is not None:
             if owner is None:
                 if len(tokens) % len(images):
                     raise ValueError(f"{len(tokens)} rows of tokens are not a multiple of {len(images)} pictures")
                 owner = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // len(images))
-            states = [LayerState(*(s[owner] for s in state)) for state in self.look(images)]
-        return self.lm.backbone(self.lm.backbone.embedding(tokens), states)[0]
+            states = [state._make(s[owner] for s in state) for state in self.look(images, states)]
+        return self.lm.backbone(self.lm.backbone.embedding(tokens), states)
 
     def forward(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, labels: Tensor | None = None):
         """Next-token logits and, with labels, the loss (paper section 3.2, stage 1: cross-entropy on the answer only).
@@ -575,14 +600,19 @@ class RoboMamba(nn.Module):
         return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)
 
     def pooled(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, owner: Tensor | None = None) -> Tensor:
-        """(B * Q, D): what the policy head reads. The last TRUE token is indexed; `[:, -1]` would be padding."""
-        h = self.hidden(images, tokens, owner)
+        """(B * Q, D): what the policy head reads; for the head "ssm" all states (B * Q, T, D), zeros for padding."""
+        return self.pool(self.hidden(images, tokens, owner), lengths)
+
+    def pool(self, h: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D) -> what `pooled` says. The last TRUE token is indexed; `[:, -1]` would be padding."""
+        inside = (torch.arange(h.shape[1], device=h.device) < lengths[:, None]).unsqueeze(-1)
+        if self.config.head.kind == "ssm":
+            return h * inside
         last = h[torch.arange(len(h), device=h.device), lengths - 1]
         if self.config.head.pool == "last":
             return last
         if self.config.head.pool == "first_last":
             return (h[:, 0] + last) / 2
-        inside = (torch.arange(h.shape[1], device=h.device) < lengths[:, None]).unsqueeze(-1)
         return (h * inside).sum(1) / lengths[:, None]
 
     # -- use
@@ -660,7 +690,7 @@ class RoboMamba(nn.Module):
             if not kept:
                 return answers
             if len(kept) < len(rows):
-                states = [LayerState(*(s[kept] for s in state)) for state in states]
+                states = [state._make(s[kept] for s in state) for state in states]
                 rows = [rows[i] for i in kept]
             h, states = backbone.step(backbone.embedding(torch.tensor(fed, device=device)), states)
             t += 1
@@ -676,15 +706,21 @@ class RoboMamba(nn.Module):
         different = dict(zip(keys, images, strict=True))
         place = {key: i for i, key in enumerate(different)}
         states = self.look(torch.cat([self._picture(x) for x in different.values()]))
-        return [LayerState(*(s[[place[key] for key in keys]] for s in state)) for state in states]
+        return [state._make(s[[place[key] for key in keys]] for s in state) for state in states]
 
     @torch.inference_mode()
-    def predict_action(self, image, instruction: str) -> Action:
-        """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action."""
+    def predict_action(self, image, instruction: str, memory: list | None = None) -> Action:
+        """One forward pass, nothing decoded: picture (path, PIL image, uint8 (S, S, 3)) and sentence -> Action.
+
+        Args: memory, a list, empty at first: goes on from the state in it and leaves the state after this prediction.
+        """
         S, device = self.config.vision.image_size, self.lm.lm_head.weight.device
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
         lengths = torch.tensor([tokens.shape[1]], device=device)
-        pixel, r6 = self.head(self.pooled(self._picture(image), tokens, lengths))
+        h, states = self.read(self._picture(image), tokens, states=memory)
+        if memory is not None:
+            memory[:] = states
+        pixel, r6 = self.head(self.pool(h, lengths))
         u, v = ((pixel[0].float() + 1) * S / 2).clamp(0, S - 1e-3).tolist()
         return Action(u, v, rotation_from_6d(r6[0].float()).cpu().numpy())
 
@@ -764,7 +800,7 @@ def init_weights(model: nn.Module) -> None:
     |---|---|---|
     | linear, conv1d weights | normal, sd min(0.02 sqrt(768 / fan_in), fan_in^-1/2) | unit activations at any width |
     | conv2d weights | normal, sd sqrt(2 / fan_in) (He et al.) | the stem's GELUs would shrink the picture to nothing |
-    | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
+    | mixer.out_proj, mlp.2 | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
     | embeddings, class token, positions | normal, sd 0.02 | tied with the output: larger logits start too sure |
     | A_log | log of N values from a_min to a_max, evenly in log (Mamba: 1, 2, .., N) | slow to fast memories |
     | dt_proj.weight | uniform +- R^-1/2 | keeps the variance of dt (Mamba's code) |
@@ -787,7 +823,8 @@ def init_weights(model: nn.Module) -> None:
         if isinstance(module, MambaLM):
             nn.init.normal_(module.backbone.embedding.weight, std=0.02)  # the tied lm_head was drawn above
             for block in module.backbone.layers:
-                block.mixer.out_proj.weight /= math.sqrt(module.cfg.n_layer)
+                for last in (block.mixer.out_proj, *([block.mlp[2]] if module.cfg.mixer == "attention" else [])):
+                    last.weight /= math.sqrt(module.cfg.n_layer)
         if isinstance(module, MambaMixer):
             cfg = module.cfg
             if (cfg.a_min, cfg.a_max) == (1.0, float(cfg.d_state)):

@@ -9,6 +9,7 @@
     python sim_eval.py --make-blind-table data/cache/train/manipulation.jsonl
     python sim_eval.py --objects DIR --out runs/mine         # articulated objects of your own (data/partnet.py)
     python sim_eval.py --closed-loop 3 --out runs/closed     # look and grip again three times, beside open loop
+    python sim_eval.py --speed --out runs/speed              # predictions a second, and a Transformer's (data/speed.py)
     python sim_eval.py --robot panda --out demo              # one episode with a Franka arm, as a film (data/panda.py)
 
     (category, seed) -> Scene -> picture + sentence -> policy -> pixel (u, v), approach -> Scene.act -> Outcome
@@ -67,7 +68,7 @@ from data.policies import (
     model_policy,
     read_blind_table,
 )
-from data.report import report, wilson, write_results
+from data.report import report, speed_table, wilson, write_results
 from data.run import cli, commit, hardware, progress, start_worker
 from data.world import (
     INITIAL,
@@ -101,8 +102,9 @@ PHYSICS_POLICIES = (
     "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel,"
     "direction-10,direction-20,direction-30,direction-45,direction-60,pixel-2,pixel-4,pixel-8,pixel-16"
 )
-# policy -> field of EvalConfig; model-text is the same model, its action spelled out in words
-CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "random-backbone": "random_checkpoint"}
+# policy -> field of EvalConfig; model-text and -carried are the same model used in other ways (data/policies.py)
+CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "model-carried": "checkpoint"}
+CHECKPOINTS |= {"random-backbone": "random_checkpoint"}
 
 
 @dataclass
@@ -124,6 +126,7 @@ class EvalConfig:
     physics_table: bool = False  # scripted policies only, on val scenes: physics.json and physics.md
     affordance: str = ""  # categories, comma separated: draw where a pull works
     sheet: str = ""  # FILE.png: draw one scene of every category and stop
+    speed: bool = False  # time predictions of --checkpoint, and of a Transformer of its size (data/speed.py), and stop
     make_blind_table: str = ""  # manipulation.jsonl of the training data: write --blind-table and stop
 
 
@@ -183,7 +186,7 @@ class Bench:
                 if not Path(folder).is_dir() or not folder:
                     flag = "--" + CHECKPOINTS[name].replace("_", "-")
                     raise ValueError(f"{flag} {folder or '(not given)'}: no such folder; the policy {name} needs it")
-                self.policies[name], sizes[folder] = model_policy(folder, as_text=name == "model-text")
+                self.policies[name], sizes[folder] = model_policy(folder, name == "model-text", name == "model-carried")
             elif name in ("blind", "mean-action"):
                 self.policies[name] = blind_policy(read_blind_table(cfg.blind_table), mean=name == "mean-action")
             elif name in SCRIPTED:
@@ -591,6 +594,13 @@ def run(cfg: EvalConfig, command: str) -> int:
         print(f"{cfg.blind_table}: medians of {table['samples']} samples, {len(table['category_part'])} kinds of parts")
         return 0
     out = Path(cfg.out)
+    if cfg.speed:
+        from data import speed  # needs torch
+
+        make_folder(out)
+        facts = {"command": command, "commit": commit(), "hardware": hardware()}
+        print(f"\n{speed_table(speed.run(cfg.checkpoint, out, facts))}\nWritten: {out}/speed.json, .md, .png")
+        return 0
     default = "val" if cfg.physics_table else "" if cfg.objects else "both"
     cfg = dataclasses.replace(cfg, split=cfg.split or default)
     if cfg.demo:

@@ -257,6 +257,8 @@ def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
     cfg, folder = lm.cfg, Path(folder)
     if naming not in ("hf", "original"):
         raise ValueError(f"naming: {naming!r}, expected 'hf' or 'original'")
+    if cfg.mixer != "mamba":
+        raise ValueError(f"mixer: {cfg.mixer}; only a Mamba has a published Mamba form")
     if cfg.bc_norm:
         raise ValueError("bc_norm: published Mamba code cannot normalise B and C; this model has no published form")
     if naming == "original" and cfg.norm_eps != 1e-5:

@@ -24,8 +24,8 @@ def memory(model: nn.Module) -> dict[str, int]:
     lm, parameters = model.config.lm, dict(model.named_parameters())  # tied ones once
     full = sum(4 * p.numel() for p in parameters.values())
     half = sum(p.numel() * (4 if name.endswith(KEEP_FLOAT32) else 2) for name, p in parameters.items())
-    state = lm.n_layer * lm.d_inner * (2 * (lm.d_conv - 1) + 4 * lm.d_state)
-    return {"float32": full, "bfloat16": half, "state": state, "cache": 2 * 2 * lm.n_layer * lm.d_model}
+    state = lm.n_layer * lm.d_inner * (2 * (lm.d_conv - 1) + 4 * lm.d_state) if lm.mixer == "mamba" else 0
+    return {"float32": full, "bfloat16": half, "state": state, "cache": 2 * 2 * lm.n_block * lm.d_model}
 
 
 def print_presets(presets: dict, build: Callable) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 PANEL, MARGIN, COLUMNS = (300, 170), (46, 22), 4  # pixels: size of a panel, space for its labels; panels a row
-INK, GRID, LINE = (40, 40, 40), (220, 220, 220), (30, 90, 180)
+INK, GRID, LINE, OTHER = (40, 40, 40), (220, 220, 220), (30, 90, 180), (190, 70, 30)
 
 
 def read_curves(path) -> dict[str, list[tuple[float, float]]]:
@@ -58,6 +58,30 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], columns: int = COL
             pen.line(line, fill=LINE, width=2)
         else:
             pen.ellipse((line[0][0] - 2, line[0][1] - 2, line[0][0] + 2, line[0][1] + 2), fill=LINE)
+    return sheet
+
+
+def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], columns: int = 3) -> Image.Image:
+    """{title: {line: [(x, y), ..]}} -> one panel a title, two lines at most; x logarithmic, y from 0 to the largest."""
+    (w, h), (left, top) = PANEL, MARGIN
+    sheet = Image.new("RGB", (min(columns, len(panels)) * w, -(-len(panels) // columns) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (title, lines) in enumerate(panels.items()):
+        x0, y0 = i % columns * w + left, i // columns * h + top
+        x1, y1 = x0 + w - left - 12, y0 + h - 2 * top
+        xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
+        first, span, high = math.log(min(xs)), math.log(max(xs) / min(xs)) or 1.0, max(ys)
+        pen.rectangle((x0, y0, x1, y1), outline=GRID)
+        pen.text((x0, y0 - 14), title, fill=INK)
+        pen.text((x0 - left + 2, y0 - 4), f"{high:,.3g}" if high < 1000 else f"{high:,.0f}", fill=INK)
+        pen.text((x0 - left + 2, y1 - 8), "0", fill=INK)
+        for k, ((name, points), colour) in enumerate(zip(lines.items(), (LINE, OTHER), strict=False)):
+            pen.text((x0 + 6, y0 + 4 + 12 * k), name, fill=colour)
+            line = [(x0 + (math.log(x) - first) / span * (x1 - x0), y1 - y / high * (y1 - y0)) for x, y in points]
+            pen.line(line, fill=colour, width=2)
+            for (x, y), (label, _) in zip(line, points, strict=True):
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+                pen.text((x - 10, y1 + 2), f"{label:g}", fill=INK)
     return sheet
 
 

@@ -77,7 +77,7 @@ SCRIPTED = {
 }
 LABELLED = re.compile(r"expert|expert-jittered|direction-\d+|pixel-\d+")  # the expert's contact, made worse
 CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
-NAMED = ("model", "model-text", "random-backbone", "blind", "mean-action", "expert")
+NAMED = ("model", "model-text", "model-carried", "random-backbone", "blind", "mean-action", "expert")
 POLICY_HELP = ", ".join((*NAMED, *SCRIPTED, "expert-jittered, direction-DEGREES, pixel-PIXELS"))
 
 
@@ -93,11 +93,13 @@ def disturbed(name: str, label: Label, scale: float, rng: np.random.Generator):
     return u, v, tilt(approach, math.radians(int(size)), rng) if kind == "direction" else approach
 
 
-def model_policy(folder: str, as_text: bool = False):
+def model_policy(folder: str, as_text: bool = False, carried: bool = False):
     """RoboMamba from a checkpoint folder, on one thread; returns (policy, image size).
 
     as_text: spell the action out token by token, as ManipLLM and other language models do, and read the numbers back,
         instead of one forward pass and the policy head. Text that is no contact counts as a failure.
+    carried: in a closed loop (--closed-loop) each prediction goes on from the state that the last one of this scene and
+        sentence left, so it remembers those pictures. The model was never trained on more than one picture.
     """
     import torch  # here and in the next line: policies without a model start in half a second
 
@@ -106,10 +108,15 @@ def model_policy(folder: str, as_text: bool = False):
     torch.set_num_threads(1)
     model = RoboMamba.from_pretrained(folder)
     S = model.config.vision.image_size
+    memories = {}  # of one scene: {(category, seed, sentence): memory}
     model.predict_action(np.zeros((S, S, 3), np.uint8), "open the door")  # the first call is slower; keep it untimed
 
     def with_head(scene, instruction, part, rng):
-        action = model.predict_action(scene.rgb, instruction)
+        here = (scene.category, scene.seed)
+        if any(key[:2] != here for key in memories):
+            memories.clear()
+        memory = memories.setdefault((*here, instruction), []) if carried else None
+        action = model.predict_action(scene.rgb, instruction, memory)
         return action.u, action.v, action.approach
 
     def with_text(scene, instruction, part, rng):

@@ -8,7 +8,8 @@
     reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
     paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
 
-Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, returns and gives text.
+Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, returns and gives text. scan_table and
+speed_table do so for selective_scan.py --out and data/speed.py.
 """
 
 import json
@@ -171,10 +172,6 @@ def place(scores: dict) -> str:
     return f"{px}, {scores['degrees']:.0f} deg" if "degrees" in scores else px
 
 
-def unread(read: dict) -> str:
-    return "" if read["k"] == read["n"] else f" ({read['n'] - read['k']} of {read['n']} are no coordinates)"
-
-
 def reasoning_report(results: dict) -> str:
     """Two tables: robot questions, general questions and presence, by who answers; then the families side by side."""
     columns = (
@@ -275,4 +272,54 @@ def scan_table(results: dict) -> str:
         times = [f"{m[name]['train_ms']:.0f} ms" for name in ("chunked", "reference", "compile=True", "mambapy")]
         memory = f"{chunked['peak_mib']:.0f} against {theirs['peak_mib']:.0f} MiB"
         lines += row(tuple(shape["shape"]), *times, f"{theirs['train_ms'] / chunked['train_ms']:.1f}x", memory)
+    return "\n".join(lines)
+
+
+SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
+SPEED_ROWS = {  # of data/speed.py
+    "encoder": "the picture encoder alone, part of all below",
+    "head": "one pass and the policy head",
+    "text": "one pass and the action as text, {text} tokens",
+    "going on": "prediction {step} of a loop that remembers: going on from its state",
+    "reading all again": "the same, reading all {past} earlier tokens again",
+}
+SPEED_NOTES = """
+| the paper's Fig. 1 | Hz |
+| --- | --- |
+| RoboMamba 2.8B | 9.0 |
+| OpenVLA 7B | 3.4 |
+| ManipLLM 7B | 1.1 |
+
+Theirs ran on an A100, without quantisation or other acceleration. These numbers must not be compared with those above,
+and what makes the difference between them cannot be told: the models have different sizes, encoders and picture sizes;
+RoboMamba reads an action off one pass and a head, the others spell it in tokens, in answers of different length; batch,
+precision and whether 9.0 Hz is head or text are not stated; there is no Transformer of RoboMamba's size. Above, sizes,
+encoder, precision, hardware and answer length are equal. But a few million parameters at batch 1 mostly cost the calls
+of many small operations, of which a Mamba block has more than attention has; a model of billions does not feel them.
+"""
+
+
+def speed_table(results: dict) -> str:
+    """Tables of `python sim_eval.py --speed`, two a device: predictions at batch 1; the same after a context."""
+    names, tokens = ("mamba", "attention"), results["tokens"]
+    ours, theirs = (results["models"][name] for name in names)
+    named = {"text": tokens["text"], "step": results["closed_loop_step"], "past": tokens["past of the closed loop"]}
+    sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in (ours, theirs))
+    lines = [
+        "Language models: Mamba {}, Transformer {}; batch 1, float32, medians;".format(*sizes),
+        f"a picture is {tokens['picture']} tokens, the prompt {tokens['prompt']}.",
+        "",
+    ]
+    for device, measured in results["devices"].items():
+        lines += row(device, "Mamba", "Transformer", "Transformer / Mamba") + row(*["---"] * 4)
+        for key, label in SPEED_ROWS.items():
+            ms = [measured["predictions"][key][name]["ms"] for name in names]
+            cells = [f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms]
+            lines += row(label.format(**named), *cells, f"{ms[1] / ms[0]:.2f}x")
+        lines += ["", *row("tokens of context", *SPEED_COLUMNS), *row(*["---"] * (1 + len(SPEED_COLUMNS)))]
+        for context in measured["contexts"]:
+            pair = [context[name] for name in names]
+            cells = [f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair]
+            lines += row(context["tokens"], *cells, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair))
+        lines.append("")
     return "\n".join(lines)

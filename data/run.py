@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
-    """One updating line of `what` is counted, with rate and time left; where it cannot update, one line every tenth."""
+    """One updating line of `what` is done, with rate and time left; where it cannot update, one line every tenth."""
     rate = done / max(time.monotonic() - start, 1e-9)
     line = f"{what} {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
     if sys.stdout.isatty():

@@ -1,0 +1,199 @@
+"""How long a prediction takes: head or text, Mamba or a Transformer of the same size, a short or a long past.
+
+    python sim_eval.py --speed --out runs/speed      # under two minutes on one core, then the GPU if any
+
+Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; what is
+compared is called in turn, so that a machine that slows down slows all of it.
+
+    mamba, attention  the model of --checkpoint; the same encoder, projector and head around a Transformer with as many
+                      parameters (data.transformer). Its weights are random: no time here depends on them
+    head              one pass over picture and prompt, then the policy head
+    text              the same pass, then the action token by token, as many tokens as a contact and its end have
+    context           random tokens read before picture and prompt: what a robot remembers of earlier steps
+    state             bytes of all that is kept of the context, without a cache's spare room (up to as much again)
+    closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: "going on" from
+                      the state they left, or "reading all again": what a model does that keeps no state. Earlier
+                      pictures cost their language-model tokens only, as if their encodings were kept
+
+The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.plots import draw_lines
+from data.questions import contact_question
+from data.report import SPEED_NOTES, speed_table
+from data.run import progress, write_atomically, write_text
+from robomamba import RoboMamba, count
+
+LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
+SENTENCE, ANSWER = "open the top drawer", "37 52 05 71 93"
+STEP = 8  # of the closed loop
+WARM, ROUNDS = 2, 5  # rounds that are not counted; the fewest that are
+RUN = 32  # tokens generated in a row for the time of one
+
+
+def twin(model: RoboMamba) -> RoboMamba:
+    """The same model around a Transformer of the same size, random weights."""
+    lm = dataclasses.replace(model.config.lm, mixer="attention")
+    return RoboMamba(dataclasses.replace(model.config, lm=lm), model.encoding).eval()
+
+
+def clock(calls: dict, seconds: float, device: torch.device) -> dict:
+    """Call each of {name: function} in turn for `seconds` -> {name: {"ms": median, "quartiles", "calls"}}."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, start = 0, 0.0
+    while rounds < WARM + ROUNDS or time.monotonic() - start < seconds:
+        if rounds == WARM:
+            start = time.monotonic()
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - begin))
+        rounds += 1
+    quarters = {name: np.percentile(ms[WARM:], (25, 50, 75)).round(4).tolist() for name, ms in times.items()}
+    return {name: {"ms": q[1], "quartiles": [q[0], q[2]], "calls": rounds - WARM} for name, q in quarters.items()}
+
+
+def generate(model: RoboMamba, h: Tensor, states: list, n: int) -> None:
+    """n greedy tokens after the state h (1, D), each fed back; as RoboMamba.generate, but no token ends it."""
+    backbone = model.lm.backbone
+    for _ in range(n):
+        token = int(model.lm.lm_head(h)[0].argmax())
+        h, states = backbone.step(backbone.embedding(torch.tensor([token], device=h.device)), states)
+
+
+class Subject:
+    """One model on one device with a picture and prompts: what can be asked of it, as functions to be timed."""
+
+    def __init__(self, model: RoboMamba, device: torch.device):
+        S = model.config.vision.image_size
+        self.model, self.backbone, self.device = model.to(device), model.lm.backbone, device
+        self.picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, device=device)
+        self.ids = torch.tensor([model.prompt(contact_question(SENTENCE))], device=device)
+        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # and the end
+        self.picture_tokens = (S // model.config.vision.patch_size) ** 2
+        self.past = self.context((STEP - 1) * (self.picture_tokens + self.ids.shape[1]))  # of the closed loop
+        self.past_states = self.read(self.past)[1]
+
+    def context(self, n: int) -> Tensor:
+        """(1, n, D) embeddings of random tokens."""
+        return self.backbone.embedding(torch.randint(0, self.model.config.lm.vocab_size, (1, n), device=self.device))
+
+    def read(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list]:
+        h, states = self.backbone(x, states)
+        return h[:, -1], states
+
+    def head(self, states: list | None = None) -> None:
+        h, _ = self.model.read(self.picture, self.ids, states=states)
+        self.model.head(self.model.pool(h, torch.tensor([self.ids.shape[1]], device=self.device)))
+
+    def text(self) -> None:
+        h, states = self.model.read(self.picture, self.ids)
+        generate(self.model, h[:, -1], states, self.answer - 1)  # the last token is not fed back
+        self.model.lm.lm_head(h[:, -1]).argmax()
+
+    def predictions(self) -> dict:
+        """{row: function} of the first table."""
+        return {
+            "encoder": lambda: self.model.vision(self.picture),
+            "head": self.head,
+            "text": self.text,
+            "going on": lambda: self.head(self.past_states),
+            "reading all again": lambda: self.head(self.read(self.past)[1]),
+        }
+
+
+@torch.inference_mode()
+def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: float = 3.0, tick=lambda: None) -> dict:
+    """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
+    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", twin(model)))}
+    functions = {(row, name): f for name, s in subjects.items() for row, f in s.predictions().items()}
+    times, predictions = clock(functions, 2 * seconds, device), {}
+    for (row, name), value in times.items():
+        predictions.setdefault(row, {})[name] = value
+    tick()
+    contexts = []
+    for n in lengths:
+        calls, after = {}, {}
+        for name, s in subjects.items():
+            x = s.context(n)
+            h, states = s.read(x)
+            after[name] = sum(t.numel() * t.element_size() for state in states for t in state)
+            calls["read", name] = lambda s=s, x=x: s.read(x)
+            calls["prediction", name] = lambda s=s, states=states: s.head(states)
+            calls["tokens", name] = lambda s=s, h=h, states=states: generate(s.model, h, states, RUN)
+        short = {key: call for key, call in calls.items() if key[0] != "read"}
+        times = clock({key: call for key, call in calls.items() if key[0] == "read"}, seconds / 3, device)
+        tick()
+        times |= clock(short, seconds, device)
+        row = {name: {what: times[what, name] for what in ("read", "prediction", "tokens")} for name in subjects}
+        for name, values in row.items():
+            values["token_ms"], values["state_bytes"] = round(values["tokens"]["ms"] / RUN, 4), after[name]
+        contexts.append({"tokens": n, **row})
+        tick()
+    return {"predictions": predictions, "contexts": contexts}
+
+
+def run(checkpoint: str, out: Path, facts: dict, lengths=LENGTHS, seconds: float = 3.0) -> dict:
+    """Measure on the CPU and, where there is one, the GPU; write OUT/speed.json, .md and .png. Returns the results.
+
+    facts: what the caller knows of this run (command, commit, hardware), put into the results as it is.
+    """
+    start, threads = time.monotonic(), torch.get_num_threads()
+    model = RoboMamba.from_pretrained(checkpoint)
+    devices = {"CPU, one thread": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices[torch.cuda.get_device_name()] = torch.device("cuda")
+    done, total = 0, len(devices) * (1 + 2 * len(lengths))
+
+    def tick():
+        nonlocal done
+        done += 1
+        progress(done, total, start, "measurements")
+
+    versions = {"python": platform.python_version()} | {k: importlib.metadata.version(k) for k in ("torch", "numpy")}
+    results = facts | {"versions": versions, "checkpoint": str(checkpoint), "closed_loop_step": STEP, "run": RUN}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    try:
+        results["models"] = {
+            name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
+            for name, m in (("mamba", model), ("attention", twin(model)))
+        }
+        subject = Subject(model, torch.device("cpu"))
+        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1]}
+        results["tokens"] |= {"text": subject.answer, "past of the closed loop": subject.past.shape[1]}
+        results["devices"] = {name: measure(model, device, lengths, seconds, tick) for name, device in devices.items()}
+    finally:
+        torch.set_num_threads(threads)
+    results["seconds"] = round(time.monotonic() - start, 1)
+    write_text(out / "speed.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "speed.md", f"{speed_table(results)}\n{SPEED_NOTES}")
+    write_atomically(out / "speed.png", lambda tmp: draw_lines(panels(results)).save(tmp, "PNG"))
+    return results
+
+
+def panels(results: dict) -> dict:
+    """What speed.png shows: {title: {model: [(tokens of context, value), ..]}}."""
+    out = {}
+    for device, measured in results["devices"].items():
+        rows = measured["contexts"]
+        for title, value in (
+            (f"a prediction, ms ({device})", lambda v: v["prediction"]["ms"]),
+            (f"a generated token, ms ({device})", lambda v: v["token_ms"]),
+            ("state, kB", lambda v: v["state_bytes"] / 1000),
+        ):
+            out[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in results["models"]}
+    return out

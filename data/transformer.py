@@ -1,0 +1,90 @@
+"""The Transformer that Mamba is compared with: LMConfig(mixer="attention"), the same size, the same interface.
+
+    x (B, L, D), state -> TransformerBlock -> x (B, L, D), state        state: keys and values of every token so far
+
+Where a Mamba block remembers a fixed number of values, this one remembers the whole past; data/speed.py measures what
+that costs. Nothing else uses it.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KeyValues(NamedTuple):
+    """All that one attention block remembers of the past: every token of it."""
+
+    keys: Tensor  # (B, heads, L so far, width of a head)
+    values: Tensor
+
+
+def append(past: Tensor, new: Tensor) -> Tensor:
+    """past (B, H, L, d) and new (B, H, 1, d) joined along time.
+
+    Copying a long past at every token costs more than attending to it, so storage has room to spare, and the new token
+    is written behind the past; unless another sequence that shares this past wrote there first: then all is copied.
+    """
+    n = past.shape[2]
+    storage = getattr(past, "storage_with_room", None)  # lost, and so never shared, where rows are picked by index
+    if storage is None or storage.used != n or n == storage.shape[2]:
+        storage = past.new_empty(*past.shape[:2], 2 * n + 64, past.shape[3])
+        storage[:, :, :n] = past
+    storage[:, :, n : n + 1], storage.used = new, n + 1
+    both = storage[:, :, : n + 1]
+    both.storage_with_room = storage
+    return both
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal attention, as a mixer with the interface of MambaMixer; its state grows with every token.
+
+    No position code: the causal mask alone tells order (arXiv 2305.19466), and it is the fastest choice.
+    """
+
+    def __init__(self, cfg):  # cfg: robomamba.LMConfig
+        super().__init__()
+        self.width = math.gcd(cfg.d_model, 64)  # of a head
+        self.in_proj = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+
+    def forward(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        """(B, L, D) and the state before it -> (B, L, D) and the state after it."""
+        B, L, D = x.shape
+        q, k, v = self.in_proj(x).view(B, L, 3, -1, self.width).permute(2, 0, 3, 1, 4)  # (B, heads, L, width) each
+        past = state.keys.shape[2] if state else 0
+        if past:
+            join = append if L == 1 else lambda old, new: torch.cat([old, new], 2)
+            k, v = join(state.keys, k), join(state.values, v)
+        seen = torch.ones(L, past + L, dtype=torch.bool, device=x.device).tril(past) if past and L > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not past)
+        return self.out_proj(y.transpose(1, 2).reshape(B, L, D)), KeyValues(k, v)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + attention(norm x), then x + mlp(norm x); the same interface as MambaBlock.
+
+    Same size: as in the Mamba paper (section 3.4), one such block stands for two Mamba blocks; the MLP is as wide as
+    makes their parameters equal, but for rounding (`tiny`: 4.6 times the width of the model).
+    """
+
+    def __init__(self, cfg):  # cfg: robomamba.LMConfig
+        super().__init__()
+        D, E = cfg.d_model, cfg.d_inner
+        mamba = E * (3 * D + 2 * cfg.rank + 3 * cfg.d_state + cfg.d_conv + 3) + D  # parameters of a MambaBlock
+        left = mamba * cfg.n_layer / cfg.n_block - 4 * D * D - 2 * D  # for the MLP
+        hidden = max(8, 8 * round(left / (2 * D) / 8))
+        self.norm, self.mlp_norm = (nn.RMSNorm(D, eps=cfg.norm_eps) for _ in range(2))
+        self.mixer = CausalAttention(cfg)
+        self.mlp = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
+
+    def forward(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        y, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x.to(self.norm.weight.dtype))), state
+
+    def step(self, x: Tensor, state: KeyValues) -> tuple[Tensor, KeyValues]:
+        y, state = self.forward(x[:, None], state)
+        return y[:, 0], state
