@@ -78,6 +78,40 @@ def load_records(file, root=None) -> list[dict]:
     return records
 
 
+def pack(turns: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], int]:
+    """Turns that follow each other, as one sequence; only replies are to be predicted.
+
+    Args: turns: token ids of each (prompt, reply); the reply ends with <|endoftext|>, which is predicted too.
+    Returns: tokens; labels, as long, the token itself inside replies and IGNORE elsewhere (not shifted: the loss does
+        that); the length of the first prompt, whose last token's state is what the policy head will read.
+    """
+    # exercise 6: loss mask and packing of a conversation
+    tokens, labels = [], []
+    for prompt, reply in turns:
+        tokens += prompt + reply
+        labels += [IGNORE] * len(prompt) + reply
+    return tokens, labels, len(turns[0][0])
+    # end of exercise 6
+
+
+def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of different lengths as one batch, padded on the right.
+
+    Args: items: tuples that begin with what `pack` returns; end: the id to pad with. Labels are padded with IGNORE.
+    Returns: tokens (n, T), labels (n, T), lengths (n,) of the sequences without padding, prompts (n,); all int64.
+    """
+    # exercise 6: padding of a batch
+    T = max(len(item[0]) for item in items)
+    tokens = torch.full((len(items), T), end)
+    labels = torch.full((len(items), T), IGNORE)
+    for k, item in enumerate(items):
+        tokens[k, : len(item[0])] = torch.tensor(item[0])
+        labels[k, : len(item[1])] = torch.tensor(item[1])
+    lengths = torch.tensor([len(item[0]) for item in items])
+    return tokens, labels, lengths, torch.tensor([item[2] for item in items])
+    # end of exercise 6
+
+
 class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
@@ -98,15 +132,17 @@ class Conversations:
         ] = []  # per record: (tokens, labels, prompt, numbers)
         for record in self.records:
             said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-            items = []
+            turn_ids, numbers = [], []
             for question, answer in zip(said[::2], said[1::2], strict=True):
                 prompt = [user, *encoding.encode_ordinary(question), assistant]
                 reply = [*encoding.encode_ordinary(answer), self.end]
                 is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
-                numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
-                items.append((prompt + reply, [IGNORE] * len(prompt) + reply, len(prompt), numbers[:N_NUMBERS]))
+                turn_ids.append((prompt, reply))
+                numbers.append([(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number][:N_NUMBERS])
             if turns == "pack":
-                items = [(sum((i[0] for i in items), []), sum((i[1] for i in items), []), items[0][2], items[0][3])]
+                items = [(*pack(turn_ids), numbers[0])]
+            else:
+                items = [(*pack([turn]), values) for turn, values in zip(turn_ids, numbers, strict=True)]
             self.cut += sum(len(i[0]) > max_length for i in items)
             self.items.append([(t[:max_length], y[:max_length], min(p, max_length), n) for t, y, p, n in items])
 
@@ -143,15 +179,10 @@ class Conversations:
         return chosen
 
     def collate(self, rows, items) -> Batch:
-        T = max(len(i[0]) for i in items)
-        tokens = torch.full((len(items), T), self.end)
-        labels = torch.full((len(items), T), IGNORE)
+        tokens, labels, lengths, prompts = pad(items, self.end)
         numbers = torch.full((len(items), N_NUMBERS), float("nan"))
-        for k, (ids, targets, _, values) in enumerate(items):
-            tokens[k, : len(ids)] = torch.tensor(ids)
-            labels[k, : len(ids)] = torch.tensor(targets)
+        for k, (*_, values) in enumerate(items):
             numbers[k, : len(values)] = torch.tensor(values)
-        lengths, prompts = (torch.tensor([f(i) for i in items]) for f in (lambda i: len(i[0]), lambda i: i[2]))
         return Batch(np.asarray(rows), tokens, lengths, labels, prompts, numbers)
 
 
