@@ -55,8 +55,10 @@ class PolicyConfig:
 
 def geodesic(a: Tensor, b: Tensor) -> Tensor:
     """Angle in radians between rotations (.., 3, 3), paper Eq. 6; clamped so that its gradient stays finite."""
+    # exercise 7: geodesic loss
     trace = (a * b).sum((-1, -2))  # Tr(a^T b)
     return torch.arccos(((trace - 1) / 2).clamp(-1 + 1e-6, 1 - 1e-6))
+    # end of exercise 7
 
 
 def targets(samples: list[dict], image_size: int) -> tuple[Tensor, Tensor]:

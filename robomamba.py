@@ -357,15 +357,18 @@ class MambaMixer(nn.Module):
 
     def selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): what the input selects (Algorithm 2, lines 2-4)."""
+        # exercise 5: the Mamba block, what a token selects
         cfg = self.cfg
         dt, B, C = self.x_proj(u).split([cfg.rank, cfg.d_state, cfg.d_state], -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
         if cfg.bc_norm:
             B, C = (F.rms_norm(x.float(), (cfg.d_state,), eps=cfg.norm_eps) for x in (B, C))
         return dt, -torch.exp(self.A_log.float()), B, C
+        # end of exercise 5
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """(B, L, D) and the state before it -> (B, L, D) and the state after it."""
+        # exercise 5: the Mamba block
         state = state or self.initial_state(len(x))
         u, z = self.in_proj(x).chunk(2, -1)  # (B, L, E) each: the convolution's branch and the gate's
         u = torch.cat([state.conv.to(u.dtype), u], 1)  # (B, K-1 + L, E)
@@ -374,6 +377,7 @@ class MambaMixer(nn.Module):
         dt, A, B, C = self.selection(u)
         y, ssm = selective_scan(u, dt, A, B, C, self.D, state.ssm)
         return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(tail, ssm)
+        # end of exercise 5
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """One token: (B, D) and the state before it -> (B, D) and the state after it; equals `forward` on L = 1."""
@@ -516,10 +520,12 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
 
     Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts gripper up (= approach), then forward.
     """
+    # exercise 7: 6D rotation
     approach = F.normalize(r6[..., :3], dim=-1, eps=1e-6)
     forward = r6[..., 3:] - (approach * r6[..., 3:]).sum(-1, keepdim=True) * approach
     forward = F.normalize(forward, dim=-1, eps=1e-6)
     return torch.stack([forward, torch.linalg.cross(approach, forward, dim=-1), approach], -1)
+    # end of exercise 7
 
 
 # ---- whole model -----------------------------------------------------------------------------------------------------

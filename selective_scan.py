@@ -105,28 +105,41 @@ def selective_scan(u, dt, A, B, C, D=None, state=None, *, method="chunked", chun
     raise ValueError(f"method: got {method!r}, expected 'chunked' or 'reference'")
 
 
+def discretise(u, dt, A, B):
+    """What a token leaves of the state and what it writes into it (step 3 above), so that h_t = decay h_{t-1} + write.
+
+    Args: u, dt (.., E), dt >= 0; A (E, N); B (.., N); the leading axes (B) or (B, L) are the same for u, dt and B.
+    Returns: decay = exp(dt A) and write = dt B u, both (.., E, N).
+    """
+    # exercise 1: discretisation
+    decay = torch.exp(dt[..., None] * A)
+    return decay, (dt * u)[..., None] * B[..., None, :]
+    # end of exercise 1
+
+
 def scan_reference(u, dt, A, B, C, D=None, state=None):
     """The definition, one step after the other, differentiated by autograd. Same contract as `selective_scan`."""
     y_dtype = u.dtype
     u, dt, A, B, C, D, state = _prepare(u, dt, A, B, C, D, state)
+    # exercise 2: the reference scan
     ys = []
     for u_t, dt_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, dt, B, C)), strict=True):
-        y_t, state = _step(u_t, dt_t, A, B_t, C_t, D, state)
-        ys.append(y_t)
+        decay, write = discretise(u_t, dt_t, A, B_t)
+        state = decay * state + write
+        ys.append((state * C_t[:, None, :]).sum(-1) + D * u_t)
     return torch.stack(ys, 1).to(y_dtype), state
+    # end of exercise 2
 
 
 def scan_step(u, dt, A, B, C, D=None, state=None):
     """One token: u, dt (B, E); B, C (B, N); the rest as in `selective_scan`. Returns y (B, E), state (B, E, N)."""
     y_dtype = u.dtype
-    y, state = _step(*_prepare(u, dt, A, B, C, D, state, step=True))
-    return y.to(y_dtype), state
-
-
-def _step(u_BE, dt_BE, A_EN, B_BN, C_BN, D_E, state_BEN):
-    decay_BEN = torch.exp(dt_BE[:, :, None] * A_EN)
-    state_BEN = decay_BEN * state_BEN + (dt_BE * u_BE)[:, :, None] * B_BN[:, None, :]
-    return (state_BEN * C_BN[:, None, :]).sum(-1) + D_E * u_BE, state_BEN
+    u, dt, A, B, C, D, state = _prepare(u, dt, A, B, C, D, state, step=True)
+    # exercise 4: step
+    decay, write = discretise(u, dt, A, B)
+    after = decay * state + write
+    return ((after * C[:, None, :]).sum(-1) + D * u).to(y_dtype), after
+    # end of exercise 4
 
 
 def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None, compile=False):
@@ -301,12 +314,18 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, state, keep, chunk, compile):
+        """Fill y, `last` (the state after the last token) and, where `keep`, bounds: the state BEFORE each chunk.
+
+        Batch rows are worked on in blocks of `n_rows`, time in chunks of T (the last of either may be smaller). The
+        state after a chunk is the state before the next; a chunk is run by `_forward_chunk`, in (T, b, ..) layout.
+        """
         (batch, L, E), N = u.shape, A.shape[0]
         T, n_rows = _block_sizes(batch, L, N, E, chunk, compile)
         A2 = A * LOG2_E
         buffers = u.new_empty(2, T * n_rows * N * E)
         y, last = u.new_empty(batch, L, E), u.new_empty(batch, N, E)
         bounds = u.new_empty(math.ceil(L / T) if keep else 0, batch, N, E)  # the state before each chunk
+        # exercise 3: the chunked scan
         for rows in _blocks(batch, n_rows):
             h = state[rows].contiguous()
             for i, steps in enumerate(_blocks(L, T)):
@@ -319,6 +338,7 @@ class _ChunkedScan(torch.autograd.Function):
                 y_, h = run(dt_, dtu, A2, B_, C_, h, [x[: math.prod(size)].view(size) for x in buffers])
                 y[rows, steps] = y_.addcmul_(u_, D).transpose(0, 1)
             last[rows] = h
+        # end of exercise 3
         ctx.save_for_backward(u, dt, A, B, C, D, bounds)
         ctx.sizes = T, n_rows, compile
         return y, last

@@ -90,6 +90,40 @@ class Item(NamedTuple):
     weight: float  # how often it is drawn beside others of its record
 
 
+def pack(turns: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], int]:
+    """Turns that follow each other, as one sequence; only replies are to be predicted.
+
+    Args: turns: token ids of each (prompt, reply); the reply ends with <|endoftext|>, which is predicted too.
+    Returns: tokens; labels, as long, the token itself inside replies and IGNORE elsewhere (not shifted: the loss does
+        that); the length of the first prompt, whose last token's state is what the policy head will read.
+    """
+    # exercise 6: loss mask and packing of a conversation
+    tokens, labels = [], []
+    for prompt, reply in turns:
+        tokens += prompt + reply
+        labels += [IGNORE] * len(prompt) + reply
+    return tokens, labels, len(turns[0][0])
+    # end of exercise 6
+
+
+def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of different lengths as one batch, padded on the right.
+
+    Args: items: tuples that begin with what `pack` returns, as Item does; end: the id to pad with. Labels are padded with IGNORE.
+    Returns: tokens (n, T), labels (n, T), lengths (n,) of the sequences without padding, prompts (n,); all int64.
+    """
+    # exercise 6: padding of a batch
+    T = max(len(item[0]) for item in items)
+    tokens = torch.full((len(items), T), end)
+    labels = torch.full((len(items), T), IGNORE)
+    for k, item in enumerate(items):
+        tokens[k, : len(item[0])] = torch.tensor(item[0])
+        labels[k, : len(item[1])] = torch.tensor(item[1])
+    lengths = torch.tensor([len(item[0]) for item in items])
+    return tokens, labels, lengths, torch.tensor([item[2] for item in items])
+    # end of exercise 6
+
+
 class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
@@ -111,22 +145,23 @@ class Conversations:
         self.items: list[list[Item]] = []  # per record
         for record in self.records:
             said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-            items, families = [], record.get("families", [])
-            for k, (question, answer) in enumerate(zip(said[::2], said[1::2], strict=True)):
-                prompt = [user, *encoding.encode_ordinary(question), assistant]
+            families = record.get("families") or [""] * len(said)
+            asked = list(zip(said[::2], said[1::2], families, strict=False))
+            asked = [turn for turn in asked if not skip or turn[2] not in skip.split(",")] or asked[:1]
+            turn_ids, more = [], []
+            for question, answer, family in asked:
                 reply = [*encoding.encode_ordinary(answer), self.end]
+                turn_ids.append(([user, *encoding.encode_ordinary(question), assistant], reply))
                 is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
                 numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
-                weight = tally[families[k]] ** -0.5 if k < len(families) else 1.0
-                labels = [IGNORE] * len(prompt) + reply
-                items.append(Item(prompt + reply, labels, len(prompt), numbers[:N_NUMBERS], weight))
-            kept = [i for i, f in zip(items, families, strict=False) if f not in skip.split(",")]
-            items = items if not skip or not families else kept or items[:1]
+                more.append((numbers[:N_NUMBERS], tally[family] ** -0.5 if family else 1.0))
             if turns == "pack":
-                items = [Item(sum((i.tokens for i in items), []), sum((i.labels for i in items), []), *items[0][2:])]
-            items = [i._replace(prompt=min(i.prompt, max_length)) for i in items]
+                items = [Item(*pack(turn_ids), *more[0])]
+            else:
+                items = [Item(*pack([turn]), *rest) for turn, rest in zip(turn_ids, more, strict=True)]
             self.cut += sum(len(i.tokens) > max_length for i in items)
-            self.items.append([i._replace(tokens=i[0][:max_length], labels=i[1][:max_length]) for i in items])
+            cut = [i._replace(tokens=i.tokens[:max_length], labels=i.labels[:max_length]) for i in items]
+            self.items.append([i._replace(prompt=min(i.prompt, max_length)) for i in cut])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -162,15 +197,10 @@ class Conversations:
         return chosen
 
     def collate(self, rows, items) -> Batch:
-        T = max(len(i.tokens) for i in items)
-        tokens = torch.full((len(items), T), self.end)
-        labels = torch.full((len(items), T), IGNORE)
+        tokens, labels, lengths, prompts = pad(items, self.end)
         numbers = torch.full((len(items), N_NUMBERS), float("nan"))
         for k, item in enumerate(items):
-            tokens[k, : len(item.tokens)] = torch.tensor(item.tokens)
-            labels[k, : len(item.labels)] = torch.tensor(item.labels)
             numbers[k, : len(item.numbers)] = torch.tensor(item.numbers)
-        lengths, prompts = torch.tensor([len(i.tokens) for i in items]), torch.tensor([i.prompt for i in items])
         return Batch(np.asarray(rows), tokens, lengths, labels, prompts, numbers)
 
 

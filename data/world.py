@@ -441,16 +441,24 @@ class Scene:
 
     def backproject(self, u: float, v: float) -> np.ndarray | None:
         """Surface point (3,), world metres, at the pixel nearest to (u, v); None off the object or off the frame."""
+        # exercise 8: back-projection of a pixel
         column, row = math.floor(u + 0.5), math.floor(v + 0.5)
         if not (0 <= column < self.image_size and 0 <= row < self.image_size) or self.links[row, column] == BACKGROUND:
             return None
         return self._backproject_pixels(np.array([row]), np.array([column]))[0]
+        # end of exercise 8
 
     def _backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
+        """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth. It is along the camera's z,
+        .camera_rotation is world -> camera, and whole numbers of (u, v) are where `intrinsics` are measured from:
+        nothing is to be added.
+        """
+        depth = self.depth if depth is None else depth
+        # exercise 8: from pixels to points
         f, cx, cy = self.intrinsics
         ray = np.stack([(columns - cx) / f, (rows - cy) / f, np.ones(len(rows))], 1)
-        depth = self.depth if depth is None else depth
         return self.eye + (depth[rows, columns, None] * ray) @ self.camera_rotation
+        # end of exercise 8
 
     def _rays(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Casts rays (n, 3) -> (n, 3); returns links hit (n,) (BACKGROUND: none), hit points and normals (n, 3)."""
