@@ -32,16 +32,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.dataset import read_picture
-from data.pictures import BLUE, GREEN, RED, draw_gripper
 from data.questions import contact_question
 from data.run import write_atomically, write_text
 
 SHOWN = 4  # layers in a picture; of a deeper model these many, evenly spread
 PANEL, PAD, LINE, WORD_CELL, WORD_STEP = 230, 12, 16, 11, 34  # pixels: a heat map, gaps, text, a word in the charts
 MATRIX, CHART = 192, (360, 256)  # pixels that the visual tokens take of a matrix; the chart of the episode
+WORDS = 240  # pixels that long prompts take of a matrix; only some of their words are named then
 SPAN = 0.05  # doublings: colours never show less than this as a difference
-INK, GREY, ORANGE, VIOLET = (40, 40, 40), (205, 205, 205), (230, 130, 0), (130, 60, 170)
-LINES = (BLUE, GREEN, ORANGE, VIOLET)
+INK, GREY, RED, BLUE = (40, 40, 40), (205, 205, 205), (220, 30, 30), (30, 90, 220)
+GREEN, ORANGE, VIOLET = (20, 160, 60), (230, 130, 0), (130, 60, 170)
+LINES = (BLUE, GREEN, ORANGE, VIOLET)  # one a layer
 EVERY, FILM_MS, FILM_HOLD_MS, FILM_COLOURS = 12, 120, 1500, 96  # steps of the simulator and milliseconds a frame
 EPISODE_SEED, EPISODE_TRIES = 10_700_000, 30  # validation scenes (sim_eval.py); how many are tried
 
@@ -52,8 +53,8 @@ CAPTIONS = {
     "attention.png": "The selective scan of every layer written as a matrix, y = M u: how much of the token in a "
     "column is read at the token in a row (|M|, mean over the channels, without the skip D; darker is more). Up to the "
     "red lines the picture's tokens, row by row, then the words. Nothing above the diagonal: the scan is causal. On "
-    "top, the last row laid over the picture: what the last token, of which action or answer are made, reads of each patch "
-    "(red: more than of the median patch, blue: less).",
+    "top, the last row laid over the picture: what the last token, of which action or answer are made, reads of each "
+    "patch (red: more than of the median patch, blue: less).",
     "memory.png": "Norm |h| of the state of every layer after each token (line), and how far that token moved the "
     "state (bars, same scale). The picture is read first (a tick after each row of patches), the words come after the "
     "red line. Tall bars: tokens that change what is remembered. A level line over bars: about as much is forgotten "
@@ -155,7 +156,7 @@ def upright(sheet: Image.Image, x: int, y: int, text: str, size: int = 11) -> No
 
 
 def captioned(sheet: Image.Image, name: str) -> Image.Image:
-    """`sheet` with its title and its caption written below."""
+    """`sheet` with its caption written below."""
     lines = textwrap.wrap(CAPTIONS[name], max(20, (sheet.width - 2 * PAD) // 6))
     whole = Image.new("RGB", (sheet.width, sheet.height + LINE * len(lines) + PAD), "white")
     whole.paste(sheet, (0, 0))
@@ -186,7 +187,7 @@ def draw_steps(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image.
     most = max(np.abs(ratio).max(), SPAN)  # the strongest colour
     font, width = ImageFont.load_default(13), (1 + len(chosen)) * (PANEL + PAD) + PAD
     label, gap = 60, 4
-    lengths = [font.getlength(w) + 8 for w in words]
+    lengths = [max(26, font.getlength(w) + 8) for w in words]
     row_of, x_of, x, row = [], [], label, 0
     for length in lengths:  # long prompts go on in a second row
         if x + length > width - PAD:
@@ -220,7 +221,8 @@ def draw_steps(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image.
 
 def draw_attention(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image.Image:
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
-    cells = np.array([max(1, MATRIX // P)] * P + [WORD_CELL] * len(words))
+    cell = max(2, min(WORD_CELL, WORDS // len(words)))
+    cells, named = np.array([max(1, MATRIX // P)] * P + [cell] * len(words)), slice(None, None, -(-WORD_CELL // cell))
     edge, side = np.concatenate([[0], np.cumsum(cells)]), int(cells.sum())
     labels = max(int(ImageFont.load_default(11).getlength(w)) for w in [*words, "picture"]) + 8
     top = LINE + PANEL + 2 * PAD + LINE
@@ -241,17 +243,18 @@ def draw_attention(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Im
         pen.line((x0 + split, top, x0 + split, top + side), fill=RED)
         pen.line((x0, top + split, x0 + side, top + split), fill=RED)
         upright(sheet, x0 + split // 2, top + side + 4, "picture")
-        for word, middle in zip(words, (edge[P:-1] + edge[P + 1 :]) // 2, strict=True):
+        for word, middle in list(zip(words, (edge[P:-1] + edge[P + 1 :]) // 2, strict=True))[named]:
             upright(sheet, x0 + int(middle), top + side + 4, word)
     write(pen, labels, top + edge[P] / 2, "picture", 11, anchor="rm")
-    for word, middle in zip(words, (edge[P:-1] + edge[P + 1 :]) / 2, strict=True):
+    for word, middle in list(zip(words, (edge[P:-1] + edge[P + 1 :]) / 2, strict=True))[named]:
         write(pen, labels, top + middle, word, 11, anchor="rm")
     return sheet
 
 
 def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image.Image:
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
-    steps = np.array([max(2, 512 // P)] * P + [WORD_STEP] * len(words))
+    step = max(2, min(WORD_STEP, 3 * WORDS // len(words)))
+    steps, named = np.array([max(2, 512 // P)] * P + [step] * len(words)), slice(None, None, -(-WORD_CELL // step))
     x_of, left, height = np.cumsum(steps) - steps / 2, 70, 100
     top, band = PAD, height + 2 * PAD
     bottom = max(int(ImageFont.load_default(12).getlength(w)) for w in words) + PAD
@@ -262,8 +265,8 @@ def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image
         norm = h.flatten(1).norm(dim=1).numpy()
         moved = torch.diff(h, dim=0, prepend=torch.zeros_like(h[:1])).flatten(1).norm(dim=1).numpy()
         base, scale = top + j * band + height, height / max(norm.max(), moved.max())
-        for x, step, m in zip(left + x_of, steps, moved, strict=True):
-            half = max(0, min(step / 2 - 1, 8))
+        for x, wide, m in zip(left + x_of, steps, moved, strict=True):
+            half = max(0, min(wide / 2 - 1, 8))
             pen.rectangle((x - half, base - scale * m, x + half, base), fill=(170, 190, 235))
         pen.line([(left + x, base - scale * n) for x, n in zip(x_of, norm, strict=True)], fill=INK, width=2)
         pen.line((left, base, sheet.width - PAD, base), fill=INK)
@@ -276,7 +279,7 @@ def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]) -> Image
         write(pen, left - 4, base - scale * norm.max(), f"{norm.max():.3g}", 11, anchor="rm")
         write(pen, left - 4, base, "0", 11, anchor="rs")
     write(pen, left + steps[:P].sum() / 2, base + 8, f"{P} patches of the picture, row by row", 12, anchor="ma")
-    for word, x in zip(words, x_of[P:], strict=True):
+    for word, x in list(zip(words, x_of[P:], strict=True))[named]:
         upright(sheet, left + int(x), base + 4, word, 12)
     return sheet
 
@@ -341,6 +344,8 @@ class Frame(NamedTuple):
 
 def film(model, scene, action, instruction: str) -> list[Frame]:
     """Carries out `action` in the scene, whose target slides; a frame every EVERY steps."""
+    from data.pictures import draw_gripper  # here: pictures of a prompt need no simulator
+
     ids, frames = model.prompt(contact_question(instruction)), []
     approach, start = scene.camera_rotation.T @ action.approach, scene.backproject(action.u, action.v)
 
@@ -402,7 +407,7 @@ def episode(model, out, category: str, seed: int) -> list[Path]:
 
     Raises: ValueError for an unknown category, or when no such scene is found among EPISODE_TRIES.
     """
-    from data.world import Scene  # here: pictures of a prompt need no simulator
+    from data.world import Scene
 
     scene = Scene(model.config.vision.image_size)
     try:
