@@ -8,6 +8,7 @@ Run it:
     python robomamba.py --image scene.png --ask "What is this object?"
     python robomamba.py --image scene.png --act "Open the top drawer."
     python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
+    python robomamba.py --image scene.png --act "Open the top drawer." --look DIR   # and pictures of the state inside
     python robomamba.py --presets                                   # parameters and memory of every preset
 
 Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba,
@@ -861,6 +862,7 @@ def main() -> None:
     parser.add_argument("--act", help="an instruction; contact pixel and gripper rotation are printed")
     parser.add_argument("--depth", help="with --act: depth of the picture, .npy in metres or 16-bit PNG in millimetres")
     parser.add_argument("--intrinsics", nargs=4, type=float, metavar="F", help="fx fy cx cy in pixels of --depth")
+    parser.add_argument("--look", metavar="DIR", help="write pictures of the recurrent state into DIR (data/look.py)")
     parser.add_argument("--presets", action="store_true", help="print parameters and memory of every preset")
     args = parser.parse_args()
     if args.presets:
@@ -887,6 +889,11 @@ def main() -> None:
                 print(f"point x {x:.4f} y {y:.4f} z {z:.4f} m, camera frame x right, y down, z forward")
             print("rotation, columns forward, left, approach, camera frame x right, y down, z forward:")
             print(np.array2string(action.rotation, precision=3, suppress_small=True))
+        if args.look:
+            from data.look import draw  # here: nothing else needs what it draws with
+
+            question = args.ask if args.act is None else contact_question(args.act)
+            print("Written:", *draw(model, args.image, question, args.look))
     except ValueError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

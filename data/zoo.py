@@ -1,0 +1,346 @@
+"""Eight classic mistakes, planted in the real code one at a time, with what each does to the shipped model.
+
+    python -m data.zoo                   # the table, on 20 validation scenes
+    python -m data.zoo --prove           # and run with each mistake the test that must then fail (needs pytest)
+    python -m data.zoo --out runs/zoo    # zoo.json and zoo.md too
+
+None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function (module
+robomamba) -> context manager that replaces one function of robomamba.py or selective_scan.py; a measure then sees the
+code as if it had been written that way.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import selective_scan as scan
+from data.policies import CONTACT_TOKENS
+from data.questions import contact_question, parse_contact
+from data.run import write_text
+
+ROOT = Path(__file__).parent.parent
+FIRST_SEED = 10_800_000  # validation scenes (sim_eval.py)
+DECAY_STEPS = 1000  # tokens of the memory test: with dt * A = -1 / DECAY_STEPS a state falls to 1 / e
+
+
+class Sample(NamedTuple):
+    rgb: np.ndarray  # uint8 (S, S, 3)
+    instruction: str
+    label: object  # data.world.Label, the expert's contact
+
+
+def samples(size: int) -> list[Sample]:
+    """One validation scene of each of the 20 seen categories, with the expert's contact where it finds one."""
+    from data import objects
+    from data.world import Scene
+
+    scene, found = Scene(size), []
+    try:
+        for k, category in enumerate(objects.SEEN):
+            scene.spawn(category, FIRST_SEED + k).render()
+            label = scene.expert(np.random.default_rng(k))
+            if label is not None:
+                instruction = f"open the {scene.spec.parts[scene.target].label}"
+                found.append(Sample(scene.rgb, instruction, label))
+    finally:
+        scene.close()
+    return found
+
+
+def batch(model, scenes: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """pictures (n, 3, S, S), prompts (n, T) padded on the right, their true lengths (n,)."""
+    ids = [model.prompt(contact_question(s.instruction)) for s in scenes]
+    lengths = torch.tensor([len(i) for i in ids])
+    tokens = torch.tensor([i + [model.encoding.eot_token] * (int(lengths.max()) - len(i)) for i in ids])
+    return torch.from_numpy(np.stack([s.rgb.transpose(2, 0, 1) for s in scenes])), tokens, lengths
+
+
+# ---- the mistakes ----------------------------------------------------------------------------------------------------
+
+
+def swapped_b_and_c(robomamba):
+    right = scan._forward_chunk
+    wrong = lambda dt, dtu, A2, B, C, h, buffers: right(dt, dtu, A2, C, B, h, buffers)  # noqa: E731
+    return patch.object(scan, "_forward_chunk", wrong)
+
+
+def no_softplus(robomamba):
+    right = robomamba.MambaMixer.selection
+
+    def wrong(self, u):
+        dt, A, B, C = right(self, u)
+        return dt + torch.log(-torch.expm1(-dt)), A, B, C  # what the softplus was given
+
+    return patch.object(robomamba.MambaMixer, "selection", wrong)
+
+
+def state_in_bfloat16(robomamba):
+    right = scan._prepare
+
+    def wrong(*args, **options):
+        return [x.bfloat16() if x.dtype == torch.float32 else x for x in right(*args, **options)]
+
+    return patch.object(scan, "_prepare", wrong)
+
+
+def divided_by_product(robomamba):
+    def wrong(dt, dtu, A2, B, h, decay, hs):
+        product = torch.mul(dt.unsqueeze(2), A2, out=decay).exp2_().cumprod(0)
+        torch.mul(dtu.unsqueeze(2), B.unsqueeze(3), out=hs).div_(product).cumsum_(0).add_(h).mul_(product)
+
+    return patch.object(scan, "_states", wrong)
+
+
+def centred_convolution(robomamba):
+    right = robomamba.MambaMixer.conv
+
+    def wrong(self, x):
+        return right(self, torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1))  # one token of the future
+
+    return patch.object(robomamba.MambaMixer, "conv", wrong)
+
+
+def forgotten_convolution(robomamba):
+    right = robomamba.MambaMixer.step
+
+    def wrong(self, x, state):
+        return right(self, x, robomamba.LayerState(torch.zeros_like(state.conv), state.ssm))
+
+    return patch.object(robomamba.MambaMixer, "step", wrong)
+
+
+def read_at_the_padding(robomamba):
+    def wrong(self, images, tokens, lengths, owner=None):
+        return self.hidden(images, tokens, owner)[:, -1]
+
+    return patch.object(robomamba.RoboMamba, "pooled", wrong)
+
+
+def row_for_column(robomamba):
+    return patch.object(robomamba.Action, "approach", property(lambda self: self.rotation[2]))
+
+
+# ---- what they do ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def contact_px(model, scenes) -> float:
+    """Median distance, pixels, between the head's contacts and the expert's; all prompts in one padded batch."""
+    pixel, _ = model.head(model.pooled(*batch(model, scenes)))
+    u, v = ((pixel + 1) * model.config.vision.image_size / 2).T.tolist()
+    pairs = zip(u, v, scenes, strict=True)
+    return statistics.median(math.hypot(u - s.label.u, v - s.label.v) for u, v, s in pairs)
+
+
+def direction_deg(model, scenes) -> float:
+    """Median angle, degrees, between the predicted direction and the expert's."""
+    cosines = [model.predict_action(s.rgb, s.instruction).approach @ s.label.approach for s in scenes]
+    return math.degrees(math.acos(min(1.0, statistics.median(cosines))))
+
+
+@torch.inference_mode()
+def largest_state(model, scenes) -> float:
+    """The largest number in any layer's state after reading a picture."""
+    states = model.look(batch(model, scenes)[0])
+    return max(state.ssm.abs().nan_to_num(math.inf).max().item() for state in states)
+
+
+def left_of_memory(model, scenes) -> float:
+    """What is left of a state of 1 after DECAY_STEPS tokens that write nothing; 1 / e = 0.37 by definition."""
+    one, state = torch.ones(1, 1), torch.ones(1, 1, 1)
+    for _ in range(DECAY_STEPS):
+        state = scan.scan_step(0 * one, one / DECAY_STEPS, -one, one, one, None, state)[1]
+    return state.item()
+
+
+def not_finite(model, scenes) -> float:
+    """Share of the scan's outputs that are inf or nan; 1,024 tokens with dt from 0.1 to 1."""
+    y, _ = scan.selective_scan(*(x.detach() for x in scan.example_inputs(1, 1024, 64, 16, scan.LARGE_DT_RANGE)))
+    return 1 - y.isfinite().double().mean().item()
+
+
+@torch.inference_mode()
+def moved_by_the_future(model, scenes) -> float:
+    """How far another last word moves the outputs before it, as a share of their size."""
+    pictures, tokens, _ = batch(model, scenes[:1])
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    a, b = (model.hidden(pictures, t)[:, :-1] for t in (tokens, changed))
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+def written_px(model, scenes) -> float:
+    """As contact_px, with the contact spelled out in words, one `step` a token; text that is no contact is inf off."""
+    S, errors = model.config.vision.image_size, []
+    for sample in scenes:
+        text = model.generate(sample.rgb, contact_question(sample.instruction), max_new_tokens=CONTACT_TOKENS)
+        u, v, _ = parse_contact(text) or (math.inf, math.inf, None)
+        errors.append(math.hypot(S * u - sample.label.u, S * v - sample.label.v))
+    return statistics.median(errors)
+
+
+class Mistake(NamedTuple):
+    name: str
+    plant: Callable
+    see: str  # the symptom
+    measure: Callable  # (model, scenes) -> a number
+    form: str  # how the number is written
+    test: str  # file::test that fails with the mistake in place
+
+
+MISTAKES = (
+    Mistake(
+        "B and C swapped in the scan",
+        swapped_b_and_c,
+        "same shapes, no error; the contact is somewhere else",
+        contact_px,
+        "{:.1f} px off",
+        "tests/test_scan.py::test_official_formulas",
+    ),
+    Mistake(
+        "softplus of dt left out",
+        no_softplus,
+        "negative steps, so the state grows instead of fading",
+        largest_state,
+        "largest state {:.2g}",
+        "tests/test_model.py::test_the_picture_reaches_the_last_state_at_step_0",
+    ),
+    Mistake(
+        "scan in bfloat16",
+        state_in_bfloat16,
+        "slow memories stand still: 0.999 times a state rounds to the state",
+        left_of_memory,
+        "{:.2f} left after 1,000 tokens",
+        "tests/test_scan.py::test_mixed_precision_and_autocast",
+    ),
+    Mistake(
+        "divide by the cumulative product of decays",
+        divided_by_product,
+        "right on short inputs; on long ones the product underflows and 0 / 0 follows",
+        not_finite,
+        "{:.0%} inf or nan",
+        "tests/test_scan.py::test_extreme_steps",
+    ),
+    Mistake(
+        "conv1d centred instead of causal",
+        centred_convolution,
+        "the loss is too good to be true: a word sees the next one",
+        moved_by_the_future,
+        "outputs move by {:.2g} with the next word",
+        "tests/test_model.py::test_language_model_is_causal",
+    ),
+    Mistake(
+        "`step` forgets the inputs of conv1d",
+        forgotten_convolution,
+        "loss and head are right, generated text is noise (inf: no contact)",
+        written_px,
+        "{:.1f} px off in words",
+        "tests/test_model.py::test_step_equals_forward_for_the_whole_tiny_model",
+    ),
+    Mistake(
+        "head reads `[:, -1]`, the padding",
+        read_at_the_padding,
+        "right for one prompt, wrong for a batch of unequal ones",
+        contact_px,
+        "{:.1f} px off",
+        "tests/test_model.py::test_padding_never_reaches_the_pooled_state",
+    ),
+    Mistake(
+        "direction read from a row of the rotation",
+        row_for_column,
+        "the pixel is right, the gripper comes from elsewhere",
+        direction_deg,
+        "{:.0f} degrees off",
+        "tests/test_model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops",
+    ),
+)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def rows(model, scenes: list[Sample], robomamba) -> list[dict]:
+    """One row a mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; not finite is None."""
+    table, right = [], {}
+    for m in MISTAKES:
+        if m.measure not in right:
+            right[m.measure] = m.measure(model, scenes)
+        with m.plant(robomamba):
+            wrong = m.measure(model, scenes)
+        numbers = {"right": right[m.measure], "wrong": wrong if math.isfinite(wrong) else None}
+        table.append({"mistake": m.name, "see": m.see, **numbers, "form": m.form, "test": m.test})
+    return table
+
+
+def prove(robomamba) -> dict[str, bool]:
+    """{name: whether its test fails with the mistake in place}. Raises: ValueError where a test fails without any."""
+    import pytest
+
+    def run(*tests) -> int:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return int(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *tests]))
+
+    tests = {m.name: str(ROOT / m.test) for m in MISTAKES}
+    if code := run(*tests.values()):
+        raise ValueError(f"the tests of data/zoo.py do not pass without a mistake (pytest says {code}); run them first")
+    caught = {}
+    for m in MISTAKES:
+        with m.plant(robomamba):
+            caught[m.name] = run(tests[m.name]) == pytest.ExitCode.TESTS_FAILED
+    return caught
+
+
+def markdown(table: list[dict]) -> str:
+    """The rows as a table."""
+    lines = ["| mistake | what you see | right | wrong | caught by |", "| --- | --- | --- | --- | --- |"]
+    for row in table:
+        right, wrong = (row["form"].format(math.inf if x is None else x) for x in (row["right"], row["wrong"]))
+        cells = (row["mistake"], row["see"], right, wrong, f"`{row['test'].split('::')[1]}`")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Classic mistakes and what they do to the shipped model.")
+    shipped = ROOT / "data/pretrained/robomamba-tiny"
+    parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
+    parser.add_argument("--out", help="folder for zoo.json and zoo.md")
+    parser.add_argument("--prove", action="store_true", help="run the named tests with each mistake in place")
+    args = parser.parse_args()
+    import robomamba
+
+    torch.set_num_threads(1)
+    try:
+        model = robomamba.RoboMamba.from_pretrained(args.checkpoint)
+        scenes = samples(model.config.vision.image_size)
+        table = rows(model, scenes, robomamba)
+        caught = prove(robomamba) if args.prove else {}
+        for row in table:
+            row |= {"caught": caught[row["mistake"]]} if caught else {}
+        print(markdown(table))
+        if args.out:
+            write_text(Path(args.out) / "zoo.json", json.dumps({"scenes": len(scenes), "rows": table}, indent=1) + "\n")
+            write_text(Path(args.out) / "zoo.md", markdown(table))
+        missed = [name for name, failed in caught.items() if not failed]
+        if missed:
+            raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")
+        if caught:
+            print(f"{len(caught)} mistakes planted, {len(caught)} caught by the tests named.")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
