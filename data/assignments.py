@@ -10,9 +10,10 @@ that give answers away are left out (TEACHER_ONLY). Students run `pytest -m exN`
 
 The grader runs `pytest -m exN` with ITS OWN copy of tests/test_exercises.py, no conftest and no plugins; of the tree's
 tests it uses adapters.py alone. Data comes from another seed than the student's (--seed, kept in the score). An
-exercise gives its points in proportion to its passed tests. Each runs in a process of its own, which is stopped after
---seconds, so a syntax error, a crash or an endless loop costs only the exercises that it touches. It is no sandbox: a
-student's code may do all that the teacher's account may, so grade strangers in a container. Linux and macOS.
+exercise gives its points in proportion to its passed tests. Each runs in a process of its own, stopped after --seconds
+of CPU time or ten times that on the clock, so a syntax error, a crash or an endless loop costs only the exercises that
+it touches. It is no sandbox: a student's code may do all that the teacher's account may, so grade strangers in a
+container. Linux and macOS.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -48,7 +50,14 @@ TEACHER_ONLY = {
     "tests/test_assignments.py": "holds the wrong answers",
     "tests/test_scan.py": "writes the recurrence out, and its bugs",
 }
-PRELOAD = ("pytest", "torch", "PIL.Image", "safetensors.torch", "tiktoken")  # once, not in each process of the grader
+PRELOAD = (
+    "pytest",
+    "torch",
+    "PIL.Image",
+    "safetensors.torch",
+    "tiktoken",
+    "regex",
+)  # once, not in each process of the grader
 BEGIN, END = re.compile(r"( *)# exercise (\d+): (.+)"), re.compile(r" *# end of exercise (\d+)")
 
 
@@ -158,7 +167,6 @@ def _run_pytest(tree: Path, exercise: int, seed: int, folder: Path) -> None:
     import pytest
     import torch
 
-    os.setsid()  # so that it can be stopped with all that it starts
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
@@ -174,28 +182,32 @@ def _run_pytest(tree: Path, exercise: int, seed: int, folder: Path) -> None:
     pytest.main(options, plugins=[Record(folder / f"ex{exercise}.jsonl")])
 
 
-def _in_a_process(seconds: float, function, *args) -> str:
+def _in_a_process(seconds: int, function, *args) -> str:
     """Run `function` in a fork of this process; how it ended: "" by itself, else why not."""
     child = os.fork()
     if not child:
+        os.setpgid(0, 0)  # so that it can be stopped with all that it starts
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # its own time: others may be busy too
         with contextlib.suppress(BaseException):
             function(*args)
         os._exit(0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return "" if code == 0 else f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return f"stopped after {seconds:g} s"
+    code, end = None, time.monotonic() + 10 * seconds
+    try:
+        while code is None and time.monotonic() < end:
+            time.sleep(0.01)
+            done, status = os.waitpid(child, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(child, signal.SIGKILL)
+        if code is None:
+            os.waitpid(child, 0)
+    if code in (None, -signal.SIGXCPU):
+        return f"was stopped after {seconds} s"
+    return "" if code == 0 else f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
-def grade_exercise(tree: Path, exercise: int, seed: int, seconds: float, folder: Path) -> dict:
+def grade_exercise(tree: Path, exercise: int, seed: int, seconds: int, folder: Path) -> dict:
     """One exercise: {points, max_points, title, passed: [test], failed: {test: message}, message}."""
     ended = _in_a_process(seconds, _run_pytest, tree, exercise, seed, folder)
     record, events = folder / f"ex{exercise}.jsonl", []
@@ -216,7 +228,7 @@ def grade_exercise(tree: Path, exercise: int, seed: int, seconds: float, folder:
     return score | {"message": message}
 
 
-def grade(tree, exercises=tuple(EXERCISES), seed: int = 1, seconds: float = 60) -> dict:
+def grade(tree, exercises=tuple(EXERCISES), seed: int = 1, seconds: int = 60) -> dict:
     """The score of a tree: {points, max_points, message, exercises: {number: as `grade_exercise` says}}.
 
     Raises: ValueError where `tree` is no folder. Whatever is wrong inside it is a result.
@@ -281,7 +293,7 @@ def main() -> None:
     parser.add_argument("--exercises", default=",".join(map(str, EXERCISES)), help="only these (default: all)")
     parser.add_argument("--out", default="score.json", help="with --grade: the scores (default: score.json)")
     parser.add_argument("--seed", type=int, default=1, help="with --grade: of the tests' data (default: 1)")
-    parser.add_argument("--seconds", type=float, default=60, help="with --grade: most for an exercise (default: 60)")
+    parser.add_argument("--seconds", type=int, default=60, help="with --grade: CPU time of an exercise (default: 60)")
     args = parser.parse_args()
     try:
         exercises = read_numbers(args.exercises)
@@ -291,10 +303,8 @@ def main() -> None:
                 print(f"exercise {number}  {points:2} points  {title}: {', '.join(places)}")
             print(f"wrote {args.student}, without {', '.join(TEACHER_ONLY)}")
             return
-        if args.seed < 0 or not args.seconds > 0:
-            raise ValueError(f"--seed {args.seed}, --seconds {args.seconds}: expected 0 or more, and more than 0")
-        if not hasattr(os, "fork"):
-            raise ValueError("--grade needs os.fork, which Linux and macOS have")
+        if args.seed < 0 or args.seconds < 1:
+            raise ValueError(f"--seed {args.seed} must be 0 or more, --seconds {args.seconds} must be 1 or more")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for name in PRELOAD:
             importlib.import_module(name)

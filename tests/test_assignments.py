@@ -123,12 +123,11 @@ def trees(student, tmp_path_factory):
             write_tree(folder / f"{name} {group}", edited)
     broken = files["selective_scan.py"].replace("def scan_reference(", "def scan_reference((")
     out["syntax error"] = write_tree(folder / "syntax", files | {"selective_scan.py": broken})
-    out["missing file"] = write_tree(folder / "missing", {k: v for k, v in files.items() if k != "data/world.py"})
     broken = {"tests/adapters.py": "def discretise(:\n"}
     out["broken adapters"] = write_tree(folder / "adapters", files | broken)
-    ends = dict(files)
+    ends = {file: text for file, text in files.items() if file != "data/world.py"}
     answer(ends, 6, "data/dataset.py", [("tokens, labels = [], []", "import os; os._exit(0)")])
-    out["ends"] = write_tree(folder / "ends", ends)
+    out["a file is missing, a process ends"] = write_tree(folder / "ends", ends)
     out["empty"] = write_tree(folder / "empty", {"notes.txt": ""})
     # A student who edits the tests: nothing of it may count.
     pass_all = "import pytest\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_makereport(item, call):\n"
@@ -272,11 +271,11 @@ def test_a_broken_tree_is_a_result(scores):
     assert failing(scores["syntax error"]) == {1, 2, 3, 4, 5, 7}  # 6 and 8 need no scan
     message = scores["syntax error"]["exercises"]["1"]["failed"]["test_decay[one token]"]
     assert "SyntaxError" in message and "selective_scan.py" in message
-    assert failing(scores["missing file"]) == {8}
-    assert "world" in str(scores["missing file"]["exercises"]["8"]["failed"])
+    score = scores["a file is missing, a process ends"]
+    assert failing(score) == {6, 8} and "world" in str(score["exercises"]["8"]["failed"])
+    assert score["exercises"]["6"]["message"].startswith("the process ended by itself in test_tokens")
     assert scores["broken adapters"]["points"] == 0 and failing(scores["broken adapters"]) == set(EXERCISES)
     assert all("adapters.py" in s["message"] for s in scores["broken adapters"]["exercises"].values())
-    assert failing(scores["ends"]) == {6} and "ended" in scores["ends"]["exercises"]["6"]["message"]
     assert scores["empty"]["points"] == 0 and "tests/adapters.py: no such file" in scores["empty"]["message"]
 
 
@@ -285,11 +284,11 @@ def test_an_endless_loop_is_stopped_and_named(tmp_path):
     answer(files, 6, "data/dataset.py", [("tokens, labels = [], []", "while True: pass")])
     tree = write_tree(tmp_path / "tree", files)
     before = sorted(tree.rglob("*"))
-    done = command("--grade", tree, "--exercises", "6", "--seconds", "5", "--out", tmp_path / "score.json")
+    done = command("--grade", tree, "--exercises", "6", "--seconds", "3", "--out", tmp_path / "score.json")
     assert done.returncode == 0, done.stderr
     own = json.loads((tmp_path / "score.json").read_text())["trees"][str(tree)]["exercises"]["6"]
     assert own["points"] == 0 and len(own["failed"]) == 3 and set(own["failed"].values()) == {"not run"}
-    assert own["message"] == "the process stopped after 5 s in test_tokens_of_all_turns_follow_each_other"
+    assert own["message"] == "the process was stopped after 3 s in test_tokens_of_all_turns_follow_each_other"
     assert own["message"] in done.stdout
     assert sorted(tree.rglob("*")) == before, "the grader wrote into the student's tree"
 
