@@ -109,7 +109,8 @@ def pack(turns: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]
 def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sequences of different lengths as one batch, padded on the right.
 
-    Args: items: tuples that begin with what `pack` returns, as Item does; end: the id to pad with. Labels are padded with IGNORE.
+    Args: items: tuples that begin with what `pack` returns, as Item does; end: the id to pad with. Labels are padded
+        with IGNORE.
     Returns: tokens (n, T), labels (n, T), lengths (n,) of the sequences without padding, prompts (n,); all int64.
     """
     # exercise 6: padding of a batch

@@ -449,9 +449,10 @@ class Scene:
         # end of exercise 8
 
     def _backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
-        """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth. It is along the camera's z,
-        .camera_rotation is world -> camera, and whole numbers of (u, v) are where `intrinsics` are measured from:
-        nothing is to be added.
+        """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth.
+
+        Depth is along the camera's z, .camera_rotation is world -> camera, and whole numbers of (u, v) are where
+        `intrinsics` are measured from: nothing is to be added.
         """
         depth = self.depth if depth is None else depth
         # exercise 8: from pixels to points
