@@ -2,6 +2,7 @@
 
     python finetune_policy.py --checkpoint runs/cotrain --out runs/policy                      # a minute on two cores
     python finetune_policy.py --checkpoint runs/cotrain --out runs/random --random-backbone   # the floor: never trained
+    python finetune_policy.py --checkpoint runs/cotrain --out runs/full --unfreeze --epochs 3 --lr 3e-4  # all of it
 
 The backbone never changes, so each (picture, instruction) is read once: its pooled state (RoboMamba section 3.3) is
 computed and kept, and the head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here in
@@ -25,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.dataset import load_manipulation, visual_tokens
+from data.dataset import load_manipulation, read_picture, visual_tokens
 from data.questions import contact_question
-from data.run import Run, World, cli, cosine, digest, stop_on_nan
+from data.run import Run, World, cli, cosine, digest, progress, stop_on_nan
 from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
 
 
@@ -49,6 +50,7 @@ class PolicyConfig:
     hidden: int = 8  # hidden width of the head; 0 = the checkpoint's own head and pool, whatever --head and --pool say
     pool: str = "last"  # last | first_last | mean
     random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
+    unfreeze: bool = False  # train all parameters on the samples (upper reference; the paper freezes them)
     eval_every: int = 5  # epochs
     half: bool = False  # save weight matrices in float16
 
@@ -67,6 +69,21 @@ def targets(samples: list[dict], image_size: int) -> tuple[Tensor, Tensor]:
     return pixel.float(), rotation_from_6d(torch.tensor([s["rotation6d"] for s in samples]).float())
 
 
+def prompts(model: RoboMamba, samples: list[dict], device) -> tuple[Tensor, Tensor]:
+    """Token numbers (n, T), right-padded, and true lengths (n,) of the samples' questions."""
+    ids = [torch.tensor(model.prompt(contact_question(s["instruction"]))) for s in samples]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=model.encoding.eot_token)
+    return padded.to(device), torch.tensor([len(p) for p in ids], device=device)
+
+
+def read_samples(model: RoboMamba, folder: str, samples: list[dict], rows: Tensor) -> Tensor:
+    """(n, D): the states the head reads for these rows, from the pictures themselves, with gradients (--unfreeze)."""
+    part, device = [samples[row] for row in rows], model.lm.lm_head.weight.device
+    pictures = np.stack([read_picture(Path(folder) / s["image"], model.config.vision.image_size) for s in part])
+    pictures = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()).to(device)
+    return model.pooled(pictures, *prompts(model, part, device))
+
+
 @torch.no_grad()
 def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: World, batch: int = 64) -> Tensor:
     """(n, D): the state the head reads for each sample; (n, T, D), zeros for padding, for the head "ssm".
@@ -79,12 +96,12 @@ def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: Wor
     out = []
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        prompts = [torch.tensor(model.prompt(contact_question(s["instruction"]))) for s in part]
-        lengths = torch.tensor([len(p) for p in prompts])
-        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=model.encoding.eot_token)
         shown, owner = np.unique([where[s["image"]] for s in part], return_inverse=True)
-        inputs = (torch.from_numpy(tokens[shown]).float(), ids, lengths, torch.from_numpy(owner))
-        out.extend(model.pooled(*(x.to(world.device) for x in inputs)))
+        shown, owner = (
+            torch.from_numpy(tokens[shown]).float().to(world.device),
+            torch.from_numpy(owner).to(world.device),
+        )
+        out.extend(model.pooled(shown, *prompts(model, part, world.device), owner))
     return nn.utils.rnn.pad_sequence(out, batch_first=True)
 
 
@@ -114,28 +131,29 @@ def finetune(cfg: PolicyConfig) -> dict:
     dataclasses.replace(model.config)  # checks the new head's names
     model.head = PolicyHead(model.config.head, model.config.lm.d_model)
     init_weights(model.head)
-    model.requires_grad_(False)
-    model.head.requires_grad_(True).to(world.device)
-    frozen = {name: digest(getattr(model, name)) for name in ("vision", "projector", "lm")}
+    model.requires_grad_(cfg.unfreeze).to(world.device).train()
+    model.head.requires_grad_(True)
+    parts = ("vision", "projector", "lm")
+    frozen = {} if cfg.unfreeze else {name: digest(getattr(model, name)) for name in parts}
     run = Run(cfg, world, cfg.epochs, log_every=1)
     share = count(model.head) / count(model)
-    run.say(
-        f"head {count(model.head):,d} parameters trained, {100 * share:.3f} % of {count(model):,d}; the rest is frozen"
-    )
+    rest = "is trained too" if cfg.unfreeze else "is frozen"
+    run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; the rest {rest}")
 
-    # Read every sample once; from here on the backbone is not needed.
+    # Read every sample once; from here on the backbone is not needed, unless it learns too.
     size = model.config.vision.image_size
     samples = load_manipulation(Path(cfg.data) / "manipulation.jsonl")[: cfg.samples]
-    states = pooled_states(model, cfg.data, samples, world)
+    states = None if cfg.unfreeze else pooled_states(model, cfg.data, samples, world)
     pixel, rotation = (x.to(world.device) for x in targets(samples, size))
     if cfg.val:
         val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl")
-        val_states = pooled_states(model, cfg.val, val_samples, world)
+        val_states = None if cfg.unfreeze else pooled_states(model, cfg.val, val_samples, world)
         val_targets = [x.to(world.device) for x in targets(val_samples, size)]
     read_seconds = time.monotonic() - start
     run.say(f"read {len(samples)} samples in {read_seconds:.0f} s")
 
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     steps, result = -(-len(samples) // cfg.batch_size), {}
     for epoch in range(cfg.epochs):
         order = torch.from_numpy(np.random.default_rng([cfg.seed, epoch]).permutation(len(samples)))
@@ -143,17 +161,24 @@ def finetune(cfg: PolicyConfig) -> dict:
         for k, rows in enumerate(order.split(cfg.batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * cosine(epoch * steps + k, cfg.epochs * steps, warmup=steps)
-            said_pixel, r6 = model.head(states[rows])
+            said_pixel, r6 = model.head(read_samples(model, cfg.data, samples, rows) if cfg.unfreeze else states[rows])
             l_pos = (said_pixel - pixel[rows]).abs().mean() / 2  # Eq. 5, shares of the picture
             l_dir = geodesic(rotation_from_6d(r6), rotation[rows]).mean()  # Eq. 6, radians
             loss = l_pos + cfg.direction_weight * l_dir
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stop_on_nan(epoch * steps + k, loss, model.head.named_parameters())
+            stop_on_nan(epoch * steps + k, loss, model.named_parameters())
+            if cfg.unfreeze:
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                progress(epoch * steps + k + 1, cfg.epochs * steps, start, "batches")
             optimizer.step()
             total += loss.item() * len(rows)
         run.log(epoch + 1, loss=total / len(samples))
         if cfg.val and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
+            if cfg.unfreeze:
+                chunks = torch.arange(len(val_samples)).split(64)
+                with torch.no_grad():
+                    val_states = torch.cat([read_samples(model, cfg.val, val_samples, rows) for rows in chunks])
             result = errors(model.head, val_states, *val_targets, size)
             run.write(epoch + 1, **result)
 
@@ -166,7 +191,7 @@ def finetune(cfg: PolicyConfig) -> dict:
     (Path(cfg.out) / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
     run.finish()
     run.say("  ".join(f"{k} {v:.4g}" for k, v in result.items()))
-    run.say(f"saved {cfg.out}; frozen and bit-equal: {', '.join(frozen)}")
+    run.say(f"saved {cfg.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}")
     return result
 
 

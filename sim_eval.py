@@ -2,7 +2,7 @@
 
     python sim_eval.py --demo --out demo               # what `make demo` runs: a dialogue, a robot, a table, pictures
     python sim_eval.py --policy model,expert,random,random-normal,mean-action,blind --episodes 300 --out runs/eval
-    python sim_eval.py --policy model,random-backbone --checkpoint DIR --random-checkpoint DIR --split val
+    python sim_eval.py --policy model,other=DIR,third=DIR --checkpoint DIR --split val       # models side by side
     python sim_eval.py --physics-table --episodes 120 --out runs/physics     # is the simulator honest? (val seeds)
     python sim_eval.py --affordance Door,Microwave,Bottle --out runs/maps    # where on a part does a pull work?
     python sim_eval.py --sheet sheet.png                                     # one picture of every category
@@ -102,16 +102,13 @@ PHYSICS_POLICIES = (
     "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel,"
     "direction-10,direction-20,direction-30,direction-45,direction-60,pixel-2,pixel-4,pixel-8,pixel-16"
 )
-# policy -> field of EvalConfig; model-text and -carried are the same model used in other ways (data/policies.py)
-CHECKPOINTS = {"model": "checkpoint", "model-text": "checkpoint", "model-carried": "checkpoint"}
-CHECKPOINTS |= {"random-backbone": "random_checkpoint"}
+OWN = ("model", "model-text", "model-carried")  # the model of --checkpoint, used in three ways (data/policies.py)
 
 
 @dataclass
 class EvalConfig:
-    policy: str = "model"  # comma separated, the first is drawn; an unknown name prints the list of all
+    policy: str = "model"  # comma separated, the first is drawn; NAME=FOLDER another model; x prints the list of all
     checkpoint: str = "data/pretrained/robomamba-tiny"  # folder of the policy `model`
-    random_checkpoint: str = ""  # folder of `random-backbone`: a backbone left as initialised, with a trained head
     blind_table: str = "data/pretrained/blind_table.json"  # what `mean-action` and `blind` know
     split: str = ""  # seen | unseen | both | val | drawer-door; both if not given; val for --physics-table
     objects: str = ""  # folder of your own objects (PartNet-Mobility's layout): one more split, alone without --split
@@ -172,6 +169,12 @@ def numbers(values, digits: int) -> list[float | None]:
     return [round(float(x), digits) if math.isfinite(x) else None for x in values]
 
 
+def checkpoints(cfg: EvalConfig) -> dict[str, str | None]:
+    """{policy: folder of its model, None for one without a model}, in the order of --policy."""
+    named = (entry.partition("=") for entry in cfg.policy.split(","))
+    return {name: cfg.checkpoint if name in OWN else folder if equals else None for name, equals, folder in named}
+
+
 class Bench:
     """What one process holds: the scene and the policies.
 
@@ -180,11 +183,10 @@ class Bench:
 
     def __init__(self, cfg: EvalConfig):
         self.cfg, self.policies, sizes, self.label = cfg, {}, {}, None
-        for name in cfg.policy.split(","):
-            if name in CHECKPOINTS:
-                folder = getattr(cfg, CHECKPOINTS[name])
-                if not Path(folder).is_dir() or not folder:
-                    flag = "--" + CHECKPOINTS[name].replace("_", "-")
+        for name, folder in checkpoints(cfg).items():
+            if folder is not None:
+                if not folder or not Path(folder).is_dir():
+                    flag = "--checkpoint" if name in OWN else "--policy"
                     raise ValueError(f"{flag} {folder or '(not given)'}: no such folder; the policy {name} needs it")
                 self.policies[name], sizes[folder] = model_policy(folder, name == "model-text", name == "model-carried")
             elif name in ("blind", "mean-action"):
@@ -225,13 +227,13 @@ class Bench:
                 raise
             return {"tried": 0, "solved": 0, "records": [], "ms": {}, "error": str(error)}
         answer, scene = {"tried": tried, "solved": solved, "records": [], "ms": {}}, self.scene
-        part, labels = scene.target, None
+        part, labels, models = scene.target, None, checkpoints(self.cfg)
         instruction = sentence(scene, part)
         for name, policy in self.policies.items() if solved else ():
             rng = stream(job.category, scene.seed, f"policy {name}")
             start = time.perf_counter()
             action = policy(scene, instruction, part, rng)
-            if name in CHECKPOINTS:
+            if models[name] is not None:
                 answer["ms"][name] = 1000 * (time.perf_counter() - start)
             if action is None:
                 continue
@@ -239,7 +241,7 @@ class Bench:
             if job.split == "objects":
                 record["object"] = job.category
             record |= {"part": scene.spec.parts[part].label, "instruction": instruction} | self.score(action, part)
-            if name in CHECKPOINTS and len(scene.spec.parts) > 1:
+            if models[name] is not None and len(scene.spec.parts) > 1:
                 labels = labels or self.all_labels()
                 if len(labels) > 1:
                     record["language"] = self.language(policy, action, part, labels)
@@ -397,14 +399,14 @@ def evaluate(cfg: EvalConfig, command: str = "", found: tuple | None = None) -> 
     done = [(job, answers[job]) for job in jobs if job in answers]  # in the order of the jobs, whoever was faster
     episodes = [record for _, answer in done for record in answer["records"]]
     policies, splits = {}, list(groups)
-    for name in cfg.policy.split(","):
+    for name, folder in checkpoints(cfg).items():
         mine = [record for record in episodes if record["policy"] == name]
         by_split = {split: [record for record in mine if record["split"] == split] for split in splits}
         policies[name] = {
-            "checkpoint": getattr(cfg, CHECKPOINTS[name]) if name in CHECKPOINTS else None,
+            "checkpoint": folder,
             "splits": {split: summarise(records) for split, records in by_split.items()},
         }
-        if name in CHECKPOINTS:
+        if folder is not None:
             policies[name]["language"] = language(mine)
             milliseconds = [answer["ms"][name] for _, answer in done if name in answer["ms"]]
             policies[name]["predict_ms"] = median(milliseconds)  # batch 1, one thread, with the other workers running
@@ -565,7 +567,7 @@ def check(cfg: EvalConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least}")
     if cfg.robot not in ("", "panda"):
         raise ValueError(f"--robot {cfg.robot}: unknown; there is panda")
-    if len(set(cfg.policy.split(","))) < len(cfg.policy.split(",")):
+    if len(checkpoints(cfg)) < len(cfg.policy.split(",")):
         raise ValueError(f"--policy {cfg.policy}: names a policy twice")
     unknown = [name for name in filter(None, cfg.affordance.split(",")) if name not in objects.NOUNS]
     if unknown:

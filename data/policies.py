@@ -77,7 +77,7 @@ SCRIPTED = {
 }
 LABELLED = re.compile(r"expert|expert-jittered|direction-\d+|pixel-\d+")  # the expert's contact, made worse
 CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
-NAMED = ("model", "model-text", "model-carried", "random-backbone", "blind", "mean-action", "expert")
+NAMED = ("model", "model-text", "model-carried", "NAME=FOLDER", "blind", "mean-action", "expert")
 POLICY_HELP = ", ".join((*NAMED, *SCRIPTED, "expert-jittered, direction-DEGREES, pixel-PIXELS"))
 
 

@@ -347,14 +347,7 @@ def test_an_action_spelled_out_is_read_back_and_babble_is_a_failure(checkpoints,
 
 
 def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
-    flags = (
-        "--policy",
-        "model,random-backbone,expert",
-        "--checkpoint",
-        checkpoints["a"],
-        "--random-checkpoint",
-        checkpoints["b"],
-    )
+    flags = ("--policy", f"model,random-backbone={checkpoints['b']},expert", "--checkpoint", checkpoints["a"])
     results = run(tmp_path, *flags, "--split", "drawer-door", "--episodes", 8, "--workers", 1)
     assert results["checkpoint"] == str(checkpoints["a"]) and results["policies"]["expert"]["checkpoint"] is None
     assert results["policies"]["random-backbone"]["checkpoint"] == str(checkpoints["b"])
@@ -499,7 +492,8 @@ def alive(pid: int) -> bool:
         (("--policy", "genius"), "--policy genius"),
         (("--policy", "expert,expert"), "twice"),
         (("--policy", "model", "--checkpoint", "no/such/folder"), "no/such/folder"),
-        (("--policy", "random-backbone"), "--random-checkpoint"),
+        (("--policy", "other=no/such/folder"), "--policy no/such/folder"),
+        (("--policy", "other="), "--policy (not given)"),
         (("--policy", "blind", "--blind-table", "no/such/table.json"), "no/such/table.json"),
         (("--policy", "blind", "--blind-table", __file__), "not a table"),
         (("--policy", "expert", "--episodes", "0"), "--episodes 0"),
@@ -530,8 +524,8 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_the_run(tmp_pat
 
 
 def test_checkpoints_of_two_picture_sizes_are_refused(checkpoints, tmp_path, capsys):
-    flags = ["--checkpoint", str(checkpoints["a"]), "--random-checkpoint", str(checkpoints["small"])]
-    assert main(["--policy", "model,random-backbone", *flags, "--out", str(tmp_path / "out")]) == 2
+    flags = ["--policy", f"model,other={checkpoints['small']}", "--checkpoint", str(checkpoints["a"])]
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 2
     assert "different sizes" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -372,6 +372,15 @@ def test_stage_2_trains_the_head_only(data, start, tmp_path):
     )
 
 
+def test_unfreezing_in_stage_2_moves_every_part(data, start, tmp_path):
+    folders = (str(start), str(data / "train"), str(data / "val"), str(tmp_path / "u"))
+    cfg = PolicyConfig(*folders, device="cpu", epochs=2, batch_size=8, samples=12, unfreeze=True, hidden=0, lr=1e-3)
+    assert np.isfinite(finetune(cfg)["pixel_px"])
+    before, after = weights(start), weights(tmp_path / "u")
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"vision", "projector", "lm", "head"}
+
+
 def test_random_backbone_is_another_backbone(data, start, tmp_path):
     folders = (str(start), str(data / "train"), "", str(tmp_path / "r"))
     finetune(PolicyConfig(*folders, device="cpu", seed=5, epochs=1, random_backbone=True))
