@@ -6,12 +6,12 @@ PY := .venv/bin/python
 OUT ?= runs/tiny
 DATA ?= data/cache
 PROCESSES ?= 2
-SCENES ?= 20000
+SCENES ?= 30000
 VISION_STEPS ?= 4200
 ALIGN_STEPS ?= 100
-COTRAIN_STEPS ?= 2000
+COTRAIN_STEPS ?= 2400
 
-.PHONY: demo test train ship evaluate lint clean
+.PHONY: demo test train ship evaluate ablations lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,12 +51,31 @@ ship:
 	for s in vision align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
 	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
 
-# The results table: 550 + 550 test scenes, about ten minutes. The random backbone is the floor of what training brings.
+# The tables: 550 + 550 test scenes of the robot, and about 10,000 test questions. Ten minutes.
+# The random backbone is the floor of what training brings.
 evaluate: .venv/ready
 	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
-	$(PY) sim_eval.py --policy model,model-text,random-backbone,blind,mean-action,part-pixel-normal,random-normal,random,expert \
-	  --checkpoint $(TINY) --random-checkpoint $(OUT)/random --split both --episodes 550 --workers 2 --strips 8 --out $(OUT)/eval
-	cp $(OUT)/eval/results.json $(TINY)/results.json
+	$(PY) sim_eval.py --policy model,model-text,random-backbone=$(OUT)/random,blind,mean-action,part-pixel-normal,random-normal,random,expert \
+	  --checkpoint $(TINY) --split both --episodes 550 --workers 2 --strips 8 --out $(OUT)/eval
+	$(PY) -m data.build --scenes 300 --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
+	$(PY) -m data.build --scenes 300 --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
+	OMP_NUM_THREADS=1 $(PY) -m data.benchmark --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
+	cp $(OUT)/eval/results.json $(OUT)/reasoning/reasoning.json $(TINY)/
+
+# Which stage and which questions carry the skill: the same short co-training with all questions and with the general ones
+# only, then a head on each; the same head on another seed; and everything fine-tuned. About an hour.
+ABLATION_STEPS ?= 700
+ROBOT = plan,possible,success,past,future,contact
+ablations: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/short --max-steps $(ABLATION_STEPS) --resume
+	OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/general --max-steps $(ABLATION_STEPS) --skip $(ROBOT) --resume
+	$(PY) finetune_policy.py --checkpoint $(OUT)/short $(SPLITS) --out $(OUT)/short-policy
+	$(PY) finetune_policy.py --checkpoint $(OUT)/general $(SPLITS) --out $(OUT)/general-policy
+	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy-1 --seed 1
+	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy-2 --seed 2
+	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/full --unfreeze --epochs 3 --lr 3e-4
+	$(PY) sim_eval.py --policy model,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,all-fine-tuned=$(OUT)/full,random-normal \
+	  --checkpoint $(TINY) --split both --episodes 550 --workers 2 --out $(OUT)/ablations
 
 clean:
 	rm -rf .venv data/cache runs demo
