@@ -8,8 +8,9 @@ DATA ?= data/cache
 PROCESSES ?= 2
 SCENES ?= 30000
 VISION_STEPS ?= 4200
+VISION2_STEPS ?= 3000
 ALIGN_STEPS ?= 100
-COTRAIN_STEPS ?= 2400
+COTRAIN_STEPS ?= 2000
 
 .PHONY: demo test train ship evaluate ablations lint clean
 
@@ -37,7 +38,8 @@ train: .venv/ready
 	$(PY) -m data.build --scenes $(SCENES) --workers $(PROCESSES) --out $(DATA)/train
 	$(PY) -m data.build --scenes 600 --split val --workers $(PROCESSES) --out $(DATA)/val
 	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
-	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
+	$(RUN) train.py --stage vision $(SPLITS) --init $(OUT)/vision --out $(OUT)/vision2 --max-steps $(VISION2_STEPS) --lr 7e-4 --resume
+	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision2 --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
 	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) --resume
 	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half
 
@@ -48,7 +50,7 @@ ship:
 	cp $(DATA)/train/manifest.json $(TINY)/data.json
 	cp $(DATA)/train/vocab.tiktoken data/vocab.tiktoken
 	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
-	for s in vision align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
+	for s in vision vision2 align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
 	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
 
 # The tables: 550 + 550 test scenes of the robot, and about 10,000 test questions. Ten minutes.
