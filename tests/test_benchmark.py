@@ -45,7 +45,7 @@ def test_bleu_by_hand(said, true, wanted):
 
 
 def test_bleu_is_that_of_sacrebleu():
-    sacrebleu = pytest.importorskip("sacrebleu")
+    sacrebleu = pytest.importorskip("sacrebleu")  # in the extra [parity], which `make test` installs
     rng, some = np.random.default_rng(0), "move to the lid , grip it , swing it open . no there is none yes".split()
     said, true = ([" ".join(rng.choice(some, rng.integers(1, 12))) for _ in range(60)] for _ in range(2))
     for n, ours in enumerate(bleu(said, true), 1):

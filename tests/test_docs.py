@@ -3,6 +3,7 @@
 pytest tests/test_docs.py
 """
 
+import ast
 import csv
 import json
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import sim_eval
-from data import report
+from data import report, zoo
 from data.questions import contact_question
 from robomamba import RoboMamba, count
 
@@ -73,6 +74,28 @@ def test_minutes_of_training_are_those_of_the_committed_metrics():
         assert abs(float(minutes) - value / 60) <= 0.051, stage
     (together,) = re.findall(r"Together ([\d.]+) minutes", README)
     assert abs(float(together) - sum(seconds.values()) / 60) <= 0.051
+
+
+def test_reasoning_and_speed_tables_are_those_of_the_committed_results():
+    reasoning = json.loads((TINY / "reasoning.json").read_text())
+    assert report.reasoning_report(reasoning).strip() in README
+    assert all(split["n"] >= 2000 for split in reasoning["splits"].values()) and len(reasoning["splits"]) == 2
+    assert report.speed_table(json.loads((ROOT / "data/results/speed.json").read_text())).strip() in README
+
+
+def test_the_table_of_mistakes_is_the_one_of_the_committed_results():
+    assert zoo.markdown(json.loads((ROOT / "data/results/zoo.json").read_text())["rows"]).strip() in README
+
+
+def test_paper_to_code_table_names_what_exists():
+    rows = re.findall(r"^\|.*\| `([\w/]+\.py):([\w.]+)` \| `(tests/\w+\.py)::(\w+)` \|$", README, re.M)
+    assert len(rows) >= 12
+    for file, name, test_file, test in rows:
+        scope = ast.parse((ROOT / file).read_text()).body
+        for part in name.split("."):
+            (found,) = [node for node in scope if getattr(node, "name", None) == part]
+            scope = getattr(found, "body", [])
+        assert f"def {test}(" in (ROOT / test_file).read_text(), (test_file, test)
 
 
 def test_scan_table_is_the_one_of_the_committed_benchmark():
