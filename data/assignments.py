@@ -147,7 +147,8 @@ class Record:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self.note(error=" ".join(str(report.longrepr).split())[-500:])
+            lines = [line[1:].strip() for line in str(report.longrepr).splitlines() if line.startswith("E")]
+            self.note(error=" ".join(lines)[-500:])
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or not report.passed:
@@ -174,7 +175,9 @@ def _run_pytest(tree: Path, exercise: int, seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     for name in [name for name in sys.modules if name == "data" or name.startswith("data.")]:
         del sys.modules[name]  # ours; the tree has its own
-    sys.path[:] = [str(tree / "tests"), str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT.resolve())]
+    # What the tree lacks must not come from us: neither by a path, nor by pip's finder of an editable installation.
+    sys.path[:] = [str(tree / "tests"), str(tree), *(p for p in sys.path if not Path(p, "selective_scan.py").exists())]
+    sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
     os.environ |= {"EXERCISE_SEED": str(seed), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     os.chdir(tree)
     options = ["--noconftest", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "-p", "no:cacheprovider"]

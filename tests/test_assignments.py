@@ -19,6 +19,8 @@ import pytest
 from data import assignments
 from data.assignments import EXERCISES, ROOT, TEACHER_ONLY, solutions, stub
 
+pytestmark = pytest.mark.slow
+
 # Whose tests fail while an exercise is not solved: its own, and those of solutions that are built upon it.
 FAIL_WITH = {
     1: {1, 2, 4},  # the reference scan and `step` discretise token by token
@@ -93,7 +95,7 @@ def answer(files: dict[str, str], exercise: int, file: str, edits: list) -> None
 def command(*arguments) -> subprocess.CompletedProcess:
     call = [sys.executable, "-m", "data.assignments", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +274,8 @@ def test_a_broken_tree_is_a_result(scores):
     message = scores["syntax error"]["exercises"]["1"]["failed"]["test_decay[one token]"]
     assert "SyntaxError" in message and "selective_scan.py" in message
     score = scores["a file is missing, a process ends"]
-    assert failing(score) == {6, 8} and "world" in str(score["exercises"]["8"]["failed"])
+    assert failing(score) == {6, 8}, "a file that the tree lacks came from elsewhere"
+    assert "cannot import name 'world'" in str(score["exercises"]["8"]["failed"])
     assert score["exercises"]["6"]["message"].startswith("the process ended by itself in test_tokens")
     assert scores["broken adapters"]["points"] == 0 and failing(scores["broken adapters"]) == set(EXERCISES)
     assert all("adapters.py" in s["message"] for s in scores["broken adapters"]["exercises"].values())
@@ -284,11 +287,11 @@ def test_an_endless_loop_is_stopped_and_named(tmp_path):
     answer(files, 6, "data/dataset.py", [("tokens, labels = [], []", "while True: pass")])
     tree = write_tree(tmp_path / "tree", files)
     before = sorted(tree.rglob("*"))
-    done = command("--grade", tree, "--exercises", "6", "--seconds", "3", "--out", tmp_path / "score.json")
+    done = command("--grade", tree, "--exercises", "6", "--seconds", "2", "--out", tmp_path / "score.json")
     assert done.returncode == 0, done.stderr
     own = json.loads((tmp_path / "score.json").read_text())["trees"][str(tree)]["exercises"]["6"]
     assert own["points"] == 0 and len(own["failed"]) == 3 and set(own["failed"].values()) == {"not run"}
-    assert own["message"] == "the process was stopped after 3 s in test_tokens_of_all_turns_follow_each_other"
+    assert own["message"] == "the process was stopped after 2 s in test_tokens_of_all_turns_follow_each_other"
     assert own["message"] in done.stdout
     assert sorted(tree.rglob("*")) == before, "the grader wrote into the student's tree"
 
