@@ -214,8 +214,7 @@ class DensePictures:
             ) from None
         records = json.loads((self.folder / "conversations.json").read_text())  # in the order of dense.npz
         self.names = [record["image"] for record in records]
-        captions = (r["conversations"][2 * r["families"].index("caption") + 1]["value"] for r in records)
-        self.captions = [encoding.encode_ordinary(caption) for caption in captions]
+        self.captions = [encoding.encode_ordinary(caption(record)) for record in records]
         if len(self.names) != len(self.targets):
             raise ValueError(f"{self.folder}: {len(self.targets)} rows in dense.npz, {len(self.names)} conversations")
 
@@ -248,6 +247,12 @@ class DensePictures:
             torch.tensor(sum(captions, [])),
             starts,
         )
+
+
+def caption(record: dict) -> str:
+    """The first answer of the family "caption"; of a record without one, its first answer."""
+    families = record.get("families", ())
+    return record["conversations"][2 * families.index("caption") + 1 if "caption" in families else 1]["value"]
 
 
 def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:

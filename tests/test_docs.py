@@ -16,6 +16,7 @@ import pytest
 
 import sim_eval
 from data import report, zoo
+from data.assignments import TEACHER_ONLY
 from data.questions import contact_question
 from robomamba import RoboMamba, count
 
@@ -95,7 +96,8 @@ def test_paper_to_code_table_names_what_exists():
         for part in name.split("."):
             (found,) = [node for node in scope if getattr(node, "name", None) == part]
             scope = getattr(found, "body", [])
-        assert f"def {test}(" in (ROOT / test_file).read_text(), (test_file, test)
+        if (ROOT / test_file).exists() or test_file not in TEACHER_ONLY:  # a student's tree lacks some
+            assert f"def {test}(" in (ROOT / test_file).read_text(), (test_file, test)
 
 
 def test_scan_table_is_the_one_of_the_committed_benchmark():
