@@ -212,6 +212,9 @@ class DensePictures:
             raise ValueError(
                 f"{self.folder / 'dense.npz'}: cannot be read ({error}); `python -m data.build` makes it"
             ) from None
+        if self.targets.shape[1:] != (16, 16, 7):
+            was = f"targets {self.targets.shape}, expected (n, 16, 16, 7)"
+            raise ValueError(f"{self.folder / 'dense.npz'}: {was}; remove the folder and build it anew")
         records = json.loads((self.folder / "conversations.json").read_text())  # in the order of dense.npz
         self.names = [record["image"] for record in records]
         self.captions = [encoding.encode_ordinary(caption(record)) for record in records]

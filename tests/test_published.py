@@ -409,7 +409,7 @@ def llava(tmp_path_factory):
         contacts.append(contact | {"approach": [0, 0, 1], "rotation6d": [0, 0, 1, 1, 0, 0]})
     (folder / "conversations.json").write_text(json.dumps(records))
     (folder / "manipulation.jsonl").write_text("".join(json.dumps(c) + "\n" for c in contacts))
-    target = rng.random((n, 16, 16, 6)).round().astype(np.float32)
+    target = rng.random((n, 16, 16, 7)).round().astype(np.float32)
     labels = {k: rng.integers(0, 3, shape) for k, shape in (("kinds", (n, 16, 16)), ("category", n), ("colour", n))}
     np.savez(folder / "dense.npz", targets=target, **labels)
     return folder
