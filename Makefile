@@ -7,6 +7,9 @@ OUT ?= runs/tiny
 DATA ?= data/cache
 PROCESSES ?= 2
 SCENES ?= 30000
+VAL_SCENES ?= 600
+TEST_SCENES ?= 300
+EPISODES ?= 550
 VISION_STEPS ?= 4200
 VISION2_STEPS ?= 3000
 ALIGN_STEPS ?= 100
@@ -36,7 +39,7 @@ TINY = data/pretrained/robomamba-tiny
 
 train: .venv/ready
 	$(PY) -m data.build --scenes $(SCENES) --workers $(PROCESSES) --out $(DATA)/train
-	$(PY) -m data.build --scenes 600 --split val --workers $(PROCESSES) --out $(DATA)/val
+	$(PY) -m data.build --scenes $(VAL_SCENES) --split val --workers $(PROCESSES) --out $(DATA)/val
 	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
 	$(RUN) train.py --stage vision $(SPLITS) --init $(OUT)/vision --out $(OUT)/vision2 --max-steps $(VISION2_STEPS) --lr 7e-4 --resume
 	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision2 --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
@@ -58,9 +61,9 @@ ship:
 evaluate: .venv/ready
 	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
 	$(PY) sim_eval.py --policy model,model-text,random-backbone=$(OUT)/random,blind,mean-action,part-pixel-normal,random-normal,random,expert \
-	  --checkpoint $(TINY) --split both --episodes 550 --workers 2 --strips 8 --out $(OUT)/eval
-	$(PY) -m data.build --scenes 300 --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
-	$(PY) -m data.build --scenes 300 --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
+	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --strips 8 --out $(OUT)/eval
+	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
+	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
 	OMP_NUM_THREADS=1 $(PY) -m data.benchmark --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
 	cp $(OUT)/eval/results.json $(OUT)/reasoning/reasoning.json $(TINY)/
 
@@ -77,7 +80,7 @@ ablations: .venv/ready
 	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy-2 --seed 2
 	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/full --unfreeze --epochs 3 --lr 3e-4
 	$(PY) sim_eval.py --policy model,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,all-fine-tuned=$(OUT)/full,random-normal \
-	  --checkpoint $(TINY) --split both --episodes 550 --workers 2 --out $(OUT)/ablations
+	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
 
 clean:
 	rm -rf .venv data/cache runs demo

@@ -76,6 +76,7 @@ class TrainConfig:
     contact: float = 0.35  # cotrain: chance that a question asks for a contact (five numbers)
     grounding: float = 0.15  # cotrain: chance that it is another one answered with numbers (where, box)
     skip: str = ""  # families of questions left out of training, such as plan,possible,success,past,future,contact
+    more: str = ""  # families drawn so many times as often, such as presence=4,count=2
     turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
     soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
     number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
@@ -445,7 +446,7 @@ def train(cfg: TrainConfig) -> dict:
     else:
         numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
         objective = AnswerObjective(model, numbers * cfg.soft_numbers, numbers * cfg.number_weight)
-        data = Conversations(file, model.encoding, size, cfg.images, cfg.turns, skip=cfg.skip)
+        data = Conversations(file, model.encoding, size, cfg.images, cfg.turns, skip=cfg.skip, more=cfg.more)
         cached = (
             None
             if cfg.unfreeze_vision

@@ -131,10 +131,14 @@ class Conversations:
     Args: file; encoding (tiktoken.Encoding); image_size in pixels; images, root of the image paths (default: the file's
         folder); turns "branch" | "pack"; limit, first records only (0 = all); max_length in tokens (longer turns are
         cut, with a count in `cut`); skip, families of questions left out ("plan,contact"; records without families stay
-        whole, and a record of which nothing is left keeps its first question).
+        whole, and a record of which nothing is left keeps its first question); more, families drawn so many times as
+        often ("presence=4,count=2").
+    Raises: ValueError for a bad record, or a `more` that is not written so.
     """
 
-    def __init__(self, file, encoding, image_size: int, images=None, turns="branch", limit=0, max_length=1024, skip=""):
+    def __init__(
+        self, file, encoding, image_size, images=None, turns="branch", limit=0, max_length=1024, skip="", more=""
+    ):
         self.root = Path(images) if images else Path(file).parent
         self.records, self.image_size, self.encoding, self.cut = load_records(file, self.root), image_size, encoding, 0
         self.records = self.records[: limit or None]
@@ -143,23 +147,30 @@ class Conversations:
         )
         # Where records name the families of their turns, rare ones are drawn more often: weight 1 / sqrt(their number)
         tally = Counter(family for record in self.records for family in record.get("families", ()))
+        try:
+            factor = {family: float(times) for family, times in (pair.split("=") for pair in more.split(",") if pair)}
+        except ValueError:
+            raise ValueError(f"--more {more}: expected FAMILY=TIMES, such as presence=4,count=2") from None
+        if unknown := factor.keys() - tally.keys():
+            raise ValueError(f"--more {more}: {file} has no family {sorted(unknown)[0]!r}, only {sorted(tally)}")
         self.items: list[list[Item]] = []  # per record
         for record in self.records:
             said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
             families = record.get("families") or [""] * len(said)
             asked = list(zip(said[::2], said[1::2], families, strict=False))
             asked = [turn for turn in asked if not skip or turn[2] not in skip.split(",")] or asked[:1]
-            turn_ids, more = [], []
+            turn_ids, rest = [], []
             for question, answer, family in asked:
                 reply = [*encoding.encode_ordinary(answer), self.end]
                 turn_ids.append(([user, *encoding.encode_ordinary(question), assistant], reply))
                 is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
                 numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
-                more.append((numbers[:N_NUMBERS], tally[family] ** -0.5 if family else 1.0))
+                weight = factor.get(family, 1.0) * tally[family] ** -0.5 if family else 1.0
+                rest.append((numbers[:N_NUMBERS], weight))
             if turns == "pack":
-                items = [Item(*pack(turn_ids), *more[0])]
+                items = [Item(*pack(turn_ids), *rest[0])]
             else:
-                items = [Item(*pack([turn]), *rest) for turn, rest in zip(turn_ids, more, strict=True)]
+                items = [Item(*pack([turn]), *tail) for turn, tail in zip(turn_ids, rest, strict=True)]
             self.cut += sum(len(i.tokens) > max_length for i in items)
             cut = [i._replace(tokens=i.tokens[:max_length], labels=i.labels[:max_length]) for i in items]
             self.items.append([i._replace(prompt=min(i.prompt, max_length)) for i in cut])
