@@ -15,7 +15,10 @@ VISION2_STEPS ?= 3000
 ALIGN_STEPS ?= 100
 COTRAIN_STEPS ?= 2000
 
-.PHONY: demo test train ship evaluate ablations lint clean
+# Wide matrices by Muon; the questions that need a comparison (yes or no, how many) more often than their number asks for.
+COTRAIN = --muon --lr 2e-3 --more presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4
+
+.PHONY: demo test train ship evaluate ablations encoders lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,7 +46,7 @@ train: .venv/ready
 	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
 	$(RUN) train.py --stage vision $(SPLITS) --init $(OUT)/vision --out $(OUT)/vision2 --max-steps $(VISION2_STEPS) --lr 7e-4 --resume
 	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision2 --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
-	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) --resume
+	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) $(COTRAIN) --resume
 	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half
 
 # What is committed of a training: weights, curves, and the scores of `make evaluate`.
@@ -67,20 +70,35 @@ evaluate: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m data.benchmark --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
 	cp $(OUT)/eval/results.json $(OUT)/reasoning/reasoning.json $(TINY)/
 
-# Which stage and which questions carry the skill: the same short co-training with all questions and with the general ones
-# only, then a head on each; the same head on another seed; and everything fine-tuned. About an hour.
-ABLATION_STEPS ?= 700
+# What carries the skill: short co-trainings with one thing changed each, a head on each; the shipped head on other seeds;
+# everything fine-tuned; and which half of the action fails. About an hour and a half, one run after the other.
+ABLATION_STEPS ?= 400
 ROBOT = plan,possible,success,past,future,contact
+GENERAL = --muon --lr 2e-3 --more presence=3,count=2,parts=2,state=3 --skip $(ROBOT)
+SHORT = OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --max-steps $(ABLATION_STEPS) --resume
+HEAD = $(PY) finetune_policy.py $(SPLITS)
 ablations: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/short --max-steps $(ABLATION_STEPS) --resume
-	OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/general --max-steps $(ABLATION_STEPS) --skip $(ROBOT) --resume
-	$(PY) finetune_policy.py --checkpoint $(OUT)/short $(SPLITS) --out $(OUT)/short-policy
-	$(PY) finetune_policy.py --checkpoint $(OUT)/general $(SPLITS) --out $(OUT)/general-policy
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy-1 --seed 1
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy-2 --seed 2
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/full --unfreeze --epochs 3 --lr 3e-4
-	$(PY) sim_eval.py --policy model,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,all-fine-tuned=$(OUT)/full,random-normal \
+	$(SHORT) --init $(OUT)/align $(COTRAIN) --out $(OUT)/short
+	$(SHORT) --init $(OUT)/align $(GENERAL) --out $(OUT)/general
+	$(SHORT) $(COTRAIN) --out $(OUT)/no-vision
+	for run in short general no-vision; do $(HEAD) --checkpoint $(OUT)/$$run --out $(OUT)/$$run-policy || exit 1; done
+	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-1 --seed 1
+	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-2 --seed 2
+	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
+	$(PY) sim_eval.py --policy model,model-pixel,model-direction,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-fine-tuned=$(OUT)/full,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,untrained-encoder=$(OUT)/no-vision-policy,random-normal \
 	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
+
+# What teaches the encoder: the simulator's dense targets, captions (CLIP's contrast), both, or nothing; then the same
+# short probe, linear layers on the frozen tokens. Twenty minutes.
+ENCODER_STEPS ?= 300
+PROBE_STEPS ?= 100
+VISION = OMP_NUM_THREADS=1 $(PY) train.py --stage vision $(SPLITS) --resume
+encoders: .venv/ready
+	$(VISION) --max-steps $(ENCODER_STEPS) --out $(OUT)/encoder-dense
+	$(VISION) --max-steps $(ENCODER_STEPS) --dense 0 --contrast 1 --out $(OUT)/encoder-contrast
+	$(VISION) --max-steps $(ENCODER_STEPS) --contrast 1 --out $(OUT)/encoder-both
+	$(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --out $(OUT)/probe-nothing
+	for run in dense contrast both; do $(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --init $(OUT)/encoder-$$run --out $(OUT)/probe-$$run || exit 1; done
 
 clean:
 	rm -rf .venv data/cache runs demo

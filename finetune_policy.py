@@ -47,7 +47,7 @@ class PolicyConfig:
     weight_decay: float = 0.01
     direction_weight: float = 0.3  # of the geodesic angle in radians against the pixel's L1 in shares of the picture
     head: str = "two_mlp"  # two_mlp | one_mlp | ssm (paper Table 6)
-    hidden: int = 8  # hidden width of the head; 0 = the checkpoint's own head and pool, whatever --head and --pool say
+    hidden: int = 8  # hidden width of a new head; 0 = go on with the checkpoint's own, whatever --head and --pool say
     pool: str = "last"  # last | first_last | mean
     random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
     unfreeze: bool = False  # train all parameters on the samples (upper reference; the paper freezes them)
@@ -128,9 +128,9 @@ def finetune(cfg: PolicyConfig) -> dict:
         init_weights(model)
     if cfg.hidden:
         model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
-    dataclasses.replace(model.config)  # checks the new head's names
-    model.head = PolicyHead(model.config.head, model.config.lm.d_model)
-    init_weights(model.head)
+        dataclasses.replace(model.config)  # checks the new head's names
+        model.head = PolicyHead(model.config.head, model.config.lm.d_model)
+        init_weights(model.head)
     model.requires_grad_(cfg.unfreeze).to(world.device).train()
     model.head.requires_grad_(True)
     parts = ("vision", "projector", "lm")

@@ -58,12 +58,14 @@ from data import objects, panda, questions
 from data.partnet import ObjectScene, find_objects
 from data.pictures import ZOOM, affordance_sheet, contact_sheet, draw_strips
 from data.policies import (
+    HALVES,
     LABELLED,
     POLICY_HELP,
     REFERENCE_S,
     SCRIPTED,
     blind_policy,
     disturbed,
+    half,
     make_blind_table,
     model_policy,
     read_blind_table,
@@ -102,7 +104,7 @@ PHYSICS_POLICIES = (
     "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel,"
     "direction-10,direction-20,direction-30,direction-45,direction-60,pixel-2,pixel-4,pixel-8,pixel-16"
 )
-OWN = ("model", "model-text", "model-carried")  # the model of --checkpoint, used in three ways (data/policies.py)
+OWN = ("model", "model-text", "model-carried", *HALVES)  # the model of --checkpoint, used in several ways
 
 
 @dataclass
@@ -188,7 +190,12 @@ class Bench:
                 if not folder or not Path(folder).is_dir():
                     flag = "--checkpoint" if name in OWN else "--policy"
                     raise ValueError(f"{flag} {folder or '(not given)'}: no such folder; the policy {name} needs it")
-                self.policies[name], sizes[folder] = model_policy(folder, name == "model-text", name == "model-carried")
+                policy, sizes[folder] = model_policy(folder, name == "model-text", name == "model-carried")
+                self.policies[name] = policy
+                if name in HALVES:
+                    self.policies[name] = lambda *scene, name=name, policy=policy: half(
+                        name, policy(*scene), self.label
+                    )
             elif name in ("blind", "mean-action"):
                 self.policies[name] = blind_policy(read_blind_table(cfg.blind_table), mean=name == "mean-action")
             elif name in SCRIPTED:
@@ -280,7 +287,7 @@ class Bench:
                 scene.set_joints(ended)
                 scene.render()
                 rng = stream(scene.category, scene.seed, f"policy {name}, grip {grip}")
-                if LABELLED.fullmatch(name):
+                if LABELLED.fullmatch(name) or name in HALVES:
                     self.label = scene.expert(rng)
                 if self.label is None or not (scene.links == part).any():
                     break

@@ -151,8 +151,9 @@ class Conversations:
             factor = {family: float(times) for family, times in (pair.split("=") for pair in more.split(",") if pair)}
         except ValueError:
             raise ValueError(f"--more {more}: expected FAMILY=TIMES, such as presence=4,count=2") from None
-        if unknown := factor.keys() - tally.keys():
-            raise ValueError(f"--more {more}: {file} has no family {sorted(unknown)[0]!r}, only {sorted(tally)}")
+        known = {*tally, *questions.GENERAL_FAMILIES, *questions.ROBOT_FAMILIES, "where", "box", "contact"}
+        if unknown := factor.keys() - known:
+            raise ValueError(f"--more {more}: {sorted(unknown)[0]!r} is no family of questions, only {sorted(known)}")
         self.items: list[list[Item]] = []  # per record
         for record in self.records:
             said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]

@@ -77,7 +77,8 @@ SCRIPTED = {
 }
 LABELLED = re.compile(r"expert|expert-jittered|direction-\d+|pixel-\d+")  # the expert's contact, made worse
 CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
-NAMED = ("model", "model-text", "model-carried", "NAME=FOLDER", "blind", "mean-action", "expert")
+HALVES = ("model-pixel", "model-direction")  # one half is the model's, the other the expert's: which of them fails?
+NAMED = ("model", "model-text", "model-carried", *HALVES, "NAME=FOLDER", "blind", "mean-action", "expert")
 POLICY_HELP = ", ".join((*NAMED, *SCRIPTED, "expert-jittered, direction-DEGREES, pixel-PIXELS"))
 
 
@@ -91,6 +92,12 @@ def disturbed(name: str, label: Label, scale: float, rng: np.random.Generator):
     if kind == "pixel":
         u, v = u + scale * int(size) * math.cos(angle), v + scale * int(size) * math.sin(angle)
     return u, v, tilt(approach, math.radians(int(size)), rng) if kind == "direction" else approach
+
+
+def half(name: str, action, label: Label):
+    """model-pixel: the model's pixel with the expert's direction; model-direction: the other way round."""
+    u, v, approach = action
+    return (u, v, label.approach) if name == "model-pixel" else (label.u, label.v, approach)
 
 
 def model_policy(folder: str, as_text: bool = False, carried: bool = False):

@@ -113,7 +113,7 @@ def test_a_command_of_the_readme(command, place, tmp_path):
 
 @pytest.mark.slow
 def test_the_makefile_makes_a_checkpoint_and_its_tables(tmp_path):
-    """make train, ship, evaluate and ablations in a copy of the tree, with two steps of every training."""
+    """make train, ship, evaluate, ablations and encoders in a copy of the tree, with two steps of every training."""
     tree = tmp_path / "tree"
     for pattern in SHIPPED:
         for file in ROOT.glob(pattern):
@@ -127,8 +127,8 @@ def test_the_makefile_makes_a_checkpoint_and_its_tables(tmp_path):
     sizes = (
         "SCENES=12 VAL_SCENES=6 TEST_SCENES=4 EPISODES=2 VISION_STEPS=2 VISION2_STEPS=2 ALIGN_STEPS=2 COTRAIN_STEPS=2"
     )
-    for target in ("train", "ship", "evaluate", "ablations"):
-        command = ["make", target, *sizes.split(), "ABLATION_STEPS=2"]
+    for target in ("train", "ship", "evaluate", "ablations", "encoders"):
+        command = ["make", target, *sizes.split(), "ABLATION_STEPS=2", "ENCODER_STEPS=2", "PROBE_STEPS=2"]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     shipped = tree / "data/pretrained/robomamba-tiny"

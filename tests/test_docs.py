@@ -100,6 +100,39 @@ def test_paper_to_code_table_names_what_exists():
             assert f"def {test}(" in (ROOT / test_file).read_text(), (test_file, test)
 
 
+def numbers_in(path: Path) -> list[float]:
+    """Every number of a JSON or CSV file, those inside its texts too."""
+    return [abs(float(n)) for n in re.findall(r"\d+\.?\d*(?:e[-+]?\d+)?", path.read_text())]
+
+
+@pytest.mark.parametrize("document", ["README.md", "LOG.md"])
+def test_every_number_in_a_paragraph_stands_in_the_files_that_it_names(document):
+    """Decimals (also as percent) and k/n, rounded as they are written; tables, code blocks and what report() makes have
+    tests of their own.
+
+    In LOG.md a paragraph with such numbers has to name a file; in README.md one with a measured number (unit behind).
+    """
+    made = report.report(json.loads((TINY / "results.json").read_text())).strip()
+    text = (ROOT / document).read_text().replace(made, "")
+    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$", "", text, flags=re.S | re.M)
+    checked, unknown = 0, []
+    for paragraph in re.split(r"\n\s*\n|\n\* ", text):
+        files = {f for f in re.findall(r"[\w/.-]+\.(?:json|csv)\b", paragraph) if (ROOT / f).exists()}
+        have = sorted({n for file in files for n in numbers_in(ROOT / file)})
+        said = re.findall(r"(?<![\w.,/:-])(?:\d[\d,]*\.\d+|\d+/\d+)(?![\w/-])", paragraph)
+        measured = re.findall(r"\d\.\d+ (?:px|degrees|ms|Hz|points|steps/s)\b|\b\d+/\d+\b", paragraph)
+        if not files and (said if document == "LOG.md" else measured):
+            unknown.append((said, "no file is named", paragraph[:60]))
+        for number in said if files else ():
+            checked += 1
+            for part in number.replace(",", "").split("/"):
+                half = 0.5 * 10.0 ** -len(part.partition(".")[2]) + 1e-9 if "." in part else 0.0
+                if not any(abs(n * scale - float(part)) <= half for n in have for scale in (1, 100)):
+                    unknown.append((number, sorted(files), paragraph[:60]))
+    assert unknown == []
+    assert checked >= (60 if document == "LOG.md" else 20)
+
+
 def test_scan_table_is_the_one_of_the_committed_benchmark():
     assert report.scan_table(json.loads((ROOT / "data/results/scan.json").read_text())).strip() in README
 

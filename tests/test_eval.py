@@ -370,6 +370,18 @@ def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
     assert "ms a prediction" in (tmp_path / "table.md").read_text()
 
 
+def test_half_of_the_action_is_the_experts(checkpoints, tmp_path):
+    flags = ("--policy", "model,model-pixel,model-direction,expert", "--checkpoint", checkpoints["a"])
+    results = run(tmp_path, *flags, "--split", "drawer-door", "--episodes", 4, "--workers", 1)
+    by_policy = {name: [r for r in results["episodes"] if r["policy"] == name] for name in results["policies"]}
+    pixel, direction = (lambda r: (r["u"], r["v"])), (lambda r: r["approach"])
+    for i, record in enumerate(by_policy["model"]):
+        assert pixel(by_policy["model-pixel"][i]) == pixel(record) != pixel(by_policy["expert"][i])
+        assert direction(by_policy["model-direction"][i]) == direction(record) != direction(by_policy["expert"][i])
+        assert direction(by_policy["model-pixel"][i]) == direction(by_policy["expert"][i])
+        assert pixel(by_policy["model-direction"][i]) == pixel(by_policy["expert"][i])
+
+
 def test_a_prediction_that_is_not_a_number_is_a_failure():
     bench = sim_eval.Bench(EvalConfig(policy="random"))
     bench.policies = {"random": lambda *_: (math.nan, 3.0, np.array([0.0, 0.0, 1.0]))}

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import finetune_policy
 import train as train_module
@@ -146,6 +147,18 @@ def test_rare_families_are_drawn_more_often_and_skipped_ones_never(data, start):
     kept = sum(n for f, n in tally.items() if f not in ("contact", "plan", "future"))
     assert sum(map(len, both[1].items)) == kept < tally.total()
     assert not any(len(item.numbers) == 5 for items in both[1].items for item in items)
+    more = Conversations(file, model.encoding, 32, more="presence=3,count=0.5")
+    for record, items, plain in zip(both[0].records, more.items, both[0].items, strict=True):
+        for family, item, was in zip(record["families"], items, plain, strict=True):
+            assert item.weight == pytest.approx(was.weight * {"presence": 3, "count": 0.5}.get(family, 1))
+
+
+@pytest.mark.parametrize(
+    "more, said", [("presence", "expected FAMILY=TIMES"), ("presense=2", "'presense' is no family")]
+)
+def test_a_share_of_questions_that_is_not_written_so_is_named(data, start, more, said):
+    with pytest.raises(ValueError, match=said):
+        Conversations(data / "train/conversations.json", RoboMamba.from_pretrained(start).encoding, 32, more=more)
 
 
 def test_labels_hold_the_answer_and_the_end_and_nothing_else(data, start):
@@ -202,11 +215,11 @@ def test_a_probe_leaves_the_encoder_and_contrast_teaches_it_captions(data, start
     assert np.mean(losses[-5:]) < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("stage", ["vision", "cotrain"])
-def test_a_killed_run_resumes_bit_for_bit(data, start, tmp_path, monkeypatch, stage):
-    whole = config(data, start, tmp_path / "whole", stage=stage, max_steps=6, save_every=2)
+@pytest.mark.parametrize("stage, muon", [("vision", False), ("cotrain", False), ("cotrain", True)])
+def test_a_killed_run_resumes_bit_for_bit(data, start, tmp_path, monkeypatch, stage, muon):
+    whole = config(data, start, tmp_path / "whole", stage=stage, max_steps=6, save_every=2, muon=muon)
     train(whole)
-    killed = config(data, start, tmp_path / "killed", stage=stage, max_steps=6, save_every=2)
+    killed = config(data, start, tmp_path / "killed", stage=stage, max_steps=6, save_every=2, muon=muon)
     real = train_module.stop_on_nan
 
     def power_cut(step, loss, named):
@@ -232,7 +245,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(data, st
     it hits. log_every, eval_every and save_every share no divisor: means, rows and answers must be cut right."""
     T, environment = 45, os.environ | {"OMP_NUM_THREADS": "1"}
     flags = f"--stage cotrain --data {data}/train --val {data}/val --init {start} --device cpu --resume --max-steps {T}"
-    flags += " --batch-size 4 --warmup 2 --questions 2 --log-every 2 --save-every 5 --eval-every 7 --eval-records 4"
+    flags += (
+        " --muon --batch-size 4 --warmup 2 --questions 2 --log-every 2 --save-every 5 --eval-every 7 --eval-records 4"
+    )
 
     def launch(name: str) -> subprocess.Popen:
         command = [sys.executable, "train.py", *flags.split(), "--out", str(tmp_path / name)]
@@ -317,6 +332,42 @@ def test_no_weight_decay_on_a_log_d_norms_biases_embeddings(start):
     assert not [n for n in decayed if any(f in n for f in forbidden)]
     assert "lm.backbone.layers.0.mixer.in_proj.weight" in decayed
     assert len(decay["params"]) + len(rest["params"]) == len(names)
+    wide = train_module.parameter_groups(model, 0.1, muon=True)[2]
+    assert wide["orthogonal"] and {id(p) for p in wide["params"]} < {id(p) for p in decay["params"]}
+    assert "lm.backbone.layers.0.mixer.in_proj.weight" in {names[id(p)] for p in wide["params"]}
+    assert not [p for p in wide["params"] if p.ndim != 2 or min(p.shape) < 32]
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (96, 40), (64, 64)])
+def test_muon_steps_along_the_orthogonal_part_of_the_momentum(shape):
+    """U V^T of the gradient, scaled to a root mean square of about 0.2; and three steps equal torch's, which rounds the
+    iterations to bfloat16: singular values scatter there by a hundredth, so steps of 0.01 by some 1e-4."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    U, S, V = torch.linalg.svd(train_module.Muon.orthogonal(gradients[0]), full_matrices=False)
+    u, _, v = torch.linalg.svd(gradients[0], full_matrices=False)
+    assert 0.6 < S.min() and S.max() < 1.3
+    assert (U @ V - u @ v).abs().max() < 1e-4
+    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    one = train_module.Muon([{"params": [ours], "orthogonal": True}], lr=0.01, weight_decay=0.05)
+    other = torch.optim.Muon([torchs], lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients:
+        for p, optimizer in ((ours, one), (torchs, other)):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert 0.01 < (ours - start).abs().max() and (ours - torchs).abs().max() < 1e-3
+
+
+def test_muon_leaves_the_other_groups_to_adamw():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(5, 7), torch.randn(5, 7)
+    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    one = train_module.Muon([{"params": [ours], "orthogonal": False}], lr=0.01)
+    other = torch.optim.AdamW([torchs], lr=0.01)
+    for p, optimizer in ((ours, one), (torchs, other)):
+        p.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(ours, torchs) and not torch.equal(ours, start)
 
 
 def test_resuming_with_other_settings_is_refused(data, start, tmp_path, monkeypatch):
