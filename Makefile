@@ -64,11 +64,12 @@ ship:
 evaluate: .venv/ready
 	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
 	$(PY) sim_eval.py --policy model,model-text,random-backbone=$(OUT)/random,blind,mean-action,part-pixel-normal,random-normal,random,expert \
-	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --strips 8 --out $(OUT)/eval
+	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --strips 9 --out $(OUT)/eval
 	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
 	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
 	OMP_NUM_THREADS=1 $(PY) -m data.benchmark --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
-	cp $(OUT)/eval/results.json $(OUT)/reasoning/reasoning.json $(TINY)/
+	cp $(OUT)/eval/results.json $(OUT)/eval/categories.md $(OUT)/reasoning/reasoning.json $(TINY)/
+	cp $(OUT)/eval/strips.png $(OUT)/eval/episode.gif data/figures/
 
 # What carries the skill: short co-trainings with one thing changed each, a head on each; the shipped head on other seeds;
 # everything fine-tuned; and which half of the action fails. About an hour and a half, one run after the other.

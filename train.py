@@ -18,7 +18,9 @@ Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weight
 from the simulator's own ground truth. The language model starts from nothing too. Numbers ("37" of 00..99) are learned
 with a softened target (neighbouring bins share it, `--soft-numbers`), and a throw-away layer predicts all numbers of an
 answer at once from the last prompt state (`--number-weight`), which is the state that the policy head will read; both
-can be switched off.
+can be switched off. `--muon` halves the steps of stage 1.2 (class Muon); without it AdamW trains all weights. Families
+of questions are drawn by the root of their number times `--more`: whether something is there needs a comparison, which
+is not learned while one question in ten asks for it.
 
 Logged (metrics.csv: step, seconds, name, value):
     loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,

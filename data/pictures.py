@@ -17,6 +17,7 @@ ZOOM, FRAMES, CAPTION_PX, EVERY = 2, 5, 16, 4  # enlargement; pictures of a stri
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
 GIF_COLOURS, GIF_MS, GIF_HOLD = 64, 60, 8  # colours; milliseconds a frame; how many the first and last stay
+SHEET_COLOURS = 128  # of strips.png
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
 
@@ -74,11 +75,12 @@ def save_gif(path: Path, frames: list[Image.Image]) -> None:
 
 
 def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
-    """OUT/strip_*.png for `count` episodes of the first policy, and OUT/episode.gif of the first of them.
+    """OUT/strip_*.png for `count` episodes of the first policy, all in OUT/strips.png at half their size, and
+    OUT/episode.gif of the first of them.
 
     `scene` is used and closed.
     """
-    paths, side = [], ZOOM * scene.image_size
+    paths, strips, side = [], [], ZOOM * scene.image_size
     try:
         for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
             frames, caption = play(scene, record)
@@ -91,9 +93,14 @@ def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path
             kind = "success" if record["initial"] else "failure"
             paths.append(out / f"strip_{i}_{record['split']}_{kind}.png")
             strip.save(paths[-1], optimize=True)
+            strips.append(strip.reduce(2))
             if i == 0:
                 paths.insert(0, out / "episode.gif")
                 save_gif(paths[0], [frames[0], *frames[1::2]])
+        sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+        for i, strip in enumerate(strips):
+            sheet.paste(strip, (0, i * strip.height))
+        sheet.quantize(SHEET_COLOURS).save(out / "strips.png", optimize=True)
     finally:
         scene.close()
     return paths
