@@ -88,6 +88,7 @@ ablations: .venv/ready
 	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
 	$(PY) sim_eval.py --policy model,model-pixel,model-direction,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-fine-tuned=$(OUT)/full,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,untrained-encoder=$(OUT)/no-vision-policy,random-normal \
 	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
+	$(PY) -m data.report $(OUT)/ablations/results.json --out data/results/ablations.json
 
 # What teaches the encoder: the simulator's dense targets, captions (CLIP's contrast), both, or nothing; then the same
 # short probe, linear layers on the frozen tokens. Twenty minutes.

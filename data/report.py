@@ -1,6 +1,9 @@
 """What sim_eval.py and data/benchmark.py print and write about a run: tables in Markdown, results.json.
 
-    report(results)       the main table: policies side by side, what the sentence is worth, what was skipped
+    python -m data.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
+
+    table(results)        policies side by side
+    report(results)       the same, what the sentence is worth, what was skipped
     details(results)      how the episodes ended, per split
     categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
 
@@ -12,6 +15,7 @@ Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, r
 speed_table do so for selective_scan.py --out and data/speed.py.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -37,31 +41,33 @@ def percent(rate: dict) -> str:
     return f"{rate['k']}/{rate['n']} {rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
 
 
-def report(results: dict) -> str:
-    """The main table in Markdown: policies side by side; what a prediction costs and what the sentence is worth."""
-    splits, policies = list(results["splits"]), results["policies"]
-    lines = ["**Partial result: the run was stopped.**", ""] if results["partial"] else []
+def table(results: dict) -> str:
+    """Policies side by side on every split, in Markdown."""
+    splits = list(results["splits"])
     head = [f"{split} {text}" for split in splits for text in (">= 0.01", ">= 0.1", "category mean", "px / deg off")]
-    lines += row("policy", *head) + row(*["---"] * (len(head) + 1))
-    for name, policy in policies.items():
+    lines = row("policy", *head) + row(*["---"] * (len(head) + 1))
+    for name, policy in results["policies"].items():
         cells = []
         for summary in policy["splits"].values():
             mean, errors = summary["category_mean"], (summary["pixel_error"], summary["approach_error_deg"])
-            cells += [
-                percent(summary["initial"]),
-                percent(summary["long"]),
-                f"{mean['initial']:.2f} / {mean['long']:.2f}",
-            ]
+            cells += [percent(summary["initial"]), percent(summary["long"])]
+            cells += [f"{mean['initial']:.2f} / {mean['long']:.2f}"]
             cells.append("" if None in errors else f"{errors[0]:.1f} / {errors[1]:.0f}")
         lines += row(name, *cells)
     unconditioned = [cell for split in splits for cell in (percent(results["expert_unconditioned"][split]), "", "", "")]
-    lines += row("expert, unconditioned", *unconditioned)
+    return "\n".join(lines + row("expert, unconditioned", *unconditioned))
+
+
+def report(results: dict) -> str:
+    """The main table; what a prediction costs and what the sentence is worth."""
+    lines = ["**Partial result: the run was stopped.**", ""] if results["partial"] else []
+    lines += table(results).splitlines()
     lines += [
         "",
         "k/n, rate, [95 % Wilson interval]. Moved >= 0.01 and >= 0.1 rad or m. Medians of the distance to the",
     ]
     lines += ["expert's contact. Scenes are those that the expert solves; its last row counts all that were tried.", ""]
-    for name, policy in policies.items():
+    for name, policy in results["policies"].items():
         if policy.get("predict_ms") is not None:
             lines += [f"{name}: {policy['predict_ms']:.1f} ms a prediction (median, batch 1, one thread).", ""]
         said = policy.get("language")
@@ -323,3 +329,19 @@ def speed_table(results: dict) -> str:
             lines += row(context["tokens"], *cells, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair))
         lines.append("")
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the tables of a results.json of sim_eval.py again.")
+    parser.add_argument("results")
+    parser.add_argument("--out", help="write the results there without the episodes, which are most of them")
+    args = parser.parse_args()
+    results = json.loads(Path(args.results).read_text())
+    print(report(results))
+    if args.out:
+        short = {key: value for key, value in results.items() if key != "episodes"}
+        write_text(Path(args.out), json.dumps(short, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,7 @@ MINIATURE = (  # {place} is a folder with what a reader would bring
     (r"^(python sim_eval.py (?!--sheet|--affordance).*)", r"\1 --episodes 2"),
     (r"--affordance \S+", "--affordance Bottle"),
     (r"^python train.py .*", r"\g<0> --max-steps 2 --batch-size 2"),
+    (r"^python -m data.zoo$", r"\g<0> --out {out}"),
     (r"^python -m data.benchmark.*", r"\g<0> --train {place}/questions --data {place}/questions"),
 )
 
@@ -109,6 +110,13 @@ def test_a_command_of_the_readme(command, place, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     written = list((tmp_path / "out").rglob("*.*"))
     assert written if "{out}" in small else done.stdout.strip(), f"{small!r} left nothing"
+
+
+def test_the_python_of_the_readme(place):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = block.replace("scene.png", str(place / "scene.png")) + "\nprint(action.u, action.v, action.rotation.shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip().endswith("(3, 3)"), done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.slow
