@@ -2,7 +2,7 @@
 
     python finetune_policy.py --checkpoint runs/cotrain --out runs/policy                      # a minute on two cores
     python finetune_policy.py --checkpoint runs/cotrain --out runs/random --random-backbone   # the floor: never trained
-    python finetune_policy.py --checkpoint runs/cotrain --out runs/full --unfreeze --epochs 3 --lr 3e-4  # all of it
+    python finetune_policy.py --checkpoint runs/policy --out runs/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4  # all
 
 The backbone never changes, so each (picture, instruction) is read once: its pooled state (RoboMamba section 3.3) is
 computed and kept, and the head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here in
