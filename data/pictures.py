@@ -93,13 +93,15 @@ def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path
             kind = "success" if record["initial"] else "failure"
             paths.append(out / f"strip_{i}_{record['split']}_{kind}.png")
             strip.save(paths[-1], optimize=True)
-            strips.append(strip.reduce(2))
+            strips.append((strip.crop((0, 0, strip.width, side)).reduce(2), caption))
             if i == 0:
                 paths.insert(0, out / "episode.gif")
                 save_gif(paths[0], [frames[0], *frames[1::2]])
-        sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-        for i, strip in enumerate(strips):
-            sheet.paste(strip, (0, i * strip.height))
+        height = side // 2 + CAPTION_PX
+        sheet = Image.new("RGB", (max(strip.width for strip, _ in strips), len(strips) * height), "white")
+        for i, (strip, caption) in enumerate(strips):
+            sheet.paste(strip, (0, i * height))
+            ImageDraw.Draw(sheet).text((4, i * height + side // 2 + 2), caption, fill="black")
         sheet.quantize(SHEET_COLOURS).save(out / "strips.png", optimize=True)
     finally:
         scene.close()
