@@ -374,12 +374,10 @@ def test_half_of_the_action_is_the_experts(checkpoints, tmp_path):
     flags = ("--policy", "model,model-pixel,model-direction,expert", "--checkpoint", checkpoints["a"])
     results = run(tmp_path, *flags, "--split", "drawer-door", "--episodes", 4, "--workers", 1)
     by_policy = {name: [r for r in results["episodes"] if r["policy"] == name] for name in results["policies"]}
-    pixel, direction = (lambda r: (r["u"], r["v"])), (lambda r: r["approach"])
-    for i, record in enumerate(by_policy["model"]):
-        assert pixel(by_policy["model-pixel"][i]) == pixel(record) != pixel(by_policy["expert"][i])
-        assert direction(by_policy["model-direction"][i]) == direction(record) != direction(by_policy["expert"][i])
-        assert direction(by_policy["model-pixel"][i]) == direction(by_policy["expert"][i])
-        assert pixel(by_policy["model-direction"][i]) == pixel(by_policy["expert"][i])
+    pixels = {name: [(r["u"], r["v"]) for r in records] for name, records in by_policy.items()}
+    directions = {name: [r["approach"] for r in records] for name, records in by_policy.items()}
+    assert pixels["model-pixel"] == pixels["model"] != pixels["expert"] == pixels["model-direction"]
+    assert directions["model-direction"] == directions["model"] != directions["expert"] == directions["model-pixel"]
 
 
 def test_a_prediction_that_is_not_a_number_is_a_failure():
