@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from data.dataset import load_manipulation, read_picture, visual_tokens
 from data.questions import contact_question
-from data.run import Run, World, cli, cosine, digest, progress, stop_on_nan
+from data.run import Run, World, cli, cosine, digest, progress, stop_on_nan, write_text
 from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
 
 
@@ -188,7 +188,7 @@ def finetune(cfg: PolicyConfig) -> dict:
     model.save_pretrained(cfg.out, half=cfg.half)
     result |= {"head_parameters": count(model.head), "head_share": share, "samples": len(samples)}
     result |= {"read_seconds": round(read_seconds, 1), "seconds": round(time.monotonic() - start, 1)}
-    (Path(cfg.out) / "policy.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(Path(cfg.out) / "policy.json", json.dumps(result, indent=1) + "\n")
     run.finish()
     run.say("  ".join(f"{k} {v:.4g}" for k, v in result.items()))
     run.say(f"saved {cfg.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}")
