@@ -61,6 +61,9 @@ def test_results_table_is_the_one_of_the_committed_results():
     results = json.loads((TINY / "results.json").read_text())
     assert report.report(results).strip() in README
     assert all(p["splits"][s]["n"] >= 300 for p in results["policies"].values() for s in ("seen", "unseen"))
+    ablations = json.loads((ROOT / "data/results/ablations.json").read_text())
+    assert report.table(ablations) in README and "general-only" in ablations["policies"]
+    assert ablations["policies"]["model"]["splits"] == results["policies"]["model"]["splits"]  # the same scenes
 
 
 def test_minutes_of_training_are_those_of_the_committed_metrics():
