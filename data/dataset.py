@@ -68,7 +68,8 @@ def load_records(file, root=None) -> list[dict]:
     try:
         records = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; `python -m data.build --out {file.parent}` makes one") from None
+        folder = file.parent if file.suffix else file
+        raise ValueError(f"{file}: no such file; `python -m data.build --out {folder}` makes one") from None
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(records, list) or not records:

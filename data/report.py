@@ -336,8 +336,12 @@ def main() -> None:
     parser.add_argument("results")
     parser.add_argument("--out", help="write the results there without the episodes, which are most of them")
     args = parser.parse_args()
-    results = json.loads(Path(args.results).read_text())
-    print(report(results))
+    try:
+        results = json.loads(Path(args.results).read_text())
+        print(report(results))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise SystemExit(f"{args.results}: not a results.json of sim_eval.py ({why})") from None
     if args.out:
         short = {key: value for key, value in results.items() if key != "episodes"}
         write_text(Path(args.out), json.dumps(short, indent=1) + "\n")

@@ -629,3 +629,17 @@ def test_a_panda_that_reaches_nothing_says_so(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "the arm cannot reach it" in said.out and "nothing to film" in said.err
     assert not (tmp_path / "panda.gif").exists()
+
+
+def test_printing_tables_again_and_what_is_no_result(tmp_path):
+    def report(path, *more):
+        command = [sys.executable, "-m", "data.report", str(path), *map(str, more)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    done = report(ROOT / "data/pretrained/robomamba-tiny/results.json", "--out", tmp_path / "short.json")
+    short = json.loads((tmp_path / "short.json").read_text())
+    assert done.stdout.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
+    for name in ("data/results/zoo.json", "data/results/heads.json", "README.md", "nowhere.json"):
+        failed = report(name)
+        assert failed.returncode == 1 and f"{name}: not a results.json" in failed.stderr, name
+        assert "Traceback" not in failed.stderr

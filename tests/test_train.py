@@ -474,7 +474,7 @@ def test_cosine_warms_up_and_comes_down():
     "flags, message",
     [
         (["--stage", "both"], "--stage both: expected one of vision, align, cotrain"),
-        (["--stage", "cotrain", "--data", "nowhere"], "nowhere"),
+        (["--stage", "cotrain", "--data", "nowhere"], "data.build --out nowhere"),
         (["--stage", "vision", "--data", "nowhere", "--preset", "huge"], "--preset huge: expected one of tiny"),
         (["--stage", "cotrain", "--init", "nowhere"], "nowhere/config.json: no such file"),
         (["--stage", "cotrain", "--out", "/proc/none"], "cannot be written"),
