@@ -1,6 +1,6 @@
 # make demo    a fresh machine: environment, the shipped checkpoint, a dialogue, a robot, a table, pictures
 # make test    the environment and the whole test suite
-# make train   the shipped checkpoint from nothing on two CPU cores (about an hour); OUT=runs/tiny
+# make train   the shipped checkpoint from nothing on two CPU cores (one to two hours); OUT=runs/tiny
 PYTHON ?= python3.11
 PY := .venv/bin/python
 OUT ?= runs/tiny
@@ -72,7 +72,7 @@ evaluate: .venv/ready
 	cp $(OUT)/eval/strips.png $(OUT)/eval/episode.gif data/figures/
 
 # What carries the skill: short co-trainings with one thing changed each, a head on each; the shipped head on other seeds;
-# everything fine-tuned; and which half of the action fails. About an hour and a half, one run after the other.
+# everything fine-tuned; and which half of the action fails. About an hour, one run after the other.
 ABLATION_STEPS ?= 400
 ROBOT = plan,possible,success,past,future,contact
 GENERAL = --muon --lr 2e-3 --more presence=3,count=2,parts=2,state=3 --skip $(ROBOT)
