@@ -72,7 +72,8 @@ evaluate: .venv/ready
 	cp $(OUT)/eval/strips.png $(OUT)/eval/episode.gif data/figures/
 
 # What carries the skill: short co-trainings with one thing changed each, a head on each; the shipped head on other seeds;
-# everything fine-tuned; and which half of the action fails. About an hour, one run after the other.
+# everything fine-tuned; and which half of the action fails. About an hour, one run after the other. Its first row must
+# be that of `make evaluate`: run both after every `make ship`.
 ABLATION_STEPS ?= 400
 ROBOT = plan,possible,success,past,future,contact
 GENERAL = --muon --lr 2e-3 --more presence=3,count=2,parts=2,state=3 --skip $(ROBOT)

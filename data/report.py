@@ -338,13 +338,17 @@ def main() -> None:
     args = parser.parse_args()
     try:
         results = json.loads(Path(args.results).read_text())
-        print(report(results))
+        text = report(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        raise SystemExit(f"{args.results}: not a results.json of sim_eval.py ({why})") from None
+        parser.error(f"{args.results}: not a results.json of sim_eval.py ({why})")
+    print(text)
     if args.out:
         short = {key: value for key, value in results.items() if key != "episodes"}
-        write_text(Path(args.out), json.dumps(short, indent=1) + "\n")
+        try:
+            write_text(Path(args.out), json.dumps(short, indent=1) + "\n")
+        except ValueError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -641,5 +641,5 @@ def test_printing_tables_again_and_what_is_no_result(tmp_path):
     assert done.stdout.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
     for name in ("data/results/zoo.json", "data/results/heads.json", "README.md", "nowhere.json"):
         failed = report(name)
-        assert failed.returncode == 1 and f"{name}: not a results.json" in failed.stderr, name
+        assert failed.returncode == 2 and f"{name}: not a results.json" in failed.stderr, name
         assert "Traceback" not in failed.stderr
