@@ -67,7 +67,7 @@ evaluate: .venv/ready
 	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --strips 9 --out $(OUT)/eval
 	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
 	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
-	OMP_NUM_THREADS=1 $(PY) -m data.benchmark --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
+	OMP_NUM_THREADS=1 $(PY) -m extras.reasoning_eval --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
 	cp $(OUT)/eval/results.json $(OUT)/eval/categories.md $(OUT)/reasoning/reasoning.json $(TINY)/
 	cp $(OUT)/eval/strips.png $(OUT)/eval/episode.gif data/figures/
 
@@ -89,7 +89,7 @@ ablations: .venv/ready
 	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
 	$(PY) sim_eval.py --policy model,model-pixel,model-direction,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-fine-tuned=$(OUT)/full,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,untrained-encoder=$(OUT)/no-vision-policy,random-normal \
 	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
-	$(PY) -m data.report $(OUT)/ablations/results.json --out data/results/ablations.json
+	$(PY) -m common.report $(OUT)/ablations/results.json --out data/results/ablations.json
 
 # What teaches the encoder: the simulator's dense targets, captions (CLIP's contrast), both, or nothing; then the same
 # short probe, linear layers on the frozen tokens. Twenty minutes.

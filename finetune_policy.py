@@ -7,7 +7,7 @@
 The backbone never changes, so each (picture, instruction) is read once: its pooled state (RoboMamba section 3.3) is
 computed and kept, and the head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here in
 shares of the picture, plus the geodesic angle between the predicted and the true gripper rotation. Yaw about the
-approach is filled by a fixed rule (data.world.rotation_from_approach), because a suction cup leaves it free: with the
+approach is filled by a fixed rule (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the
 paper's random yaw the angle could not fall below 90 degrees on average.
 
 Logged (metrics.csv; drawn at the end as OUT/curves.png): loss; on --val every --eval-every epochs: pixel_px (median
@@ -26,33 +26,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.files import write_text
+from common.scripts import Processes, Run, cli, cosine, digest, flag, progress, stop_on_nan
 from data.dataset import load_manipulation, read_picture, visual_tokens
-from data.questions import contact_question
-from data.run import Run, World, cli, cosine, digest, progress, stop_on_nan, write_text
+from data.prompts import contact_question
 from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
 
 
 @dataclass
 class PolicyConfig:
-    checkpoint: str = "runs/cotrain"  # folder of the co-trained model
-    data: str = "data/cache/train"  # folder made by data.build
-    val: str = "data/cache/val"  # folder made by data.build --split val; "" = none
-    out: str = "runs/policy"  # folder of the new checkpoint
-    device: str = "auto"  # auto | cpu | cuda
-    seed: int = 0
-    samples: int = 10_000  # manipulation samples used (the paper's 10K)
-    epochs: int = 60
-    batch_size: int = 128
-    lr: float = 2e-3  # peak
-    weight_decay: float = 0.01
-    direction_weight: float = 0.3  # of the geodesic angle in radians against the pixel's L1 in shares of the picture
-    head: str = "two_mlp"  # two_mlp | one_mlp | ssm (paper Table 6)
-    hidden: int = 8  # hidden width of a new head; 0 = go on with the checkpoint's own, whatever --head and --pool say
-    pool: str = "last"  # last | first_last | mean
-    random_backbone: bool = False  # draw vision, projector and language model anew: the floor of the comparison
-    unfreeze: bool = False  # train all parameters on the samples (upper reference; the paper freezes them)
-    eval_every: int = 5  # epochs
-    half: bool = False  # save weight matrices in float16
+    checkpoint: str = flag("runs/cotrain", "folder of the co-trained model")
+    data: str = flag("data/cache/train", "folder made by data.build")
+    val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = none')
+    out: str = flag("runs/policy", "folder of the new checkpoint")
+    device: str = flag("auto", "auto | cpu | cuda")
+    seed: int = flag(0, "")
+    samples: int = flag(10_000, "manipulation samples used (the paper's 10K)")
+    epochs: int = flag(60, "")
+    batch_size: int = flag(128, "")
+    lr: float = flag(2e-3, "peak")
+    weight_decay: float = flag(0.01, "")
+    direction_weight: float = flag(
+        0.3, "of the geodesic angle in radians against the pixel's L1 in shares of the picture"
+    )
+    head: str = flag("two_mlp", "two_mlp | one_mlp | ssm (paper Table 6)")
+    hidden: int = flag(
+        8, "hidden width of a new head; 0 = go on with the checkpoint's own, whatever --head and --pool say"
+    )
+    pool: str = flag("last", "last | first_last | mean")
+    random_backbone: bool = flag(False, "draw vision, projector and language model anew: the floor of the comparison")
+    unfreeze: bool = flag(False, "train all parameters on the samples (upper reference; the paper freezes them)")
+    eval_every: int = flag(5, "epochs")
+    half: bool = flag(False, "save weight matrices in float16")
 
 
 def geodesic(a: Tensor, b: Tensor) -> Tensor:
@@ -85,23 +90,23 @@ def read_samples(model: RoboMamba, folder: str, samples: list[dict], rows: Tenso
 
 
 @torch.no_grad()
-def pooled_states(model: RoboMamba, folder: str, samples: list[dict], world: World, batch: int = 64) -> Tensor:
+def pooled_states(model: RoboMamba, folder: str, samples: list[dict], processes: Processes, batch: int = 64) -> Tensor:
     """(n, D): the state the head reads for each sample; (n, T, D), zeros for padding, for the head "ssm".
 
     Several samples of one picture share its reading.
     """
     names = list(dict.fromkeys(s["image"] for s in samples))
-    tokens = visual_tokens(model.vision, folder, names, world)
+    tokens = visual_tokens(model.vision, folder, names, processes)
     where = {name: i for i, name in enumerate(names)}
     out = []
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
         shown, owner = np.unique([where[s["image"]] for s in part], return_inverse=True)
         shown, owner = (
-            torch.from_numpy(tokens[shown]).float().to(world.device),
-            torch.from_numpy(owner).to(world.device),
+            torch.from_numpy(tokens[shown]).float().to(processes.device),
+            torch.from_numpy(owner).to(processes.device),
         )
-        out.extend(model.pooled(shown, *prompts(model, part, world.device), owner))
+        out.extend(model.pooled(shown, *prompts(model, part, processes.device), owner))
     return nn.utils.rnn.pad_sequence(out, batch_first=True)
 
 
@@ -121,8 +126,8 @@ def errors(head: PolicyHead, states: Tensor, pixel: Tensor, rotation: Tensor, im
 def finetune(cfg: PolicyConfig) -> dict:
     """Train the head; returns the last validation errors, shares and seconds (also written to OUT/policy.json)."""
     start = time.monotonic()
-    world = World(cfg.device)
-    model = RoboMamba.from_pretrained(cfg.checkpoint).to(world.device)
+    processes = Processes(cfg.device)
+    model = RoboMamba.from_pretrained(cfg.checkpoint).to(processes.device)
     torch.manual_seed(cfg.seed)
     if cfg.random_backbone:
         init_weights(model)
@@ -131,11 +136,11 @@ def finetune(cfg: PolicyConfig) -> dict:
         dataclasses.replace(model.config)  # checks the new head's names
         model.head = PolicyHead(model.config.head, model.config.lm.d_model)
         init_weights(model.head)
-    model.requires_grad_(cfg.unfreeze).to(world.device).train()
+    model.requires_grad_(cfg.unfreeze).to(processes.device).train()
     model.head.requires_grad_(True)
     parts = ("vision", "projector", "lm")
     frozen = {} if cfg.unfreeze else {name: digest(getattr(model, name)) for name in parts}
-    run = Run(cfg, world, cfg.epochs, log_every=1)
+    run = Run(cfg, processes, cfg.epochs, log_every=1)
     share = count(model.head) / count(model)
     rest = "is trained too" if cfg.unfreeze else "is frozen"
     run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; the rest {rest}")
@@ -143,12 +148,12 @@ def finetune(cfg: PolicyConfig) -> dict:
     # Read every sample once; from here on the backbone is not needed, unless it learns too.
     size = model.config.vision.image_size
     samples = load_manipulation(Path(cfg.data) / "manipulation.jsonl")[: cfg.samples]
-    states = None if cfg.unfreeze else pooled_states(model, cfg.data, samples, world)
-    pixel, rotation = (x.to(world.device) for x in targets(samples, size))
+    states = None if cfg.unfreeze else pooled_states(model, cfg.data, samples, processes)
+    pixel, rotation = (x.to(processes.device) for x in targets(samples, size))
     if cfg.val:
         val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl")
-        val_states = None if cfg.unfreeze else pooled_states(model, cfg.val, val_samples, world)
-        val_targets = [x.to(world.device) for x in targets(val_samples, size)]
+        val_states = None if cfg.unfreeze else pooled_states(model, cfg.val, val_samples, processes)
+        val_targets = [x.to(processes.device) for x in targets(val_samples, size)]
     read_seconds = time.monotonic() - start
     run.say(f"read {len(samples)} samples in {read_seconds:.0f} s")
 

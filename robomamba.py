@@ -13,7 +13,7 @@ Run it:
 
 Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba,
 policy head, the whole model, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`. How files of weights are read
-and written, the published ones too, is in `data/checkpoints.py`.
+and written, the published ones too, is in `common/weights.py`.
 
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4);
 CLIP, arXiv 2103.00020.
@@ -48,14 +48,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data import checkpoints
-from data.checkpoints import KEEP_FLOAT32, load_tensors, weight_files
-from data.costs import print_presets
+from common import weights as checkpoints
+from common.weights import KEEP_FLOAT32, load_tensors, weight_files
 from data.dataset import read_picture
 from data.depth import lift, read_depth
-from data.questions import contact_question
+from data.prompts import contact_question
 from data.tokenizer import load_encoding, read_tokenizer_json, write_encoding
-from data.transformer import TransformerBlock
+from extras.costs import print_presets
+from extras.transformer import TransformerBlock
 from selective_scan import scan_step, selective_scan
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class LMConfig:
     a_max: float = 4.0
     bc_norm: bool = True  # normalise B and C to unit root mean square; off for published weights
     norm_eps: float = 1e-5
-    mixer: str = "mamba"  # "attention": a Transformer of the same size to compare with, see data/transformer.py
+    mixer: str = "mamba"  # "attention": a Transformer of the same size to compare with, see extras/transformer.py
 
     @property
     def d_inner(self) -> int:
@@ -862,7 +862,7 @@ def main() -> None:
     parser.add_argument("--act", help="an instruction; contact pixel and gripper rotation are printed")
     parser.add_argument("--depth", help="with --act: depth of the picture, .npy in metres or 16-bit PNG in millimetres")
     parser.add_argument("--intrinsics", nargs=4, type=float, metavar="F", help="fx fy cx cy in pixels of --depth")
-    parser.add_argument("--look", metavar="DIR", help="write pictures of the recurrent state into DIR (data/look.py)")
+    parser.add_argument("--look", metavar="DIR", help="write pictures of the recurrent state into DIR (extras/look.py)")
     parser.add_argument("--presets", action="store_true", help="print parameters and memory of every preset")
     args = parser.parse_args()
     if args.presets:
@@ -890,7 +890,7 @@ def main() -> None:
             print("rotation, columns forward, left, approach, camera frame x right, y down, z forward:")
             print(np.array2string(action.rotation, precision=3, suppress_small=True))
         if args.look:
-            from data.look import draw  # here: nothing else needs what it draws with
+            from extras.look import draw  # here: nothing else needs what it draws with
 
             question = args.ask if args.act is None else contact_question(args.act)
             print("Written:", *draw(model, args.image, question, args.look))

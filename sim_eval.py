@@ -1,4 +1,4 @@
-"""The examination: policies act on test scenes of data/world.py; this file counts what moved, and draws it.
+"""The examination: policies act on test scenes of sim/scene.py; this file counts what moved, and draws it.
 
     python sim_eval.py --demo --out demo               # what `make demo` runs: a dialogue, a robot, a table, pictures
     python sim_eval.py --policy model,expert,random,random-normal,mean-action,blind --episodes 300 --out runs/eval
@@ -7,20 +7,20 @@
     python sim_eval.py --affordance Door,Microwave,Bottle --out runs/maps    # where on a part does a pull work?
     python sim_eval.py --sheet sheet.png                                     # one picture of every category
     python sim_eval.py --make-blind-table data/cache/train/manipulation.jsonl
-    python sim_eval.py --objects DIR --out runs/mine         # articulated objects of your own (data/partnet.py)
+    python sim_eval.py --objects DIR --out runs/mine         # articulated objects of your own (sim/partnet.py)
     python sim_eval.py --closed-loop 3 --out runs/closed     # look and grip again three times, beside open loop
-    python sim_eval.py --speed --out runs/speed              # predictions a second, and a Transformer's (data/speed.py)
-    python sim_eval.py --robot panda --out demo              # one episode with a Franka arm, as a film (data/panda.py)
+    python sim_eval.py --speed --out runs/speed              # predictions a second, and a Transformer's
+    python sim_eval.py --robot panda --out demo              # one episode with a Franka arm, as a film
 
     (category, seed) -> Scene -> picture + sentence -> policy -> pixel (u, v), approach -> Scene.act -> Outcome
                           |                              ^ one function (scene, sentence, part, rng) -> (u, v, approach)
                           `-> expert finds no contact: the scene is counted as infeasible and the next seed is taken
 
-Reading order: data/policies.py, Bench.episode (one scene, all policies), run_jobs (processes), evaluate, summarise,
-run; then data/report.py (tables) and data/pictures.py (strips, sheets).
+Reading order: sim/policies.py, Bench.episode (one scene, all policies), run_jobs (processes), evaluate, summarise,
+run; then common/report.py (tables) and sim/pictures.py (strips, sheets).
 
 OUT/results.json holds every episode, OUT/table.md the tables, OUT/categories.md each category beside the paper's.
-Success means that the NAMED part moved (data/world.py has the formula): >= 0.01 rad or m ("initial") and >= 0.1
+Success means that the NAMED part moved (sim/scene.py has the formula): >= 0.01 rad or m ("initial") and >= 0.1
 ("long"). Whatever a policy gets wrong (off the object, not reachable, seal lost, not a number) is a failure and stays
 in the denominator. All policies meet the same scenes and the same sentences. Scenes are those that the expert solves,
 so its own row is about 1 by construction; the row "expert, unconditioned" says how often it does, and what was passed
@@ -54,10 +54,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import objects, panda, questions
-from data.partnet import ObjectScene, find_objects
-from data.pictures import ZOOM, affordance_sheet, contact_sheet, draw_strips
-from data.policies import (
+from common.report import report, speed_table, wilson, write_results
+from common.scripts import cli, commit, flag, hardware, progress, start_worker
+from data import questions
+from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
+from extras import panda
+from sim import objects
+from sim.partnet import ObjectScene, find_objects
+from sim.pictures import ZOOM, affordance_sheet, contact_sheet, draw_strips
+from sim.policies import (
     HALVES,
     LABELLED,
     POLICY_HELP,
@@ -67,12 +72,9 @@ from data.policies import (
     disturbed,
     half,
     make_blind_table,
-    model_policy,
     read_blind_table,
 )
-from data.report import report, speed_table, wilson, write_results
-from data.run import cli, commit, hardware, progress, start_worker
-from data.world import (
+from sim.scene import (
     INITIAL,
     Label,
     Outcome,
@@ -109,24 +111,32 @@ OWN = ("model", "model-text", "model-carried", *HALVES)  # the model of --checkp
 
 @dataclass
 class EvalConfig:
-    policy: str = "model"  # comma separated, the first is drawn; NAME=FOLDER another model; x prints the list of all
-    checkpoint: str = "data/pretrained/robomamba-tiny"  # folder of the policy `model`
-    blind_table: str = "data/pretrained/blind_table.json"  # what `mean-action` and `blind` know
-    split: str = ""  # seen | unseen | both | val | drawer-door; both if not given; val for --physics-table
-    objects: str = ""  # folder of your own objects (PartNet-Mobility's layout): one more split, alone without --split
-    episodes: int = 100  # scenes per split, categories in turn
-    seed: int = 0  # another seed, other scenes
-    workers: int = 2  # processes
-    out: str = "runs/eval"  # folder for results.json, table.md and pictures
-    closed_loop: int = 0  # after the first grip: look, predict and grip again so many times; reported beside open loop
-    robot: str = ""  # panda: the first policy's first reachable episode with a Franka arm, OUT/panda.gif, and stop
-    strips: int = 0  # pictures of so many episodes of the first policy, and one GIF
-    demo: bool = False  # a dialogue, then 32 + 32 scenes and six strips
-    physics_table: bool = False  # scripted policies only, on val scenes: physics.json and physics.md
-    affordance: str = ""  # categories, comma separated: draw where a pull works
-    sheet: str = ""  # FILE.png: draw one scene of every category and stop
-    speed: bool = False  # time predictions of --checkpoint, and of a Transformer of its size (data/speed.py), and stop
-    make_blind_table: str = ""  # manipulation.jsonl of the training data: write --blind-table and stop
+    policy: str = flag(
+        "model", "comma separated, the first is drawn; NAME=FOLDER another model; x prints the list of all"
+    )
+    checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder of the policy `model`")
+    blind_table: str = flag("data/pretrained/blind_table.json", "what `mean-action` and `blind` know")
+    split: str = flag("", "seen | unseen | both | val | drawer-door; both if not given; val for --physics-table")
+    objects: str = flag(
+        "", "folder of your own objects (PartNet-Mobility's layout): one more split, alone without --split"
+    )
+    episodes: int = flag(100, "scenes per split, categories in turn")
+    seed: int = flag(0, "another seed, other scenes")
+    workers: int = flag(2, "processes")
+    out: str = flag("runs/eval", "folder for results.json, table.md and pictures")
+    closed_loop: int = flag(
+        0, "after the first grip: look, predict and grip again so many times; reported beside open loop"
+    )
+    robot: str = flag(
+        "", "panda: the first policy's first reachable episode with a Franka arm, OUT/panda.gif, and stop"
+    )
+    strips: int = flag(0, "pictures of so many episodes of the first policy, and one GIF")
+    demo: bool = flag(False, "a dialogue, then 32 + 32 scenes and six strips")
+    physics_table: bool = flag(False, "scripted policies only, on val scenes: physics.json and physics.md")
+    affordance: str = flag("", "categories, comma separated: draw where a pull works")
+    sheet: str = flag("", "FILE.png: draw one scene of every category and stop")
+    speed: bool = flag(False, "time predictions of --checkpoint, and of a Transformer of its size , and stop")
+    make_blind_table: str = flag("", "manipulation.jsonl of the training data: write --blind-table and stop")
 
 
 # ----------------------------------------------------------------------------------------------------------- episodes
@@ -342,6 +352,40 @@ def sentence(scene: Scene, part: int) -> str:
     return questions.instruction(scene.spec.parts[part], noun, rng)
 
 
+def model_policy(folder: str, as_text: bool = False, carried: bool = False):
+    """RoboMamba from a checkpoint folder, on one thread; returns (policy, image size).
+
+    as_text: spell the action out token by token, as ManipLLM and other language models do, and read the numbers back,
+        instead of one forward pass and the policy head. Text that is no contact counts as a failure.
+    carried: in a closed loop (--closed-loop) each prediction goes on from the state that the last one of this scene and
+        sentence left, so it remembers those pictures. The model was never trained on more than one picture.
+    """
+    import torch  # here and in the next line: policies without a model start in half a second
+
+    from robomamba import RoboMamba
+
+    torch.set_num_threads(1)
+    model = RoboMamba.from_pretrained(folder)
+    S = model.config.vision.image_size
+    memories = {}  # of one scene: {(category, seed, sentence): memory}
+    model.predict_action(np.zeros((S, S, 3), np.uint8), "open the door")  # the first call is slower; keep it untimed
+
+    def with_head(scene, instruction, part, rng):
+        here = (scene.category, scene.seed)
+        if any(key[:2] != here for key in memories):
+            memories.clear()
+        memory = memories.setdefault((*here, instruction), []) if carried else None
+        action = model.predict_action(scene.rgb, instruction, memory)
+        return action.u, action.v, action.approach
+
+    def with_text(scene, instruction, part, rng):
+        text = model.generate(scene.rgb, contact_question(instruction), max_new_tokens=CONTACT_TOKENS)
+        u, v, approach = parse_contact(text) or (math.nan, math.nan, np.full(3, math.nan))
+        return u * S, v * S, approach
+
+    return with_text if as_text else with_head, S
+
+
 # ---------------------------------------------------------------------------------------------------------- processes
 
 _bench: Bench | None = None  # the one of a worker process
@@ -528,7 +572,7 @@ def show_dialogue(cfg: EvalConfig, out: Path) -> None:
         turns = [(turn.question, turn.answer) for turn in questions.dialogue(known, rng)]
         contact = known["parts"][scene.target]["contact"]
         if contact:
-            asked = questions.contact_question(sentence(scene, scene.target))
+            asked = contact_question(sentence(scene, scene.target))
             turns.append((asked, questions.contact_answer(contact, S)))
         print(f"A picture of a {objects.NOUNS[job.category]} it has never seen ({out / 'scene.png'}):\n")
         for question, truth in turns:
@@ -538,7 +582,7 @@ def show_dialogue(cfg: EvalConfig, out: Path) -> None:
 
 
 def show_panda(cfg: EvalConfig, out: Path, groups: dict) -> int:
-    """One episode of the first policy with the Franka arm (data/panda.py has the conditions); writes OUT/panda.gif."""
+    """One episode of the first policy with the Franka arm (extras/panda.py); writes OUT/panda.gif."""
     bench, path = Bench(dataclasses.replace(cfg, policy=cfg.policy.split(",")[0])), out / "panda.gif"
     (name, policy), *_ = bench.policies.items()
     print(panda.CONDITIONS)
@@ -604,7 +648,7 @@ def run(cfg: EvalConfig, command: str) -> int:
         return 0
     out = Path(cfg.out)
     if cfg.speed:
-        from data import speed  # needs torch
+        from extras import speed  # needs torch
 
         make_folder(out)
         facts = {"command": command, "commit": commit(), "hardware": hardware()}

@@ -42,58 +42,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import objects, questions
+from common.files import write_text
+from common.scripts import Processes, Run, cli, cosine, digest, flag, rows_of_step, stop_on_nan
 from data.dataset import GREY, IGNORE, N_NUMBERS, Conversations, read_picture, visual_tokens
-from data.run import Run, World, cli, cosine, digest, rows_of_step, stop_on_nan, write_text
+from data.prompts import parse_contact
 from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens, load_encoding
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
+from sim import objects
 
 
 @dataclass
 class TrainConfig:
-    stage: str = "cotrain"  # vision | align | cotrain
-    data: str = (
-        "data/cache/train"  # folder made by data.build, or a conversation file in LLaVA's layout (align, cotrain)
+    stage: str = flag("cotrain", "vision | align | cotrain")
+    data: str = flag(
+        "data/cache/train", "folder made by data.build, or a conversation file in LLaVA's layout (align, cotrain)"
     )
-    images: str = ""  # folder the image paths are relative to (default: where the conversation file lies)
-    val: str = "data/cache/val"  # folder made by data.build --split val; "" = no validation
-    init: str = ""  # checkpoint folder to start from; "" = a new model of --preset
-    preset: str = "tiny"  # robomamba.PRESETS
-    vision_weights: str = ""  # published CLIP folder to start from; --preset gives projector, head, position code
-    lm_weights: str = ""  # published Mamba folder with a tokenizer.json; goes with --vision-weights
-    out: str = "runs/cotrain"  # folder of the new checkpoint and metrics.csv
-    resume: bool = False  # go on from OUT/checkpoint.pt, bit for bit
-    device: str = "auto"  # auto | cpu | cuda
-    seed: int = 0
-    max_steps: int = 2000
-    batch_size: int = 32  # pictures a step, over all processes
-    lr: float = 1e-3  # peak; linear warm-up, then cosine
-    warmup: int = 80  # steps
-    muon: bool = False  # wide matrices step orthogonally (class Muon), all else with AdamW; no: AdamW for all
-    weight_decay: float = 0.05  # matrices only: never A_log, D, norms, biases, embeddings
-    clip: float = 1.0  # largest gradient norm
-    dense: float = 1.0  # vision: weight of the dense losses
-    contrast: float = 0.0  # vision: weight of the picture-caption contrast (CLIP's loss)
-    probe: bool = False  # vision: the encoder stays frozen, only the linear layers learn: what do its tokens tell?
-    questions: int = 4  # asked of each picture in a step
-    contact: float = 0.35  # cotrain: chance that a question asks for a contact (five numbers)
-    grounding: float = 0.15  # cotrain: chance that it is another one answered with numbers (where, box)
-    skip: str = ""  # families of questions left out of training, such as plan,possible,success,past,future,contact
-    more: str = ""  # families drawn so many times as often, such as presence=4,count=2
-    turns: str = "branch"  # branch: each turn sees the picture alone; pack: turns follow each other
-    soft_numbers: float = 1.9  # standard deviation of a number's target in bins of 1/100; 0 = one-hot
-    number_weight: float = 3.0  # of the throw-away layer that reads all numbers from the last prompt state; 0 = off
-    unfreeze_vision: bool = False  # cotrain trains the encoder too (a deviation from the paper)
-    log_every: int = 20  # steps
-    eval_every: int = 500  # steps
-    eval_records: int = 100  # of --val, align and cotrain
-    save_every: int = 200  # steps
+    images: str = flag("", "folder the image paths are relative to (default: where the conversation file lies)")
+    val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = no validation')
+    init: str = flag("", 'checkpoint folder to start from; "" = a new model of --preset')
+    preset: str = flag("tiny", "robomamba.PRESETS")
+    vision_weights: str = flag("", "published CLIP folder to start from; --preset gives projector, head, position code")
+    lm_weights: str = flag("", "published Mamba folder with a tokenizer.json; goes with --vision-weights")
+    out: str = flag("runs/cotrain", "folder of the new checkpoint and metrics.csv")
+    resume: bool = flag(False, "go on from OUT/checkpoint.pt, bit for bit")
+    device: str = flag("auto", "auto | cpu | cuda")
+    seed: int = flag(0, "")
+    max_steps: int = flag(2000, "")
+    batch_size: int = flag(32, "pictures a step, over all processes")
+    lr: float = flag(1e-3, "peak; linear warm-up, then cosine")
+    warmup: int = flag(80, "steps")
+    muon: bool = flag(False, "wide matrices step orthogonally (class Muon), all else with AdamW; no: AdamW for all")
+    weight_decay: float = flag(0.05, "matrices only: never A_log, D, norms, biases, embeddings")
+    clip: float = flag(1.0, "largest gradient norm")
+    dense: float = flag(1.0, "vision: weight of the dense losses")
+    contrast: float = flag(0.0, "vision: weight of the picture-caption contrast (CLIP's loss)")
+    probe: bool = flag(
+        False, "vision: the encoder stays frozen, only the linear layers learn: what do its tokens tell?"
+    )
+    questions: int = flag(4, "asked of each picture in a step")
+    contact: float = flag(0.35, "cotrain: chance that a question asks for a contact (five numbers)")
+    grounding: float = flag(0.15, "cotrain: chance that it is another one answered with numbers (where, box)")
+    skip: str = flag(
+        "", "families of questions left out of training, such as plan,possible,success,past,future,contact"
+    )
+    more: str = flag("", "families drawn so many times as often, such as presence=4,count=2")
+    turns: str = flag("branch", "branch: each turn sees the picture alone; pack: turns follow each other")
+    soft_numbers: float = flag(1.9, "standard deviation of a number's target in bins of 1/100; 0 = one-hot")
+    number_weight: float = flag(
+        3.0, "of the throw-away layer that reads all numbers from the last prompt state; 0 = off"
+    )
+    unfreeze_vision: bool = flag(False, "cotrain trains the encoder too (a deviation from the paper)")
+    log_every: int = flag(20, "steps")
+    eval_every: int = flag(500, "steps")
+    eval_records: int = flag(100, "of --val, align and cotrain")
+    save_every: int = flag(200, "steps")
 
 
 STAGES = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
 MAX_SHIFT_CELLS = 2  # vision stage: pictures are shifted by up to so many cells of 8 pixels
 LIGHT_JITTER = 0.15  # vision stage: brightness and contrast vary by this share
-SHOWN_FAMILIES = ("caption", "plan", "contact")  # answers.md: a question of each, on different pictures of --val
+SHOWN_TYPES = ("caption", "plan", "contact")  # answers.md: a question of each, on different pictures of --val
 
 # ---- objectives ------------------------------------------------------------------------------------------------------
 
@@ -329,7 +337,7 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray |
             if family == "contact":
                 is_answer = target[i] != IGNORE
                 texts = (data.encoding.decode(x[i][is_answer][:-1].tolist()) for x in (said[0], target))
-                guess, true = map(questions.parse_contact, texts)
+                guess, true = map(parse_contact, texts)
                 if guess and true:
                     px.append(S * float(np.hypot(guess[0] - true[0], guess[1] - true[1])))
                     degrees.append(float(np.degrees(np.arccos(np.clip(np.dot(guess[2], true[2]), -1, 1)))))
@@ -341,10 +349,10 @@ def evaluate_answers(model: RoboMamba, data: Conversations, tokens: np.ndarray |
 
 
 def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
-    """(picture file, question, answer) of three records: of each of SHOWN_FAMILIES the first question there is; a file
+    """(picture file, question, answer) of three records: of each of SHOWN_TYPES the first question there is; a file
     without families shows its first questions."""
     found: dict[int, tuple[str, str, str]] = {}
-    for family in SHOWN_FAMILIES:
+    for family in SHOWN_TYPES:
         for row, record in enumerate(data.records):
             said, families = [turn["value"] for turn in record["conversations"]], record.get("families", [family])
             if row not in found and "image" in record and family in families:
@@ -453,15 +461,15 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.resume and finished.exists() and not (Path(cfg.out) / "checkpoint.pt").exists():
         print(f"{finished} is there and no checkpoint.pt: this run has finished; remove the folder to start anew")
         return {}
-    world = World(cfg.device)
-    if cfg.batch_size % world.size:
-        raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {world.size} processes")
+    processes = Processes(cfg.device)
+    if cfg.batch_size % processes.size:
+        raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {processes.size} processes")
     source = Path(cfg.data)
     file, folder = (source / "conversations.json", source) if source.is_dir() else (source, source.parent)
     own_vocabulary = folder / "vocab.tiktoken"
     model = start_model(
         cfg, own_vocabulary if own_vocabulary.exists() else Path(__file__).parent / "data/vocab.tiktoken"
-    ).to(world.device)
+    ).to(processes.device)
 
     # What is trained and what is frozen.
     trained = () if cfg.probe else STAGES[cfg.stage] + (("vision",) if cfg.unfreeze_vision else ())
@@ -470,7 +478,7 @@ def train(cfg: TrainConfig) -> dict:
         part = getattr(model, name).requires_grad_(name in trained)
         if name not in trained:
             frozen[name] = digest(part)
-    run = Run(cfg, world, cfg.max_steps, cfg.log_every)
+    run = Run(cfg, processes, cfg.max_steps, cfg.log_every)
     run.say(
         "  ".join(
             f"{n} {count(getattr(model, n)):,d} {'trained' if n in trained else 'frozen'}"
@@ -485,7 +493,7 @@ def train(cfg: TrainConfig) -> dict:
         objective = DenseObjective(model, cfg.dense, cfg.contrast)
         data = DensePictures(cfg.data, size, model.encoding)
         val = DensePictures(cfg.val, size, model.encoding) if cfg.val else None
-        evaluate = lambda: evaluate_vision(objective, val, world.device)  # noqa: E731
+        evaluate = lambda: evaluate_vision(objective, val, processes.device)  # noqa: E731
     else:
         numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
         objective = AnswerObjective(model, numbers * cfg.soft_numbers, numbers * cfg.number_weight)
@@ -493,23 +501,23 @@ def train(cfg: TrainConfig) -> dict:
         cached = (
             None
             if cfg.unfreeze_vision
-            else visual_tokens(model.vision, data.root, [r.get("image", "") for r in data.records], world)
+            else visual_tokens(model.vision, data.root, [r.get("image", "") for r in data.records], processes)
         )
         if cfg.val:
             val = Conversations(Path(cfg.val) / "conversations.json", model.encoding, size, limit=cfg.eval_records)
             shown = shown_questions(val)
             if cached is not None:
-                val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], world)
+                val_tokens = visual_tokens(model.vision, val.root, [r["image"] for r in val.records], processes)
             else:  # the encoder is trained too: read the pictures with what it has become
                 val_tokens = None
-        evaluate = lambda: evaluate_answers(model, val, val_tokens, world.device)  # noqa: E731
-    objective.to(world.device).train()
+        evaluate = lambda: evaluate_answers(model, val, val_tokens, processes.device)  # noqa: E731
+    objective.to(processes.device).train()
     optimizer = Muon(parameter_groups(objective, cfg.weight_decay, cfg.muon), lr=cfg.lr, betas=(0.9, 0.98))
     first = run.resume([objective], optimizer) if cfg.resume else 0
-    if world.first and not first:
+    if processes.first and not first:
         (run.out / "answers.md").unlink(missing_ok=True)  # of an earlier run in this folder
-    parallel = world.wrap(objective)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda")
+    parallel = processes.wrap(objective)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda")
     result = {}
 
     # The loop, in time order.
@@ -517,36 +525,36 @@ def train(cfg: TrainConfig) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * cosine(step, cfg.max_steps, cfg.warmup)
         everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
-        rows, rng = everyone[world.rank :: world.size], np.random.default_rng([cfg.seed, step])
+        rows, rng = everyone[processes.rank :: processes.size], np.random.default_rng([cfg.seed, step])
         if cfg.stage == "vision":
             inputs, counts = data.batch(rows, [cfg.seed, step]), ()
         else:
             Q = cfg.questions if cfg.turns == "branch" else 1
             shares = (cfg.contact, cfg.grounding) if cfg.stage == "cotrain" else (0.0, 0.0)
             drawn = data.draw(everyone, rng, Q, *shares)  # every process draws for all, then keeps its own rows
-            mine = [drawn[i * Q + q] for i in range(world.rank, len(everyone), world.size) for q in range(Q)]
+            mine = [drawn[i * Q + q] for i in range(processes.rank, len(everyone), processes.size) for q in range(Q)]
             b = data.collate(rows, mine)
             images = data.pictures(rows) if cached is None else torch.from_numpy(cached[rows]).float()
             inputs = (images, b.tokens, b.prompts, b.labels, b.numbers)
-            counts = world.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
+            counts = processes.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
             counts = tuple(max(n, 1) for n in counts)
         with autocast:
-            loss, parts = parallel(*(x.to(world.device) for x in inputs), *counts)
+            loss, parts = parallel(*(x.to(processes.device) for x in inputs), *counts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         stop_on_nan(step, loss, objective.named_parameters())
         nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], cfg.clip)
         optimizer.step()
-        means = world.mean([loss.item(), *(v.item() for v in parts.values())])
+        means = processes.mean([loss.item(), *(v.item() for v in parts.values())])
         run.log(step + 1, **dict(zip(("loss", *parts), means, strict=True)))
         if cfg.val and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps):
             objective.eval()
-            if world.first:
+            if processes.first:
                 result = evaluate()
                 run.write(step + 1, **result)
                 run.say(f"step {step + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
                 show_answers(model, shown, step + 1, run)
-            world.barrier()
+            processes.barrier()
             objective.train()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.max_steps:
             run.save(step + 1, [objective], optimizer)
@@ -555,12 +563,12 @@ def train(cfg: TrainConfig) -> dict:
     for name, before in frozen.items():
         if digest(getattr(model, name)) != before:
             raise RuntimeError(f"{name} was frozen but has changed")
-    if world.first:
+    if processes.first:
         model.save_pretrained(cfg.out)
         run.finish()
         print(f"saved {cfg.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}", flush=True)
-    world.barrier()
-    world.close()
+    processes.barrier()
+    processes.close()
     return result
 
 

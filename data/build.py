@@ -39,9 +39,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import objects, questions
-from data.run import cli, progress, start_worker, write_atomically, write_text
+from common.files import write_atomically, write_text
+from common.scripts import cli, flag, progress, start_worker
+from data import questions
 from data.tokenizer import train_ranks, write_ranks
+from sim import objects
 
 # Test scenes: sim_eval.py acts on 20,000,000+ (seen) and 30,000,000+ (unseen); the questions have ranges of their own.
 SEED_BASE = {"train": 0, "val": 10_000_000, "test-seen": 40_000_000, "test-unseen": 50_000_000}
@@ -52,18 +54,26 @@ TARGET_SIDE = 16  # cells of the dense targets along one side
 
 @dataclass
 class BuildConfig:
-    scenes: int = 2000  # pictures
-    demos: int = 10_000  # at most so many manipulation samples, seen categories only (the paper's 10K)
-    workers: int = 2  # processes
-    seed: int = 0
-    out: str = "data/cache/train"  # folder
-    split: str = "train"  # train | val | test-seen | test-unseen: which range of scene seeds, which categories
-    image_size: int = 128  # pixels
-    gadgets: float = 0.25  # share of pictures with random gadgets (training variety; train only)
-    unseen: float = 0.08  # share of pictures of unseen categories, general questions only (0: strict rule; train only)
-    opened: float = 0.08  # share of pictures with parts already open: for questions of state, without contact labels
-    after: float = 0.14  # share of pictures taken after an attempt, good or bad: for questions of past and success
-    vocab: int = 1021  # byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none
+    scenes: int = flag(2000, "pictures")
+    demos: int = flag(10_000, "at most so many manipulation samples, seen categories only (the paper's 10K)")
+    workers: int = flag(2, "processes")
+    seed: int = flag(0, "")
+    out: str = flag("data/cache/train", "folder")
+    split: str = flag("train", "train | val | test-seen | test-unseen: which range of scene seeds, which categories")
+    image_size: int = flag(128, "pixels")
+    gadgets: float = flag(0.25, "share of pictures with random gadgets (training variety; train only)")
+    unseen: float = flag(
+        0.08, "share of pictures of unseen categories, general questions only (0: strict rule; train only)"
+    )
+    opened: float = flag(
+        0.08, "share of pictures with parts already open: for questions of state, without contact labels"
+    )
+    after: float = flag(
+        0.14, "share of pictures taken after an attempt, good or bad: for questions of past and success"
+    )
+    vocab: int = flag(
+        1021, "byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none"
+    )
 
 
 def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
@@ -84,7 +94,7 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
 
 def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
     """Scene number `index`, rendered in `scene` -> (row of facts.jsonl, picture (S, S, 3), dense targets, kinds)."""
-    from data import world  # here, so that only the workers load PyBullet
+    from sim import scene as world  # here, so that only the workers load PyBullet
 
     category, seed, rule, how = scene_kind(cfg, index)
     rng = np.random.default_rng([seed, 1])
@@ -118,7 +128,7 @@ _scene = None  # one PyBullet world a process
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
     """Render and label scenes [first, last) into DIR/parts and DIR/images, in a worker; returns their number."""
     global _scene
-    from data import world  # here, so that only the workers load PyBullet
+    from sim import scene as world  # here, so that only the workers load PyBullet
 
     cfg, first, last = job
     done = Path(cfg.out) / "parts" / f"{first:08d}.npz"

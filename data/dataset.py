@@ -19,7 +19,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import questions
+from data.prompts import QUESTION_TYPES
 from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens
 
 IGNORE = -100  # label of a token that is not to be predicted
@@ -74,11 +74,59 @@ def load_records(file, root=None) -> list[dict]:
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: expected a list of at least one record (LLaVA's layout)")
-    problems = [p for i, record in enumerate(records) for p in questions.check_record(record, root, i, str(file))]
+    problems = [p for i, record in enumerate(records) for p in check_record(record, root, i, str(file))]
     if problems:
         more = f"\n.. and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError("\n".join(problems[:20]) + more)
     return records
+
+
+def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
+    """What is wrong with one record of a LLaVA-format file, a line each: "source, record index: field: problem".
+
+    Unknown keys are fine; `image` may be missing (text alone). An image must be an existing file inside `root`, also
+    after symbolic links are followed. Whether it can be decoded is found out when it is read.
+    """
+    problems = []
+
+    def bad(field, problem):
+        problems.append(f"{source}, record {index}: {field}: {problem}")
+
+    if not isinstance(record, dict):
+        bad("record", f"expected an object with 'conversations', got {type(record).__name__}")
+        return problems
+    image, said = record.get("image"), record.get("conversations")
+    if "image" in record and (not isinstance(image, str) or not image.strip()):
+        bad("image", f"expected a path, got {image!r}; leave the field out for text alone")
+    elif image:
+        try:
+            path = Path(root, image)
+            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
+                bad("image", f"{image!r} is absolute or has '..'; write it relative to {root}")
+            elif not path.resolve().is_relative_to(Path(root).resolve()):
+                bad("image", f"{image!r} is a link that leaves {root}")
+            elif not path.is_file():
+                bad("image", f"no file {path}")
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+            bad("image", f"{image[:80]!r} is no usable path ({error})")
+    if not isinstance(said, list) or not said:
+        bad("conversations", f"expected a list of turns, got {'an empty list' if said == [] else type(said).__name__}")
+        return problems
+    for i, turn in enumerate(said):
+        field, who = f"conversations[{i}]", ("human", "gpt")[i % 2]
+        if not isinstance(turn, dict):
+            bad(field, f"expected an object with 'from' and 'value', got {type(turn).__name__}")
+            continue
+        if turn.get("from") != who:
+            bad(f"{field}.from", f"expected {who!r} (turns alternate, human first), got {turn.get('from')!r}")
+        value = turn.get("value")
+        if not isinstance(value, str) or not value.replace("<image>", "").strip():
+            bad(f"{field}.value", f"expected text, got {value!r}")
+        elif "<image>" in value and not image:
+            bad(f"{field}.value", "holds <image>, but the record has no image")
+    if len(said) % 2:
+        bad("conversations", f"{len(said)} entries: the last question has no answer")
+    return problems
 
 
 class Item(NamedTuple):
@@ -152,7 +200,7 @@ class Conversations:
             factor = {family: float(times) for family, times in (pair.split("=") for pair in more.split(",") if pair)}
         except ValueError:
             raise ValueError(f"--more {more}: expected FAMILY=TIMES, such as presence=4,count=2") from None
-        known = {*tally, *questions.GENERAL_FAMILIES, *questions.ROBOT_FAMILIES, "where", "box", "contact"}
+        known = {*tally, *QUESTION_TYPES}
         if unknown := factor.keys() - known:
             raise ValueError(f"--more {more}: {sorted(unknown)[0]!r} is no family of questions, only {sorted(known)}")
         self.items: list[list[Item]] = []  # per record

@@ -41,15 +41,14 @@ templates, not from people; one picture, not a video.
 """
 
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, make_object
+from data.prompts import contact_answer, contact_question, number
+from sim.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, make_object
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -78,8 +77,6 @@ FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "r
           "push back": "slides back"}  # fmt: skip
 PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back": "pushed back"}
 
-ROBOT_FAMILIES = ("plan", "success", "possible", "past", "future")  # answered in words; contact is the sixth
-GENERAL_FAMILIES = ("object", "caption", "colour", "size", "relation", "parts", "count", "state", "presence")
 PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
 CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
@@ -207,13 +204,6 @@ def named(label: str, noun: str, rng: np.random.Generator) -> str:
     return f"the {label} of the {noun.removeprefix('pair of ')}" if with_noun else f"the {label}"
 
 
-def number(c: float, size: float = 1.0) -> str:
-    """Two digits, floor(100 c / size) clipped to "00" .. "99". A direction d in [-1, 1] is written number(d + 1, 2)."""
-    if not math.isfinite(c) or not size > 0:
-        raise ValueError(f"number(c={c}, size={size}): c must be finite and size positive")
-    return f"{min(max(math.floor(100 * c / size), 0), 99):02d}"
-
-
 def point(values: Sequence[float], size: float) -> str:
     """Pixels as text, without spaces because a space is a token of its own: (12.8, 64) of 128 -> "(10,50)"."""
     return f"({','.join(number(value, size) for value in values)})"
@@ -232,34 +222,6 @@ def instruction(part, noun: str, rng: np.random.Generator) -> str:
     with_noun = rng.random() < 0.5 and clear(noun, label)
     wording = pick(rng, INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN)
     return wording.format(act=act(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
-
-
-def contact_question(instruction: str) -> str:
-    """The question around an instruction, the same in training and in use. ValueError when the instruction is empty."""
-    text = " ".join(instruction.split()).rstrip(".!? ")
-    if not text:
-        raise ValueError("the instruction is empty; say what to do, for example 'open the top drawer'")
-    return f"Predict the contact point and direction: {text[0].lower() + text[1:]}."
-
-
-def contact_answer(contact: Mapping, image_size: int) -> str:
-    """ "u v a b c" from contact["u"], ["v"] (pixels) and ["approach"]: a unit vector in the camera frame (x right,
-    y down, z forward) along which the gripper comes."""
-    pixel = [number(contact[key], image_size) for key in ("u", "v")]
-    return " ".join(pixel + [number(d + 1, 2) for d in contact["approach"]])
-
-
-def parse_contact(text: str) -> tuple[float, float, np.ndarray] | None:
-    """Back from text: u, v as shares of the picture (0..1), approach as (3,) unit vector. None if it is no contact.
-
-    Strict: five two-digit numbers with single spaces, only white space around them is forgiven. A number stands for the
-    middle of its bin: u and v are at most 0.005 off, a component of the direction 0.01 (before normalisation).
-    """
-    if not re.fullmatch(r"[0-9]{2}( [0-9]{2}){4}", text.strip()):
-        return None
-    u, v, *direction = ((int(word) + 0.5) / 100 for word in text.split())
-    approach = 2 * np.array(direction) - 1  # never zero: middles of bins are odd hundredths
-    return u, v, approach / np.linalg.norm(approach)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,51 +557,3 @@ def to_llava(record_id: str, image: str | None, turns: Sequence[Turn]) -> dict:
     if image is not None:
         said[0]["value"] = "<image>\n" + said[0]["value"]
     return {"id": record_id, **({} if image is None else {"image": image}), "conversations": said}
-
-
-def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
-    """What is wrong with one record of a LLaVA-format file, a line each: "source, record index: field: problem".
-
-    Unknown keys are fine; `image` may be missing (text alone). An image must be an existing file inside `root`, also
-    after symbolic links are followed. Whether it can be decoded is found out when it is read.
-    """
-    problems = []
-
-    def bad(field, problem):
-        problems.append(f"{source}, record {index}: {field}: {problem}")
-
-    if not isinstance(record, dict):
-        bad("record", f"expected an object with 'conversations', got {type(record).__name__}")
-        return problems
-    image, said = record.get("image"), record.get("conversations")
-    if "image" in record and (not isinstance(image, str) or not image.strip()):
-        bad("image", f"expected a path, got {image!r}; leave the field out for text alone")
-    elif image:
-        try:
-            path = Path(root, image)
-            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
-                bad("image", f"{image!r} is absolute or has '..'; write it relative to {root}")
-            elif not path.resolve().is_relative_to(Path(root).resolve()):
-                bad("image", f"{image!r} is a link that leaves {root}")
-            elif not path.is_file():
-                bad("image", f"no file {path}")
-        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
-            bad("image", f"{image[:80]!r} is no usable path ({error})")
-    if not isinstance(said, list) or not said:
-        bad("conversations", f"expected a list of turns, got {'an empty list' if said == [] else type(said).__name__}")
-        return problems
-    for i, turn in enumerate(said):
-        field, who = f"conversations[{i}]", ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict):
-            bad(field, f"expected an object with 'from' and 'value', got {type(turn).__name__}")
-            continue
-        if turn.get("from") != who:
-            bad(f"{field}.from", f"expected {who!r} (turns alternate, human first), got {turn.get('from')!r}")
-        value = turn.get("value")
-        if not isinstance(value, str) or not value.replace("<image>", "").strip():
-            bad(f"{field}.value", f"expected text, got {value!r}")
-        elif "<image>" in value and not image:
-            bad(f"{field}.value", "holds <image>, but the record has no image")
-    if len(said) % 2:
-        bad("conversations", f"{len(said)} entries: the last question has no answer")
-    return problems

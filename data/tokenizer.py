@@ -36,7 +36,7 @@ from pathlib import Path
 import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
 import tiktoken
 
-from data.run import write_text
+from common.files import write_text
 
 # two digits | a lone digit | a word, with the space before it | one mark, with the space before it | one white space.
 # Every character falls into some branch: tiktoken silently DROPS text that its pattern does not match.

@@ -123,7 +123,7 @@ def backproject(
         camera.
     Returns: (3,) world, metres; None where nothing is, and outside the picture.
     """
-    from data import world
+    from sim import scene as world
 
     class Picture(world.Scene):  # a Scene without a simulator: no more than what back-projection reads
         def __init__(self):

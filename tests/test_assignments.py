@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from data import assignments
-from data.assignments import EXERCISES, ROOT, TEACHER_ONLY, solutions, stub
+from extras import assignments
+from extras.assignments import EXERCISES, ROOT, TEACHER_ONLY, solutions, stub
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ WRONG = {
     6: ("data/dataset.py", [("[len(item[0]) for item in items]", "[T for item in items]")], "a pad position"),
     7: ("finetune_policy.py", [("1 - 1e-6))", "1 - 1e-6)).rad2deg()")], "degrees instead of radians"),
     8: (
-        "data/world.py",
+        "sim/scene.py",
         [("[(columns - cx)", "[(columns + 0.5 - cx)"), ("(rows - cy)", "(rows + 0.5 - cy)")],
         "half-pixel",
     ),
@@ -62,7 +62,7 @@ MORE_WRONG = {
     5: ("robomamba.py", [("u, z = self.in_proj", "z, u = self.in_proj")], "the halves of in_proj are swapped"),
     6: ("data/dataset.py", [("[IGNORE] * len(prompt) + reply", "prompt + reply")], "prompts are targets too"),
     7: ("robomamba.py", [("approach], -1)", "approach], -2)")], "rows instead of columns"),
-    8: ("data/world.py", [("@ self.camera_rotation", "@ self.camera_rotation.T")], "the rotation is transposed"),
+    8: ("sim/scene.py", [("@ self.camera_rotation", "@ self.camera_rotation.T")], "the rotation is transposed"),
 }
 TOGETHER = ((1, 3, 6, 7, 8), (2, 4, 5))  # wrong answers of one tree: none makes the tests of another fail
 
@@ -127,7 +127,7 @@ def trees(student, tmp_path_factory):
     out["syntax error"] = write_tree(folder / "syntax", files | {"selective_scan.py": broken})
     broken = {"tests/adapters.py": "def discretise(:\n"}
     out["broken adapters"] = write_tree(folder / "adapters", files | broken)
-    ends = {file: text for file, text in files.items() if file != "data/world.py"}
+    ends = {file: text for file, text in files.items() if file != "sim/scene.py"}
     answer(ends, 6, "data/dataset.py", [("tokens, labels = [], []", "import os; os._exit(0)")])
     out["a file is missing, a process ends"] = write_tree(folder / "ends", ends)
     out["empty"] = write_tree(folder / "empty", {"notes.txt": ""})
@@ -210,7 +210,7 @@ def test_every_file_is_the_students_or_the_teachers(student):
     if listed.returncode:
         pytest.skip("not a git checkout")
     left_out = [file for file in listed.stdout.splitlines() if not (student / file).exists() and (ROOT / file).exists()]
-    assert set(left_out) <= set(TEACHER_ONLY), "say in data/assignments.py whose these are"
+    assert set(left_out) <= set(TEACHER_ONLY), "say in extras/assignments.py whose these are"
 
 
 def test_markers_of_pytest_are_the_exercises():

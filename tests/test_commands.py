@@ -20,7 +20,7 @@ from PIL import Image
 from test_partnet import write_cabinet
 
 import sim_eval
-from data.assignments import SHIPPED
+from extras.assignments import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,8 +32,8 @@ ELSEWHERE = {
     "python sim_eval.py --demo": "test_eval.py",
     "python sim_eval.py --speed": "test_speed.py",
     "python selective_scan.py": "test_scan.py",
-    "python -m data.zoo --prove": "test_look.py",
-    "python -m data.assignments --grade": "test_assignments.py",
+    "python -m extras.mistakes --prove": "test_look.py",
+    "python -m extras.assignments --grade": "test_assignments.py",
     "python train.py --stage align --vision-weights": "test_published.py",
     "torchrun --nproc-per-node": "test_train.py",
 }
@@ -47,8 +47,8 @@ MINIATURE = (  # {place} is a folder with what a reader would bring
     (r"^(python sim_eval.py (?!--sheet|--affordance).*)", r"\1 --episodes 2"),
     (r"--affordance \S+", "--affordance Bottle"),
     (r"^python train.py .*", r"\g<0> --max-steps 2 --batch-size 2"),
-    (r"^python -m data.zoo$", r"\g<0> --out {out}"),
-    (r"^python -m data.benchmark.*", r"\g<0> --train {place}/questions --data {place}/questions"),
+    (r"^python -m extras.mistakes$", r"\g<0> --out {out}"),
+    (r"^python -m extras.reasoning_eval.*", r"\g<0> --train {place}/questions --data {place}/questions"),
 )
 
 

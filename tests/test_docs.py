@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import sim_eval
-from data import report, zoo
-from data.assignments import TEACHER_ONLY
-from data.questions import contact_question
+from common import report
+from data.prompts import contact_question
+from extras import mistakes
+from extras.assignments import TEACHER_ONLY
 from robomamba import RoboMamba, count
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def test_reasoning_and_speed_tables_are_those_of_the_committed_results():
 
 
 def test_the_table_of_mistakes_is_the_one_of_the_committed_results():
-    assert zoo.markdown(json.loads((ROOT / "data/results/zoo.json").read_text())["rows"]).strip() in README
+    assert mistakes.markdown(json.loads((ROOT / "data/results/mistakes.json").read_text())["rows"]).strip() in README
 
 
 def test_paper_to_code_table_names_what_exists():

@@ -26,12 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sim_eval  # noqa: E402
-from data import objects, panda, pictures  # noqa: E402
-from data.policies import model_policy  # noqa: E402
-from data.run import start_worker  # noqa: E402
-from data.world import p, unit  # noqa: E402
+from common.scripts import start_worker  # noqa: E402
+from extras import panda  # noqa: E402
 from robomamba import RoboMamba  # noqa: E402
-from sim_eval import EvalConfig, Scene, main, wilson  # noqa: E402
+from sim import objects, pictures  # noqa: E402
+from sim.scene import p, unit  # noqa: E402
+from sim_eval import (  # noqa: E402
+    EvalConfig,
+    Scene,
+    main,
+    model_policy,  # noqa: E402
+    wilson,
+)
 
 SAMPLES = [  # category, part, u, v, approach
     ("Safe", "door", 10, 20, (0, 0, 1)),
@@ -639,7 +645,7 @@ def test_printing_tables_again_and_what_is_no_result(tmp_path):
     done = report(ROOT / "data/pretrained/robomamba-tiny/results.json", "--out", tmp_path / "short.json")
     short = json.loads((tmp_path / "short.json").read_text())
     assert done.stdout.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
-    for name in ("data/results/zoo.json", "data/results/heads.json", "README.md", "nowhere.json"):
+    for name in ("data/results/mistakes.json", "data/results/heads.json", "README.md", "nowhere.json"):
         failed = report(name)
         assert failed.returncode == 2 and f"{name}: not a results.json" in failed.stderr, name
         assert "Traceback" not in failed.stderr

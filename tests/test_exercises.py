@@ -23,7 +23,7 @@ READ = {
     5: "Mamba paper, Fig. 3 and Algorithm 2; robomamba.py, LayerState",
     6: "data/dataset.py, `pack` and `pad`; robomamba.py, RoboMamba.forward and .pooled, which use them",
     7: "Zhou et al. 2019, section 4; RoboMamba paper, Eq. 6",
-    8: "data/world.py, Scene.intrinsics and Scene.project",
+    8: "sim/scene.py, Scene.intrinsics and Scene.project",
 }
 
 

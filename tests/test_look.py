@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import robomamba
-from data import look, zoo
-from data.world import Scene
+from extras import look, mistakes
 from selective_scan import example_inputs, scan_chunked, scan_reference
+from sim.scene import Scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,7 +162,7 @@ def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
 
 
 def test_every_test_that_is_named_exists():
-    for mistake in zoo.MISTAKES:
+    for mistake in mistakes.MISTAKES:
         file, name = mistake.test.split("::")
         defined = [node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)]
         assert name in defined, mistake.test
@@ -170,7 +170,7 @@ def test_every_test_that_is_named_exists():
 
 def test_a_planted_mistake_is_taken_out_again(mini, picture):
     before = mini.predict_action(picture, "open the drawer")
-    for mistake in zoo.MISTAKES:
+    for mistake in mistakes.MISTAKES:
         with mistake.plant(robomamba):
             mini.predict_action(picture, "open the drawer")
     after = mini.predict_action(picture, "open the drawer")
@@ -179,12 +179,12 @@ def test_a_planted_mistake_is_taken_out_again(mini, picture):
 
 def test_every_mistake_is_seen_and_is_caught_by_the_test_it_names(tmp_path):
     """The one slow test here, about ten seconds: the whole command in a process of its own."""
-    command = [sys.executable, "-m", "data.zoo", "--prove", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "extras.mistakes", "--prove", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    rows = {row["mistake"]: row for row in json.loads((tmp_path / "zoo.json").read_text())["rows"]}
-    assert len(rows) == len(zoo.MISTAKES) >= 6 and all(row["caught"] for row in rows.values())
-    assert all(name in (tmp_path / "zoo.md").read_text() for name in rows)
+    rows = {row["mistake"]: row for row in json.loads((tmp_path / "mistakes.json").read_text())["rows"]}
+    assert len(rows) == len(mistakes.MISTAKES) >= 6 and all(row["caught"] for row in rows.values())
+    assert all(name in (tmp_path / "mistakes.md").read_text() for name in rows)
     for row in rows.values():  # None is not finite
         assert row["wrong"] is None or row["wrong"] > 1.3 * row["right"], row
     exact = rows["scan in bfloat16"], rows["conv1d centred instead of causal"]

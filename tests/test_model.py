@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import robomamba
-from data import checkpoints
-from data.costs import memory
+from common import weights as checkpoints
 from data.depth import lift, read_depth
+from extras.costs import memory
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d, sample
 
 TIGHT = 1e-5  # float32: sums of some hundred terms of size one

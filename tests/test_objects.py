@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import objects  # noqa: E402
-from data.objects import GADGET, MULTI_CAPABLE, NOUNS, SEEN, SPARE, UNSEEN, make_object, to_urdf  # noqa: E402
+from sim import objects  # noqa: E402
+from sim.objects import GADGET, MULTI_CAPABLE, NOUNS, SEEN, SPARE, UNSEEN, make_object, to_urdf  # noqa: E402
 
 ALL = (*SEEN, *UNSEEN, *SPARE, GADGET)
 N_SEEDS = 50

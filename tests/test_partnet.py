@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import partnet, world  # noqa: E402
-from data.objects import make_object, rotation  # noqa: E402
-from data.partnet import ObjectScene, find_objects, labels, read_obj, read_object  # noqa: E402
+from sim import partnet  # noqa: E402
+from sim import scene as world  # noqa: E402
+from sim.objects import make_object, rotation  # noqa: E402
+from sim.partnet import ObjectScene, find_objects, labels, read_obj, read_object  # noqa: E402
 from sim_eval import main  # noqa: E402
 
 # The meshes: y up, front at +z, in units of a sphere, as PartNet-Mobility has them. Boxes: (centre, full extents).

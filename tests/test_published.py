@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from data.checkpoints import load_tensors, mamba_config, weight_files
+from common.weights import load_tensors, mamba_config, weight_files
 from data.dataset import Conversations
 from data.tokenizer import ASSISTANT, END, USER, PublishedEncoding, load_encoding, read_tokenizer_json, write_encoding
 from finetune_policy import PolicyConfig, finetune

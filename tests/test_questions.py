@@ -13,22 +13,21 @@ import numpy as np
 import pytest
 
 from data import questions
-from data.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, Part, body_colour, make_object, part_colour
+from data.dataset import check_record
+from data.prompts import GENERAL_TYPES, ROBOT_TYPES, contact_question, parse_contact
 from data.questions import (
     ASK,
     PLAIN_KINDS,
     Turn,
     a,
-    check_record,
     contact_answer,
-    contact_question,
     dialogue,
     instruction,
     number,
-    parse_contact,
     to_llava,
     turns,
 )
+from sim.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, Part, body_colour, make_object, part_colour
 
 SIZE = 128  # pixels
 SIDES = {"left", "right"}
@@ -233,8 +232,8 @@ def test_same_seed_same_turns_and_questions_differ_within_a_picture(many):
     wordings = {t.question for _ in range(3) for t in turns(many[0][0], np.random.default_rng(_))}
     assert len(wordings) > len(many[0][1])  # another seed asks otherwise
     found = {t.family for _, asked in many for t in asked}
-    assert found == GENERAL | {"parts", "state", "count", "where", "box", "contact"} | set(questions.ROBOT_FAMILIES)
-    assert {*questions.GENERAL_FAMILIES, *questions.ROBOT_FAMILIES, "where", "box", "contact"} == found
+    assert found == GENERAL | {"parts", "state", "count", "where", "box", "contact"} | set(ROBOT_TYPES)
+    assert {*GENERAL_TYPES, *ROBOT_TYPES, "where", "box", "contact"} == found
 
 
 def test_turns_leave_the_facts_alone():

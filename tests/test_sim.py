@@ -19,8 +19,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import objects, world  # noqa: E402
-from data.world import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
+from sim import objects  # noqa: E402
+from sim import scene as world  # noqa: E402
+from sim.scene import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
 
 CATEGORIES = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe", "Table", "WashingMachine")
 
@@ -112,7 +113,7 @@ def test_pixels_off_the_object_have_no_point(scene):
 FINGERPRINT = """
 import hashlib, sys
 import numpy as np
-from data.world import Scene, facts
+from sim.scene import Scene, facts
 def fingerprint(scene, category, seed):
     rgb = scene.spawn(category, seed).render()
     label = scene.expert(np.random.default_rng(1))
@@ -137,8 +138,8 @@ def test_same_seed_same_pixels_same_motion_in_any_order_and_process(scene):
 ENDURANCE = """
 import sys
 from pathlib import Path
-from data import objects
-from data.world import Scene
+from sim import objects
+from sim.scene import Scene
 scenes, warm, names, scene = int(sys.argv[1]), int(sys.argv[2]), (*objects.SEEN, *objects.UNSEEN), Scene(32)
 def megabytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 import sim_eval
-from data import speed
-from data.costs import memory
-from data.policies import model_policy
-from data.questions import contact_question
-from data.report import SPEED_ROWS, speed_table
-from data.transformer import append
+from common.report import SPEED_ROWS, speed_table
+from data.prompts import contact_question
+from extras import speed
+from extras.costs import memory
+from extras.transformer import append
 from finetune_policy import PolicyConfig, finetune, pooled_states
 from robomamba import PRESETS, HeadConfig, MambaLM, PolicyHead, RoboMamba, RoboMambaConfig, count
+from sim_eval import model_policy
 from tests.test_model import close, uint8_picture
 from tests.test_train import data, start, weights  # noqa: F401  (two fixtures: a data folder, a random checkpoint)
 
@@ -219,14 +219,14 @@ def test_stage_2_trains_the_ssm_head_only(data, start, tmp_path):  # noqa: F811
 
 def test_samples_of_different_length_are_cached_alike(ssm, data, start):  # noqa: F811
     """Read in batches of other sizes, so with other padding, each sample's states are the same."""
-    from data.run import World
+    from common.scripts import Processes
 
     model = RoboMamba.from_pretrained(start)
     model.config.head = HeadConfig("ssm", (4,))
     with open(data / "train/manipulation.jsonl") as file:
         samples = [json.loads(line) for line in file][:6]
-    many = pooled_states(model, str(data / "train"), samples, World("cpu"))
-    few = pooled_states(model, str(data / "train"), samples, World("cpu"), batch=2)
+    many = pooled_states(model, str(data / "train"), samples, Processes("cpu"))
+    few = pooled_states(model, str(data / "train"), samples, Processes("cpu"), batch=2)
     assert many.ndim == 3 and len(many) == 6 and len({int((s != 0).any(-1).sum()) for s in many}) > 1
     close(few, many)
 

@@ -22,15 +22,15 @@ from torch import nn
 
 import finetune_policy
 import train as train_module
+from common.plots import draw_curves
+from common.scripts import cli, cosine, rows_of_step
 from data import build as build_module
 from data.build import BuildConfig, build
 from data.dataset import IGNORE, Conversations, load_manipulation, load_records
-from data.objects import SEEN, UNSEEN
-from data.plots import draw_curves
-from data.run import cli, cosine, rows_of_step
 from data.tokenizer import NUMBER_BASE
 from finetune_policy import PolicyConfig, finetune, geodesic
 from robomamba import PRESETS, RoboMamba, rotation_from_6d
+from sim.objects import SEEN, UNSEEN
 from tests.conftest import mini_config
 from train import TrainConfig, train
 

@@ -2,7 +2,7 @@
 
     x (B, L, D), state -> TransformerBlock -> x (B, L, D), state        state: keys and values of every token so far
 
-Where a Mamba block remembers a fixed number of values, this one remembers the whole past; data/speed.py measures what
+Where a Mamba block remembers a fixed number of values, this one remembers the whole past; extras/speed.py measures what
 that costs. Nothing else uses it.
 """
 

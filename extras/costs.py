@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from data.checkpoints import KEEP_FLOAT32
+from common.weights import KEEP_FLOAT32
 
 TOKENS = (1024, 8192, 65536)  # lengths at which the cache is told
 ASSUMED = """MB are 10^6 bytes. State: at any length; convolution inputs bfloat16, h float32.

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.plots import draw_lines
-from data.questions import contact_question
-from data.report import SPEED_NOTES, speed_table
-from data.run import progress, write_atomically, write_text
+from common.files import write_atomically, write_text
+from common.plots import draw_lines
+from common.report import SPEED_NOTES, speed_table
+from common.scripts import progress
+from data.prompts import contact_question
 from robomamba import RoboMamba, count
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.objects import ObjectSpec, Part, Shape, rotation
-from data.world import Scene, p
+from sim.objects import ObjectSpec, Part, Shape, rotation
+from sim.scene import Scene, p
 
 PREFIX = "objects/"  # of an object's name where the catalogue's categories are named too
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
@@ -315,7 +315,7 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
 
 
 def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
-    """URDF text: a fixed base and one link a part, in order; mass in kg, inertia in kg m^2 as in data/objects.py."""
+    """URDF text: a fixed base and one link a part, in order; mass in kg, inertia in kg m^2 as in sim/objects.py."""
 
     def link(name: str, meshes: list[Mesh], shapes: list[Shape], link_mass: float) -> list[str]:
         x, y, z = np.mean([shape.xyz for shape in shapes], axis=0) if link_mass else (0.0, 0.0, 0.0)

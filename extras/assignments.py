@@ -1,8 +1,8 @@
 """Assignment mode, for teachers: eight exercises, a student's tree without their solutions, a grader.
 
-    python -m data.assignments --student OUT                     # this repository, solutions left out
-    python -m data.assignments --student OUT --exercises 1,2,3   # the others stay solved
-    python -m data.assignments --grade TREE [TREE ..]            # points per exercise; also to score.json
+    python -m extras.assignments --student OUT                     # this repository, solutions left out
+    python -m extras.assignments --student OUT --exercises 1,2,3   # the others stay solved
+    python -m extras.assignments --grade TREE [TREE ..]            # points per exercise; also to score.json
 
 A solution stands between two comment lines, `# exercise N: what` and `# end of exercise N`; an exercise may have
 several such places. In the student's tree NotImplementedError stands there; docstrings, tests and all else stay. Files
@@ -31,7 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.run import write_text
+from common.files import write_text
 
 ROOT = Path(__file__).parent.parent
 EXERCISES = {  # in teaching order: title, points
@@ -44,7 +44,21 @@ EXERCISES = {  # in teaching order: title, points
     7: ("6D rotation and geodesic loss", 10),
     8: ("back-projection of a pixel", 10),
 }
-SHIPPED = ("*.py", "*.md", "*.toml", "*.txt", "*.cff", "LICENSE", "Makefile", ".gitignore", ".ci/*", "data/*.*")
+SHIPPED = (
+    "*.py",
+    "*.md",
+    "*.toml",
+    "*.txt",
+    "*.cff",
+    "LICENSE",
+    "Makefile",
+    ".gitignore",
+    ".ci/*",
+    "data/*.*",
+    "sim/*.*",
+    "common/*.*",
+    "extras/*.*",
+)
 SHIPPED += ("data/figures/*", "data/pretrained/**/*", "data/results/*", "tests/*.py")
 TEACHER_ONLY = {
     "tests/test_assignments.py": "holds the wrong answers",
@@ -173,7 +187,7 @@ def _run_pytest(tree: Path, exercise: int, seed: int, folder: Path) -> None:
         os.dup2(nowhere, stream)
     gc.freeze()  # what is loaded already need not be looked through again; that is half of a run's time
     torch.set_num_threads(1)
-    for name in [name for name in sys.modules if name == "data" or name.startswith("data.")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("data", "sim", "common", "extras")]:
         del sys.modules[name]  # ours; the tree has its own
     # What the tree lacks must not come from us: neither by a path, nor by pip's finder of an editable installation.
     sys.path[:] = [str(tree / "tests"), str(tree), *(p for p in sys.path if not Path(p, "selective_scan.py").exists())]

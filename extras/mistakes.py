@@ -1,8 +1,8 @@
 """Eight classic mistakes, planted in the real code one at a time, with what each does to the shipped model.
 
-    python -m data.zoo                   # the table, on 20 validation scenes
-    python -m data.zoo --prove           # and run with each mistake the test that must then fail (needs pytest)
-    python -m data.zoo --out runs/zoo    # zoo.json and zoo.md too
+    python -m extras.mistakes                   # the table, on 20 validation scenes
+    python -m extras.mistakes --prove           # and run with each mistake the test that must then fail (needs pytest)
+    python -m extras.mistakes --out runs/mistakes    # mistakes.json and mistakes.md too
 
 None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function (module
 robomamba) -> context manager that replaces one function of robomamba.py or selective_scan.py; a measure then sees the
@@ -25,9 +25,8 @@ import numpy as np
 import torch
 
 import selective_scan as scan
-from data.policies import CONTACT_TOKENS
-from data.questions import contact_question, parse_contact
-from data.run import write_text
+from common.files import write_text
+from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
 ROOT = Path(__file__).parent.parent
 FIRST_SEED = 10_800_000  # validation scenes (sim_eval.py)
@@ -37,13 +36,13 @@ DECAY_STEPS = 1000  # tokens of the memory test: with dt * A = -1 / DECAY_STEPS 
 class Sample(NamedTuple):
     rgb: np.ndarray  # uint8 (S, S, 3)
     instruction: str
-    label: object  # data.world.Label, the expert's contact
+    label: object  # sim.scene.Label, the expert's contact
 
 
 def samples(size: int) -> list[Sample]:
     """One validation scene of each of the 20 seen categories, with the expert's contact where it finds one."""
-    from data import objects
-    from data.world import Scene
+    from sim import objects
+    from sim.scene import Scene
 
     scene, found = Scene(size), []
     try:
@@ -293,7 +292,7 @@ def prove(robomamba) -> dict[str, bool]:
 
     tests = {m.name: str(ROOT / m.test) for m in MISTAKES}
     if code := run(*tests.values()):
-        raise ValueError(f"the tests of data/zoo.py do not pass without a mistake (pytest says {code}); run them first")
+        raise ValueError(f"the tests do not pass without a mistake (pytest says {code}); run them first")
     caught = {}
     for m in MISTAKES:
         with m.plant(robomamba):
@@ -315,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Classic mistakes and what they do to the shipped model.")
     shipped = ROOT / "data/pretrained/robomamba-tiny"
     parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
-    parser.add_argument("--out", help="folder for zoo.json and zoo.md")
+    parser.add_argument("--out", help="folder for mistakes.json and mistakes.md")
     parser.add_argument("--prove", action="store_true", help="run the named tests with each mistake in place")
     args = parser.parse_args()
     import robomamba
@@ -330,8 +329,10 @@ def main() -> None:
             row |= {"caught": caught[row["mistake"]]} if caught else {}
         print(markdown(table))
         if args.out:
-            write_text(Path(args.out) / "zoo.json", json.dumps({"scenes": len(scenes), "rows": table}, indent=1) + "\n")
-            write_text(Path(args.out) / "zoo.md", markdown(table))
+            write_text(
+                Path(args.out) / "mistakes.json", json.dumps({"scenes": len(scenes), "rows": table}, indent=1) + "\n"
+            )
+            write_text(Path(args.out) / "mistakes.md", markdown(table))
         missed = [name for name, failed in caught.items() if not failed]
         if missed:
             raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")

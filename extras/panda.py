@@ -4,7 +4,7 @@
 
     (u, v), approach -> Scene.seal -> a place for the arm -> go there -> suction -> back (or on) -> GIF
 
-Conditions, which make it easier than life, and other than the scored episodes of data/world.py:
+Conditions, which make it easier than life, and other than the scored episodes of sim/scene.py:
 * the arm stands where it reaches: 6 places around the contact at the contact's height or below it, 8 turns of the hand
   about the approach direction (suction leaves that turn free), the first that inverse kinematics solves;
 * arm and object do not collide: the fingers would press a part shut before the seal is made;
@@ -25,9 +25,9 @@ import numpy as np
 import pybullet_data
 from PIL import Image
 
-from data.partnet import roll_pitch_yaw
-from data.pictures import save_gif
-from data.world import INITIAL, Scene, p, unit
+from sim.partnet import roll_pitch_yaw
+from sim.pictures import save_gif
+from sim.scene import INITIAL, Scene, p, unit
 
 TIP, ARM_JOINTS = 11, tuple(range(7))  # in panda.urdf: the link between the fingertips; the joints of the arm
 HOME = (0.0, -0.4, 0.0, -2.0, 0.0, 1.6, 0.8)  # radians: where inverse kinematics starts from

@@ -1,6 +1,6 @@
 """The catalogue: articulated objects made in code, from a seed to URDF text (numpy only).
 
-    python -m data.objects            # print the catalogue: category, split, parts of three sample instances
+    python -m sim.objects            # print the catalogue: category, split, parts of three sample instances
 
 A builder takes a random generator and returns the fixed base (a list of primitive shapes) and the movable parts.
 World frame: the object's front is +x, up is +z; metres and radians; objects are 0.5-1 m, normalised as in

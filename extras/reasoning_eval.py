@@ -2,7 +2,7 @@
 
     python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen          # seconds
     python -m data.build --scenes 200 --split test-unseen --out data/cache/test-unseen
-    python -m data.benchmark --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
+    python -m extras.reasoning_eval --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 
     folder -> read_questions -> answer (greedy, a batch at a time) -> score -> OUT/reasoning.json, reasoning.md (report)
                                                                   `-> OUT/answers.jsonl, every answer, to look at
@@ -16,7 +16,7 @@ every number; and "copy", which says the question again (a floor for BLEU). What
                   box: median IoU. An answer that is no such tuple counts as infinitely far, 180 degrees, IoU 0
     presence      POPE: accuracy, precision, recall, F1 with "yes" as the positive, share of yes; the answer's first
                   word counts, and what is neither yes nor no is wrong
-    ROBOT_FAMILIES together: exact match and corpus BLEU-1 to 4; GENERAL_FAMILIES together: exact match
+    ROBOT_TYPES together: exact match and corpus BLEU-1 to 4; GENERAL_TYPES together: exact match
     categories    exact match of all answers in words, by the category of the object
 
 Not a stage of train.py: none of its flags means anything here.
@@ -38,24 +38,24 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import write_text
+from common.report import paper_table1, reasoning_details, reasoning_report, wilson
+from common.scripts import cli, commit, flag, hardware, progress
 from data.dataset import GREY, load_records
-from data.questions import GENERAL_FAMILIES, ROBOT_FAMILIES, parse_contact
-from data.report import paper_table1, reasoning_details, reasoning_report, wilson
-from data.run import cli, commit, hardware, progress, write_text
+from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
 
-COORDINATE_FAMILIES = {"where": 2, "box": 4, "contact": 5}  # how many numbers make an answer
 ANSWERERS = ("model", "image-blind", "majority", "copy")
 
 
 @dataclass
 class BenchmarkConfig:
-    checkpoint: str = "data/pretrained/robomamba-tiny"  # folder written by save_pretrained
-    data: str = "data/cache/test-seen,data/cache/test-unseen"  # folders made by data.build, comma separated
-    train: str = "data/cache/train"  # whose most frequent answers are the majority floor
-    out: str = "runs/reasoning"  # folder for reasoning.json, reasoning.md and answers.jsonl
-    pictures: int = 0  # first so many of each folder; 0 = all
-    batch_size: int = 8  # pictures at a time, with all of their questions
-    device: str = "auto"  # auto | cpu | cuda
+    checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder written by save_pretrained")
+    data: str = flag("data/cache/test-seen,data/cache/test-unseen", "folders made by data.build, comma separated")
+    train: str = flag("data/cache/train", "whose most frequent answers are the majority floor")
+    out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")
+    pictures: int = flag(0, "first so many of each folder; 0 = all")
+    batch_size: int = flag(8, "pictures at a time, with all of their questions")
+    device: str = flag("auto", "auto | cpu | cuda")
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -123,11 +123,11 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def place_scores(family: str, said: Sequence[str], true: Sequence[str], size: int) -> dict:
-    """Scores of a family of COORDINATE_FAMILIES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
+    """Scores of a family of COORDINATE_TYPES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
 
     A median that is not finite (more than half of the answers are no tuples) is None.
     """
-    n = COORDINATE_FAMILIES[family]
+    n = COORDINATE_TYPES[family]
     pairs = [(coordinates(s, n), coordinates(t, n)) for s, t in zip(said, true, strict=True)]
     out = {"n": len(pairs), "read": wilson(sum(s is not None for s, _ in pairs), len(pairs))}
     if family == "box":
@@ -177,7 +177,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
         if categories and image not in categories:
             raise ValueError(f"{facts}: no line for {image} of {file}; build the folder anew")
         for family, question, answer in zip(families, said[::2], said[1::2], strict=True):
-            n = COORDINATE_FAMILIES.get(family)
+            n = COORDINATE_TYPES.get(family)
             if n and coordinates(answer, n) is None:
                 raise ValueError(f"{file}, record {index}: family {family!r}: {answer!r} is not {n} numbers")
             where = str(Path(folder) / image)
@@ -195,7 +195,7 @@ def majority(questions: Sequence[Question]) -> dict[str, str]:
         groups.setdefault(q.family, []).append(q.answer)
     out = {}
     for family, answers in groups.items():
-        if n := COORDINATE_FAMILIES.get(family):
+        if n := COORDINATE_TYPES.get(family):
             middle = [f"{int(100 * x):02d}" for x in np.median([coordinates(a, n) for a in answers], 0)]
             out[family] = " ".join(middle) if n == 5 else f"({','.join(middle)})"
         else:
@@ -232,7 +232,7 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
     Returns {"families": {family: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact matches,
     "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
     """
-    order = [*GENERAL_FAMILIES, *ROBOT_FAMILIES, *COORDINATE_FAMILIES]
+    order = [*GENERAL_TYPES, *ROBOT_TYPES, *COORDINATE_TYPES]
     present = {q.family for q in questions}
     names = [*(f for f in order if f in present), *sorted(present - set(order))]
     families = {name: [i for i, q in enumerate(questions) if q.family == name] for name in names}
@@ -242,10 +242,10 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
 
     out: dict = {"families": {}}
     for family, rows in families.items():
-        place = family in COORDINATE_FAMILIES
+        place = family in COORDINATE_TYPES
         out["families"][family] = place_scores(family, *texts(rows), size) if place else exact(*texts(rows))
-    in_words = [i for i, q in enumerate(questions) if q.family not in COORDINATE_FAMILIES]
-    groups = {"general": GENERAL_FAMILIES, "robot": ROBOT_FAMILIES, "words": None}
+    in_words = [i for i, q in enumerate(questions) if q.family not in COORDINATE_TYPES]
+    groups = {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": None}
     for name, wanted in groups.items():
         rows = [i for i in in_words if wanted is None or questions[i].family in wanted]
         if rows:
@@ -275,7 +275,7 @@ def split_name(folder: Path) -> tuple[str, dict]:
 
 def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]]:
     """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
-    from data.run import World
+    from common.scripts import Processes
     from robomamba import RoboMamba, count
 
     start, folders = time.monotonic(), [Path(name) for name in cfg.data.split(",")]
@@ -286,7 +286,7 @@ def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]
         raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
     asked = [read_questions(folder, cfg.pictures) for folder in folders]  # all that can be wrong is named here
     floor = majority(read_questions(cfg.train))
-    model = RoboMamba.from_pretrained(cfg.checkpoint, device=World(cfg.device).device)
+    model = RoboMamba.from_pretrained(cfg.checkpoint, device=Processes(cfg.device).device)
     results = {
         "checkpoint": cfg.checkpoint,
         "parameters": count(model),

@@ -1,6 +1,6 @@
-"""What sim_eval.py and data/benchmark.py print and write about a run: tables in Markdown, results.json.
+"""What sim_eval.py and extras/reasoning_eval.py print and write about a run: tables in Markdown, results.json.
 
-    python -m data.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
+    python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
     table(results)        policies side by side
     report(results)       the same, what the sentence is worth, what was skipped
@@ -12,7 +12,7 @@
     paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
 
 Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, returns and gives text. scan_table and
-speed_table do so for selective_scan.py --out and data/speed.py.
+speed_table do so for selective_scan.py --out and extras/speed.py.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import json
 import math
 from pathlib import Path
 
-from data.run import write_text
+from common.files import write_text
 
-PAPER = Path(__file__).with_name("paper_table2.json")
-PAPER_REASONING = Path(__file__).with_name("paper_table1.json")
+PAPER = Path(__file__).parent.parent / "data/paper_table2.json"
+PAPER_REASONING = Path(__file__).parent.parent / "data/paper_table1.json"
 THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
 
@@ -282,7 +282,7 @@ def scan_table(results: dict) -> str:
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
-SPEED_ROWS = {  # of data/speed.py
+SPEED_ROWS = {  # of extras/speed.py
     "encoder": "the picture encoder alone, part of all below",
     "head": "one pass and the policy head",
     "text": "one pass and the action as text, {text} tokens",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import objects
-from data.world import BACKGROUND, Scene, View
+from sim import objects
+from sim.scene import BACKGROUND, Scene, View
 
 ZOOM, FRAMES, CAPTION_PX, EVERY = 2, 5, 16, 4  # enlargement; pictures of a strip after the first; a frame every 4 steps
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.questions import contact_question, parse_contact
-from data.run import write_text
-from data.world import BACKGROUND, Label, Scene, tilt, unit
+from common.files import write_text
+from sim.scene import BACKGROUND, Label, Scene, tilt, unit
 
 JITTER_PX, JITTER_DEG = 1.0, 5.0  # of expert-jittered; pixels of a REFERENCE_S picture
 REFERENCE_S = 128  # the picture that `pixel-4` and JITTER_PX speak of, whatever the scene's size
@@ -76,7 +75,6 @@ SCRIPTED = {
     "hinge-pixel": hinge_pixel,
 }
 LABELLED = re.compile(r"expert|expert-jittered|direction-\d+|pixel-\d+")  # the expert's contact, made worse
-CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
 HALVES = ("model-pixel", "model-direction")  # one half is the model's, the other the expert's: which of them fails?
 NAMED = ("model", "model-text", "model-carried", *HALVES, "NAME=FOLDER", "blind", "mean-action", "expert")
 POLICY_HELP = ", ".join((*NAMED, *SCRIPTED, "expert-jittered, direction-DEGREES, pixel-PIXELS"))
@@ -98,40 +96,6 @@ def half(name: str, action, label: Label):
     """model-pixel: the model's pixel with the expert's direction; model-direction: the other way round."""
     u, v, approach = action
     return (u, v, label.approach) if name == "model-pixel" else (label.u, label.v, approach)
-
-
-def model_policy(folder: str, as_text: bool = False, carried: bool = False):
-    """RoboMamba from a checkpoint folder, on one thread; returns (policy, image size).
-
-    as_text: spell the action out token by token, as ManipLLM and other language models do, and read the numbers back,
-        instead of one forward pass and the policy head. Text that is no contact counts as a failure.
-    carried: in a closed loop (--closed-loop) each prediction goes on from the state that the last one of this scene and
-        sentence left, so it remembers those pictures. The model was never trained on more than one picture.
-    """
-    import torch  # here and in the next line: policies without a model start in half a second
-
-    from robomamba import RoboMamba
-
-    torch.set_num_threads(1)
-    model = RoboMamba.from_pretrained(folder)
-    S = model.config.vision.image_size
-    memories = {}  # of one scene: {(category, seed, sentence): memory}
-    model.predict_action(np.zeros((S, S, 3), np.uint8), "open the door")  # the first call is slower; keep it untimed
-
-    def with_head(scene, instruction, part, rng):
-        here = (scene.category, scene.seed)
-        if any(key[:2] != here for key in memories):
-            memories.clear()
-        memory = memories.setdefault((*here, instruction), []) if carried else None
-        action = model.predict_action(scene.rgb, instruction, memory)
-        return action.u, action.v, action.approach
-
-    def with_text(scene, instruction, part, rng):
-        text = model.generate(scene.rgb, contact_question(instruction), max_new_tokens=CONTACT_TOKENS)
-        u, v, approach = parse_contact(text) or (math.nan, math.nan, np.full(3, math.nan))
-        return u * S, v * S, approach
-
-    return with_text if as_text else with_head, S
 
 
 # ---------------------------------------------------------------------------------------------------- the blind table

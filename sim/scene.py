@@ -1,6 +1,6 @@
 """The world: procedural articulated objects in PyBullet, one camera, one suction gripper, an expert that knows them.
 
-    data/objects.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
+    sim/objects.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
                                                                                               | pixel (u, v), approach
     Outcome(moved, initial, long, reason) <- Scene.interact <- Scene.backproject <------------'
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import objects
+from sim import objects
 
 _stderr = os.dup(2)
 try:  # PyBullet writes its build time to stderr as it loads, which would be the first line of every message
@@ -251,7 +251,7 @@ class Scene:
         return self
 
     def make(self, category: str, seed: int) -> objects.ObjectSpec:
-        """What `spawn` loads; data/partnet.py brings the user's own objects here."""
+        """What `spawn` loads; sim/partnet.py brings the user's own objects here."""
         return objects.make_object(category, stream(category, seed, "object"))
 
     def urdf(self) -> str:

@@ -12,9 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from data import benchmark
-from data.benchmark import ANSWERERS, Question, bleu, coordinates, iou, majority, place_scores, pope, score, words
-from data.report import PAPER_REASONING, paper_table1, reasoning_details, reasoning_report
+from common.report import PAPER_REASONING, paper_table1, reasoning_details, reasoning_report
+from extras import reasoning_eval as benchmark
+from extras.reasoning_eval import (
+    ANSWERERS,
+    Question,
+    bleu,
+    coordinates,
+    iou,
+    majority,
+    place_scores,
+    pope,
+    score,
+    words,
+)
 from robomamba import RoboMamba
 
 # ---- metrics

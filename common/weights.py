@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.run import write_atomically
+from common.files import write_atomically
 
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")  # ends of names: in bfloat16 their rounding errors grow with every step
 TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other

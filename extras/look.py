@@ -1,7 +1,7 @@
 """Look inside: pictures of what the recurrent state does while the model reads a picture and a sentence.
 
     python robomamba.py --image scene.png --act "Open the top drawer." --look DIR    # steps, attention, memory
-    python -m data.look --out DIR              # the same for a scene of the simulator, and a GIF: a drawer is opened
+    python -m extras.look --out DIR              # the same for a scene of the simulator, and a GIF: a drawer is opened
 
 DIR/README.md says what to see in each file (CAPTIONS below). The forward pass is left as it is: a hook on every
 `x_proj` keeps what enters the scan (u), and `MambaMixer.selection` makes dt, B and C of it once more.
@@ -31,9 +31,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.files import write_atomically, write_text
 from data.dataset import read_picture
-from data.questions import contact_question
-from data.run import write_atomically, write_text
+from data.prompts import contact_question
 
 SHOWN = 4  # layers in a picture; of a deeper model these many, evenly spread
 PANEL, PAD, LINE, WORD_CELL, WORD_STEP = 230, 12, 16, 11, 34  # pixels: a heat map, gaps, text, a word in the charts
@@ -322,7 +322,7 @@ def pictures_of(model, rgb: np.ndarray, question: str) -> dict[str, list[Image.I
 def draw(model, image, question: str, out) -> list[Path]:
     """Writes steps.png, attention.png, memory.png and README.md into folder `out`; returns their paths.
 
-    Args: image, a picture file; question, as `RoboMamba.prompt` takes it (for an action: questions.contact_question).
+    Args: image, a picture file; question, as `RoboMamba.prompt` takes it (for an action: prompts.contact_question).
     Raises: ValueError for a picture that cannot be read, an empty question, a folder that cannot be written.
     """
     rgb = np.asarray(read_picture(image, model.config.vision.image_size))
@@ -344,7 +344,7 @@ class Frame(NamedTuple):
 
 def film(model, scene, action, instruction: str) -> list[Frame]:
     """Carries out `action` in the scene, whose target slides; a frame every EVERY steps."""
-    from data.pictures import draw_gripper  # here: pictures of a prompt need no simulator
+    from sim.pictures import draw_gripper  # here: pictures of a prompt need no simulator
 
     ids, frames = model.prompt(contact_question(instruction)), []
     approach, start = scene.camera_rotation.T @ action.approach, scene.backproject(action.u, action.v)
@@ -403,11 +403,11 @@ def draw_film(frames: list[Frame]) -> list[Image.Image]:
 
 def episode(model, out, category: str, seed: int) -> list[Path]:
     """OUT/opening.gif: the model's own action on the first scene from `seed` on where it opens a drawer ("long" success
-    of data/world.py); and the pictures of `draw` for the start of this scene.
+    of sim/scene.py); and the pictures of `draw` for the start of this scene.
 
     Raises: ValueError for an unknown category, or when no such scene is found among EPISODE_TRIES.
     """
-    from data.world import Scene
+    from sim.scene import Scene
 
     scene = Scene(model.config.vision.image_size)
     try:
@@ -438,9 +438,9 @@ def main() -> None:
         description="Pictures of the recurrent state, and a GIF of it while the robot opens a drawer."
     )
     parser.add_argument("--out", required=True, help="folder for the pictures and README.md")
-    shipped = Path(__file__).parent / "pretrained/robomamba-tiny"
+    shipped = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
     parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
-    parser.add_argument("--category", default="StorageFurniture", help="a category with drawers (data/objects.py)")
+    parser.add_argument("--category", default="StorageFurniture", help="a category with drawers (sim/objects.py)")
     parser.add_argument(
         "--seed", type=int, default=EPISODE_SEED, help="first scene tried; the default is a validation one"
     )

@@ -1,9 +1,10 @@
-"""What the scripts share outside the science: flags, progress, metrics, checkpoints, processes.
+"""What the scripts share besides the science: flags, errors, progress, metrics, checkpoints, processes.
 
-    cfg = cli(Config, __doc__)          every field of a dataclass becomes a flag, booleans become --x / --no-x
-    world = World(cfg.device)           one process, or one of several under torchrun
-    run = Run(cfg, world, total_steps)  OUT/metrics.csv, one updating line, OUT/checkpoint.pt, --resume;
-                                        at the end OUT/curves.png
+    cfg = cli(Config, __doc__)             every field of a dataclass is a flag; booleans are --x / --no-x
+    run_main(main)                         bad input and Ctrl-C end with one line, exit codes 2 and 130
+    processes = Processes(cfg.device)      one process, or one of several under torchrun
+    run = Run(cfg, processes, total)   OUT/metrics.csv, one updating line, OUT/checkpoint.pt, --resume, OUT/curves.png
+    for job, result in parallel(...)       a pool of workers
 
 Exact resume needs no saved random state: whatever is random at step i is drawn from a generator seeded by (seed, i).
 """
@@ -13,7 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import inspect
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -25,29 +26,78 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
-from data.plots import draw_curves, read_curves
+from common.files import write_atomically, write_text
+from common.plots import draw_curves, read_curves
+
+# ---- flags and errors ------------------------------------------------------------------------------------------------
+
+
+def flag(default, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
+    """A field of a config dataclass with its help text and the values it may have (low and high included)."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+def check_flags(cfg) -> None:
+    """Raises: ValueError naming the first flag outside its range."""
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        choices = field.metadata.get("choices")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} {value}: must be a finite number")
+        if low is not None and value < low:
+            raise ValueError(f"{name} {value}: must be at least {low}")
+        if high is not None and value > high:
+            raise ValueError(f"{name} {value}: must be at most {high}")
+        if choices and value not in choices:
+            raise ValueError(f"{name} {value}: expected one of {', '.join(choices)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def cli(config_class, doc: str, argv: list[str] | None = None):
-    """Flags from a dataclass: name, default and type from the field, help from the comment behind it in the source."""
-    source = inspect.getsource(config_class).splitlines()
-    notes = {
-        line.split(":")[0].strip(): line.split("#", 1)[1].strip() for line in source if ":" in line and "#" in line
-    }
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for f in dataclasses.fields(config_class):
-        flag, note = "--" + f.name.replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=note)
+    """Flags from a dataclass made of `flag(..)` fields; `doc` is the script's docstring. Raises: ValueError."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(description=doc.split("\n\n")[0], formatter_class=style, allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        name, note = "--" + field.name.replace("_", "-"), field.metadata.get("help", "").replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=note)
         else:
-            parser.add_argument(flag, type=type(f.default), default=f.default, help=note)
-    return config_class(**vars(parser.parse_args(argv)))
+            parser.add_argument(name, type=type(field.default), default=field.default, help=note)
+    cfg = config_class(**vars(parser.parse_args(argv)))
+    check_flags(cfg)
+    return cfg
+
+
+def run_main(main: Callable, hint: str = "") -> None:
+    """Run a script's `main` and exit with what it returns (None = 0).
+
+    ValueError, OSError and FloatingPointError are bad input: their message on one line, exit 2. Ctrl-C: one line, exit
+    130. hint: what to do after Ctrl-C, such as "--resume goes on from the last checkpoint".
+    """
+    try:
+        code = main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\nstopped" + (f"; {hint}" if hint else ""), file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
 
 
 def pin_to_core(index: int) -> None:
@@ -57,38 +107,52 @@ def pin_to_core(index: int) -> None:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
-def start_worker(counter) -> None:
-    """First thing in a process of a pool: a core of its own, Ctrl-C left to the parent, and an end with the parent.
+def end_with_parent() -> None:
+    """End this process when its parent does: a killed parent would leave its workers waiting for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-    Args: counter: multiprocessing.Value("i", 0), one for the pool.
-    """
+
+def start_worker(counter, setup: Callable | None = None, arguments: tuple = ()) -> None:
+    """First thing in a process of a pool: a core of its own, Ctrl-C left to the parent, an end with the parent."""
     with counter.get_lock():
         pin_to_core(counter.value)
         counter.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()  # a killed parent would leave its workers waiting for ever
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
+    if setup is not None:
+        setup(*arguments)
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new."""
-    tmp = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(str(tmp))
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+def parallel(
+    function: Callable, jobs: Iterable, workers: int, setup: Callable | None = None, arguments: tuple = ()
+) -> Iterator[tuple]:
+    """Yield (job, function(job)) as they are done, in `workers` fresh processes.
+
+    Args: jobs: hashable. setup(*arguments): called once in every worker, before its first job.
+    Raises: BrokenProcessPool when workers die twice; after the first death the unfinished jobs are run once more.
+    """
+    left, died = dict.fromkeys(jobs), False
+    while left:
+        spawn = multiprocessing.get_context("spawn")
+        count = min(workers, len(left))
+        pool = ProcessPoolExecutor(count, spawn, start_worker, (spawn.Value("i", 0), setup, arguments))
+        try:
+            futures = {pool.submit(function, job): job for job in left}
+            for future in as_completed(futures):
+                result = future.result()
+                del left[futures[future]]
+                yield futures[future], result
+        except BrokenProcessPool:
+            if died:
+                raise
+            died = True
+            print(f"\na worker process died; {len(left)} unfinished jobs are run again", file=sys.stderr)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # what is being worked on is finished and kept
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all. Raises: ValueError naming a file that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda tmp: Path(tmp).write_text(text))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+# ---- where and how ---------------------------------------------------------------------------------------------------
 
 
 def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
@@ -118,7 +182,17 @@ def hardware() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-class World:
+def environment() -> dict:
+    """What a committed result says of the machine it was made on: commit, hardware, versions."""
+    names = ("torch", "numpy", "pybullet")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"commit": commit(), "hardware": hardware(), "versions": versions}
+
+
+class Processes:
     """This process among its peers. Alone unless started by torchrun; then gloo on CPUs, nccl on GPUs."""
 
     def __init__(self, device: str = "auto"):
@@ -199,11 +273,11 @@ def _permutation(seed, epoch, n):
 class Run:
     """Metrics, progress line and checkpoints of one training run in folder cfg.out. Only the first process writes."""
 
-    def __init__(self, cfg, world: World, total: int, log_every: int = 20):
-        self.out, self.world, self.total, self.log_every = Path(cfg.out), world, total, log_every
+    def __init__(self, cfg, processes: Processes, total: int, log_every: int = 20):
+        self.out, self.processes, self.total, self.log_every = Path(cfg.out), processes, total, log_every
         self.cfg, self.start_step, self.start_time, self.before = cfg, 0, time.monotonic(), 0.0
         self.averages: dict[str, list[float]] = {}
-        if world.first:
+        if processes.first:
             settings = dataclasses.asdict(cfg) | {"command": " ".join(sys.argv)}
             write_text(self.out / "run.json", json.dumps(settings, indent=1) + "\n")
 
@@ -218,12 +292,12 @@ class Run:
         """Everything that the next step depends on, in one file that appears whole or not at all."""
         import torch
 
-        if self.world.first:
+        if self.processes.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
             state |= {"settings": self.settings(), "averages": self.averages}
             state["seconds"] = self.before + time.monotonic() - self.start_time
             write_atomically(self.out / "checkpoint.pt", lambda tmp: torch.save(state, tmp))
-        self.world.barrier()
+        self.processes.barrier()
 
     def resume(self, modules, optimizer) -> int:
         """Load OUT/checkpoint.pt if it is there; returns the first step still to do. metrics.csv is cut back to it.
@@ -235,7 +309,7 @@ class Run:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return 0
-        state = torch.load(path, map_location=self.world.device, weights_only=True)
+        state = torch.load(path, map_location=self.processes.device, weights_only=True)
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
                 was = state["settings"].get(name)
@@ -245,7 +319,7 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         self.before, self.start_step = state["seconds"], state["step"]
         self.averages = state.get("averages", {})  # what was logged since the last row
-        if self.world.first and (self.out / "metrics.csv").exists():
+        if self.processes.first and (self.out / "metrics.csv").exists():
             with open(self.out / "metrics.csv", newline="") as file:
                 rows = [r for r in csv.reader(file) if r and (r[0] == "step" or int(r[0]) <= state["step"])]
             write_text(self.out / "metrics.csv", "".join(",".join(row) + "\n" for row in rows))
@@ -253,7 +327,7 @@ class Run:
 
     def finish(self) -> None:
         """The run is complete: draw OUT/curves.png; the checkpoint, and what kills left half written, can go."""
-        if self.world.first:
+        if self.processes.first:
             if (self.out / "metrics.csv").exists():
                 sheet = draw_curves(read_curves(self.out / "metrics.csv"))
                 write_atomically(self.out / "curves.png", lambda tmp: sheet.save(tmp, "PNG"))
@@ -281,12 +355,12 @@ class Run:
         )
 
     def say(self, text: str, end: str = "\n") -> None:
-        if self.world.first:
+        if self.processes.first:
             print(f"{text:110s}", end=end, flush=True)
 
     def write(self, step: int, **values: float) -> None:
         """Append one row a value to metrics.csv: step, seconds, name, value."""
-        if not self.world.first:
+        if not self.processes.first:
             return
         path = self.out / "metrics.csv"
         new = not path.exists() or (step <= self.log_every and self.start_step == 0 and not hasattr(self, "_opened"))

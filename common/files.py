@@ -1,0 +1,84 @@
+"""Files: written whole or not at all, read as UTF-8, and one error that names the file.
+
+    write_text(path, text)      write_json(path, value)      write_atomically(path, write)
+    read_text(path)             read_json(path, dict)        read_json_lines(path) -> (line number, object) pairs
+
+Every reader raises ValueError for whatever a missing, cut, mis-encoded, oversized or deeply nested file does.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MAX_BYTES = 2**31  # no text of this project is larger; a sparse or endless file is refused before it is read
+
+
+def write_atomically(path, write: Callable[[str], None]) -> None:
+    """Call `write(temporary path)`, flush it to disk, rename it: a kill at any time leaves the old file or the new.
+
+    Raises: ValueError naming a file that cannot be written (no room, no permission, a folder in its place).
+    """
+    path = Path(path)
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(str(temporary))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    """A UTF-8 text file, whole or not at all."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value, indent: int | None = 1) -> None:
+    """`value` as JSON, whole or not at all. Raises: ValueError for NaN and infinity, which JSON cannot say."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def read_text(path, hint: str = "", max_bytes: int = MAX_BYTES) -> str:
+    """A UTF-8 text file. hint: how to make it, added to the error when it is not there."""
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a file")
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"{path}: larger than {max_bytes} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def parse_json(text: str, where: str, expected: type = object):
+    """JSON text -> value. where: named in the error. expected: the type of the value (dict, list)."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, expected):
+        name = {dict: "a JSON object", list: "a JSON list"}[expected]
+        raise ValueError(f"{where}: expected {name}, got {type(value).__name__}")
+    return value
+
+
+def read_json(path, expected: type = object, hint: str = "", max_bytes: int = MAX_BYTES):
+    """The value in a JSON file."""
+    return parse_json(read_text(path, hint, max_bytes), str(path), expected)
+
+
+def read_json_lines(path, hint: str = "") -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) for each line of a .jsonl file. Raises: ValueError naming file and line."""
+    for number, line in enumerate(read_text(path, hint).splitlines(), 1):
+        yield number, parse_json(line, f"{path}, line {number}", dict)
