@@ -2,8 +2,8 @@
 
 Every run of train.py and finetune_policy.py leaves its own as OUT/curves.png.
 
-python -m data.plots data/pretrained/robomamba-tiny/metrics.csv --out curves.png             # every stage and name
-python -m data.plots runs/cotrain/metrics.csv --names loss,contact_px --out curves.png
+python -m common.plots data/pretrained/robomamba-tiny/metrics.csv --out curves.png             # every stage and name
+python -m common.plots runs/cotrain/metrics.csv --names loss,contact_px --out curves.png
 """
 
 import argparse

@@ -11,7 +11,7 @@
     reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
     paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
 
-Each takes what sim_eval.evaluate, or below the line data.benchmark.benchmark, returns and gives text. scan_table and
+Each takes what sim_eval.evaluate, or below the line reasoning_eval.benchmark, returns and gives text. scan_table and
 speed_table do so for selective_scan.py --out and extras/speed.py.
 """
 
@@ -169,7 +169,7 @@ def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
 
 
 def place(scores: dict) -> str:
-    """A score of data.benchmark in a cell: a rate, an IoU, pixels, pixels and degrees."""
+    """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
     if "rate" in scores:
         return f"{scores['rate']:.2f}"
     if "iou" in scores:

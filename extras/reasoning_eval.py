@@ -325,7 +325,7 @@ def main() -> None:
         out = Path(cfg.out)
         write_text(out / ".probe", "")  # a folder that cannot be written is named before the work
         (out / ".probe").unlink()
-        results, rows = benchmark(cfg, shlex.join(["python", "-m", "data.benchmark", *sys.argv[1:]]))
+        results, rows = benchmark(cfg, shlex.join(["python", "-m", "extras.reasoning_eval", *sys.argv[1:]]))
         text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])
         write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_text(out / "reasoning.json", json.dumps(results, indent=1) + "\n")

@@ -6,7 +6,7 @@ Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on 
 compared is called in turn, so that a machine that slows down slows all of it.
 
     mamba, attention  the model of --checkpoint; the same encoder, projector and head around a Transformer with as many
-                      parameters (data.transformer). Its weights are random: no time here depends on them
+                      parameters (extras.transformer). Its weights are random: no time here depends on them
     head              one pass over picture and prompt, then the policy head
     text              the same pass, then the action token by token, as many tokens as a contact and its end have
     context           random tokens read before picture and prompt: what a robot remembers of earlier steps

@@ -347,7 +347,7 @@ def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
 
 
 def roll_pitch_yaw(m: np.ndarray) -> tuple[float, float, float]:
-    """Radians, URDF convention, of a rotation (3, 3): the inverse of data.objects.rotation."""
+    """Radians, URDF convention, of a rotation (3, 3): the inverse of sim.objects.rotation."""
     pitch = math.asin(np.clip(-m[2, 0], -1, 1))
     if math.hypot(m[0, 0], m[1, 0]) < 1e-6:  # +-90 degrees: roll and yaw turn about the same axis
         return math.atan2(-m[1, 2], m[1, 1]), pitch, 0.0

@@ -93,7 +93,7 @@ def answer(files: dict[str, str], exercise: int, file: str, edits: list) -> None
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    call = [sys.executable, "-m", "data.assignments", *map(str, arguments)]
+    call = [sys.executable, "-m", "extras.assignments", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
 

@@ -639,7 +639,7 @@ def test_a_panda_that_reaches_nothing_says_so(tmp_path, monkeypatch, capsys):
 
 def test_printing_tables_again_and_what_is_no_result(tmp_path):
     def report(path, *more):
-        command = [sys.executable, "-m", "data.report", str(path), *map(str, more)]
+        command = [sys.executable, "-m", "common.report", str(path), *map(str, more)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     done = report(ROOT / "data/pretrained/robomamba-tiny/results.json", "--out", tmp_path / "short.json")

@@ -216,7 +216,7 @@ def test_turning_a_shape_turns_its_corners():
 
 
 def test_printed_catalogue_names_every_category():
-    command = [sys.executable, "-m", "data.objects"]
+    command = [sys.executable, "-m", "sim.objects"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split()[0] for line in printed] == [c for c in ALL for _ in range(3)]
     documented = " ".join(line for line in objects.__doc__.splitlines() if line.startswith("|"))
