@@ -6,6 +6,7 @@
 Every reader raises ValueError for whatever a missing, cut, mis-encoded, oversized or deeply nested file does.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ def write_atomically(path, write: Callable[[str], None]) -> None:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: cannot be written ({reason})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text: str) -> None:

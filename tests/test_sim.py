@@ -423,7 +423,7 @@ def test_bad_spawns_are_named(scene):
 
 
 def test_contact_sheet(tmp_path):
-    code = f"from data import pictures; pictures.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
+    code = f"from sim import pictures; pictures.contact_sheet(r'{tmp_path / 'sheet.png'}', names=['Safe', 'Door'])"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width >= 2 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 50
