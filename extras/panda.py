@@ -134,7 +134,7 @@ def play(scene: Scene, action: tuple, path: Path) -> dict | None:
     usual, scene.image_size = scene.image_size, FILM_PX
     scene.draw_light_and_background()
     film = {"distance": FILM_DISTANCE, "shift_u": 0.0, "shift_v": 0.0, "roll_deg": 0.0}
-    scene.look(scene.camera | film | {"azimuth_deg": scene.camera["azimuth_deg"] + FILM_SIDE_DEG})
+    scene.look(scene.camera._replace(azimuth_deg=scene.camera.azimuth_deg + FILM_SIDE_DEG, **film))
     frames, steps = [], 0
 
     def step(goal):

@@ -31,6 +31,7 @@ COLOUR_JITTER = 0.02  # standard deviation of a body's colour around its word, p
 COLOUR_MARGIN = 0.1  # a shade must be that much nearer (in rgb) to its own word than to the next
 
 GAP = 0.012  # metres, between the front of a door or drawer and its neighbours, so that one sees where it ends
+BACKGROUND, BASE = -2, -1  # numbers of what is no part, in pictures and rays; part j has number j
 LEFT_RIGHT = ((-1, "left"), (1, "right"))  # sign of y, word
 ENDS = (-1, 1)  # both ends of an axis
 
