@@ -102,6 +102,23 @@ def true_approach(scene: Scene, point: np.ndarray, part: int) -> np.ndarray | No
     return scene.camera_rotation @ (-sense[0] * direction[0])
 
 
+def why_unsolved(scene: Scene) -> str:
+    """What may be wrong with the target of a rendered scene for which `expert` found nothing, in words."""
+    part = scene.spec.parts[scene.target]
+    rows, columns = np.nonzero(scene.links == scene.target)
+    if len(rows) < MIN_PART_PIXELS:
+        return f"the {part.label} is seen on {len(rows)} pixels only: it is hidden or too small"
+    points = scene.backproject_pixels(rows, columns)
+    link, normals = scene.normals(points)
+    along = (normals * scene.motion(points, scene.target)[0]).sum(1)[link == scene.target]
+    if not len(along):
+        return f"no ray meets the {part.label}: check its mesh"
+    sense = scene.sense(scene.target)
+    if sense and (sense * along > scene.view.min_alignment).mean() < scene.view.min_workable:
+        return f"the positive motion of the {part.label} is blocked or leads into the object: check axis and limits"
+    return f"no contact that was tried moves the {part.label}"
+
+
 def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
     """Order in which the expert tries its pixels: the middle of the best region first, then others by score."""
     region = np.flatnonzero(score >= REGION * score.max())
