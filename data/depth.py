@@ -26,7 +26,7 @@ HOLE = 2  # pixels: `lift` takes the median of (2 HOLE + 1)^2 pixels, which brid
 UNIT_M = 0.3  # of the relative depth
 CLIP = 3.0
 
-# normals: least squares over (2 REACH + 1)^2 pixels that lie within JUMP of the middle one's depth
+# normals: least squares over 5 x 5 pixels that lie within JUMP of the middle one's depth
 REACH = 2
 JUMP = 0.03  # share of the depth
 
@@ -40,7 +40,8 @@ EDGE_LOST = 0.2  # share of them that measure nothing
 # refine, chosen on validation scenes; pixels of a 128 x 128 picture
 SIDE = 128
 SIGMA = 7.0
-FLAT_M = 0.004
+FLAT_REACH = 4  # flatness looks at 9 x 9 pixels
+FLAT_M = 0.002  # and so much off the plane, plus one standard deviation of `camera_depth`'s noise there, is flat
 POWER = 6
 
 
@@ -126,7 +127,7 @@ def shifted(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return out
 
 
-def normals(depth: np.ndarray, intrinsics) -> np.ndarray:
+def normals(depth: np.ndarray, intrinsics, reach: int = REACH) -> np.ndarray:
     """Depth (H, W) -> unit normals (H, W, 3) float32, camera frame, towards the camera (z < 0); 0 where unknown.
 
     With x = (u - cx) / fx and y = (v - cy) / fy a plane n . X = k is 1 / z = (n / k) . (x, y, 1): linear in the pixel.
@@ -137,12 +138,12 @@ def normals(depth: np.ndarray, intrinsics) -> np.ndarray:
     H, W = depth.shape
     measured = np.isfinite(depth) & (depth > 0)
     inverse = np.where(measured, 1 / np.where(measured, depth, 1), 0).astype(np.float32)
-    side = 2 * REACH + 1
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(inverse, REACH), (side, side)).reshape(H * W, side * side)
+    side = 2 * reach + 1
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(inverse, reach), (side, side)).reshape(H * W, side * side)
     difference = windows - inverse.reshape(-1, 1)
     near = (np.abs(difference) < JUMP * inverse.reshape(-1, 1)).astype(np.float32)
     difference *= near
-    j, i = np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1].reshape(2, -1).astype(np.float32)
+    j, i = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).astype(np.float32)
     n, si, sj, sii, sij, sjj = (near @ np.stack([i**0, i, j, i * i, i * j, j * j], 1)).T.reshape(6, H, W)
     sd, sdi, sdj = (difference @ np.stack([i**0, i, j], 1)).T.reshape(3, H, W)
     n = np.maximum(n, 1)
@@ -204,8 +205,8 @@ def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics) -> tuple
 
     The pixel of highest
         exp(-distance^2 / (2 sigma^2)) x flatness x max(0, cos(approach, -normal))^6
-    with sigma = 7 pixels of 128, flatness = share of the 9 x 9 pixels around it within FLAT_M of the plane through it;
-    the approach becomes straight against its normal.
+    with sigma = 7 pixels of 128, flatness = share of the 9 x 9 pixels around it within 2 mm + 1.5 mm x (z / 1 m)^2 of
+    the plane through it. The new approach goes straight against the plane fitted to those pixels.
 
     Args     u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used.
     Returns  (u, v, approach (3,)); the arguments where the depth picture has nothing to offer.
@@ -213,21 +214,28 @@ def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics) -> tuple
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     S = len(depth)
     depth = np.where(np.isfinite(depth), depth, 0)
-    normal = normals(depth, intrinsics)
-    rows, columns = np.indices(depth.shape)
-    cloud = np.stack([(columns - cx) / fx * depth, (rows - cy) / fy * depth, depth])
-    reach = round(4 * S / SIDE)
-    toward = np.moveaxis(normal, -1, 0)
-    flat = np.zeros(depth.shape)
-    for j in range(-reach, reach + 1):
-        for i in range(-reach, reach + 1):
-            off_plane = np.abs(((shifted(cloud, j, i) - cloud) * toward).sum(0))
-            flat += (off_plane < FLAT_M) & (shifted(depth, j, i) > 0)
+    normal = np.moveaxis(normals(depth, intrinsics, reach=1), -1, 0)
+    rows, columns = np.indices((S, S))
+    cloud = np.stack([(columns - cx) / fx * depth, (rows - cy) / fy * depth, depth])  # (3, S, S)
+    tolerance = FLAT_M + NOISE * depth**2
+
+    def on_plane(j: int, i: int) -> np.ndarray:
+        """Does the pixel j below and i to the right lie on the plane through each pixel? (S, S)"""
+        off = ((shifted(cloud, j, i) - cloud) * normal).sum(0)
+        return (np.abs(off) < tolerance) & (shifted(depth, j, i) > 0)
+
+    reach = round(FLAT_REACH * S / SIDE)
+    offsets = [(j, i) for j in range(-reach, reach + 1) for i in range(-reach, reach + 1)]
+    flat = sum(on_plane(j, i).astype(int) for j, i in offsets)
     sigma = SIGMA * S / SIDE
-    score = flat * np.exp(-((rows - v) ** 2 + (columns - u) ** 2) / (2 * sigma**2)) * normal.any(-1)
+    score = flat * np.exp(-((rows - v) ** 2 + (columns - u) ** 2) / (2 * sigma**2)) * normal.any(0)
     if approach is not None:
-        score = score * (-normal @ np.asarray(approach, float)).clip(0) ** POWER
+        score = score * (-np.asarray(approach, float) @ normal.reshape(3, -1)).reshape(S, S).clip(0) ** POWER
     if not score.max() > 0:
         return u, v, approach
     row, column = np.unravel_index(score.argmax(), score.shape)
-    return float(column), float(row), -normal[row, column].astype(float)
+    near = cloud[:, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1].reshape(3, -1)
+    off = normal[:, row, column] @ (near - cloud[:, row, column, None])
+    near = near[:, (near[2] > 0) & (np.abs(off) < tolerance[row, column])]
+    across = np.linalg.svd(near - near.mean(1, keepdims=True))[0][:, 2]  # the direction in which they vary least
+    return float(column), float(row), across * np.sign(across @ -normal[:, row, column])
