@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from common.weights import load_tensors, mamba_config, weight_files
+from common import published
+from common.published import PublishedEncoding, mamba_config, open_tensors, weight_files
+from common.weights import load_tensors
 from data.dataset import Conversations
-from data.tokenizer import ASSISTANT, END, USER, PublishedEncoding, load_encoding, read_tokenizer_json, write_encoding
+from data.tokenizer import ASSISTANT, END, USER, load_encoding, write_encoding
 from finetune_policy import PolicyConfig, finetune
 from robomamba import LMConfig, MambaLM, RoboMamba, VisionConfig, VisionTransformer
 from train import TrainConfig, train
@@ -41,6 +43,10 @@ needs_transformers = pytest.mark.skipif(
 def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def read_tokenizer_json(path):
+    return published.read_tokenizer_json(path, END, (USER, ASSISTANT))
 
 
 def shake(model: torch.nn.Module) -> torch.nn.Module:
@@ -378,8 +384,9 @@ def test_a_tokenizer_that_tiktoken_would_read_otherwise_is_refused(tokenizer_fil
     changed("not a byte-level BPE", lambda f: f.pop("model"))
     changed("not a byte-level BPE", lambda f: f["model"].update(merges=[["Ġ", "\u4e00"]]))
     path.write_text("[" * 100_000)
-    refused("not a byte-level BPE", read_tokenizer_json, path)
-    refused("cannot be read", read_tokenizer_json, tmp_path / "gone.json")
+    refused("tokenizer.json: not valid JSON", read_tokenizer_json, path)
+    changed("vocab holds no token", lambda f: f["model"].update(vocab={}, merges=[]))
+    refused("gone.json: no such file; published Mamba", read_tokenizer_json, tmp_path / "gone.json")
 
 
 # ---- published parts make a RoboMamba --------------------------------------------------------------------------------
@@ -455,7 +462,8 @@ def test_from_parts_in_bfloat16_is_close_and_its_projector_can_be_trained(parts)
         models.append(RoboMamba.from_parts(*parts, preset="tiny", dtype=dtype))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(2, 500, (2, 9))
-    (full, _), (half, loss) = (m(images, tokens, torch.tensor([9, 9]), tokens) for m in models)
+    lengths = torch.tensor([9, 9])
+    (full, _), (half, loss) = (model(images, tokens, lengths, tokens) for model in models)
     assert half.dtype == torch.bfloat16 and gap(half.float(), full) < 3e-2
     mixer = models[1].lm.backbone.layers[0].mixer
     assert {p.dtype for p in (mixer.A_log, mixer.D, mixer.dt_proj.bias)} == {torch.float32}
@@ -727,7 +735,8 @@ def test_all_misfits_are_named_in_one_error(folder, our_clip, tmp_path):
     save_file(towers, tmp_path / "c/model.safetensors")
     refused("missing pre_layrnorm.weight; surplus more", VisionTransformer.from_pretrained, tmp_path / "c")
     twice = [folder / "pytorch_model.bin"] * 2
-    refused("surprise twice", load_tensors, torch.nn.Linear(2, 2, device="meta"), twice)
+    layer = torch.nn.Linear(2, 2, device="meta")
+    refused("surprise twice", load_tensors, layer, twice, open_file=open_tensors)
 
 
 def test_an_untied_head_is_refused(folder):
@@ -762,4 +771,4 @@ def test_train_names_a_bad_published_folder_in_one_line(parts, llava, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         train_module.main()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "nowhere/config.json: cannot be read" in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and "nowhere/config.json: no such file" in error and error.count("\n") == 1
