@@ -53,7 +53,7 @@ from common.weights import KEEP_FLOAT32, load_tensors, weight_files
 from data.dataset import read_picture
 from data.depth import lift, read_depth
 from data.prompts import contact_question
-from data.tokenizer import load_encoding, read_tokenizer_json, write_encoding
+from data.tokenizer import NUMBER_BASE, NUMBERS, load_encoding, read_tokenizer_json, write_encoding
 from extras.costs import print_presets
 from extras.transformer import TransformerBlock
 from selective_scan import scan_step, selective_scan
@@ -589,22 +589,48 @@ class RoboMamba(nn.Module):
             states = [state._make(s[owner] for s in state) for state in self.look(images, states)]
         return self.lm.backbone(self.lm.backbone.embedding(tokens), states)
 
-    def forward(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, labels: Tensor | None = None):
-        """Next-token logits and, with labels, the loss (paper section 3.2, stage 1: cross-entropy on the answer only).
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        lengths: Tensor,
+        labels: Tensor | None = None,
+        *,
+        owners: Tensor | None = None,
+        soft: Tensor | None = None,
+        normalizer: float | None = None,
+        return_states: bool = False,
+    ) -> tuple:
+        """Next-token logits and, with labels, the loss (paper section 3.2: cross-entropy on the answer only).
 
         Args:
             images: uint8 (B, 3, S, S), or visual tokens (B, P, W), or None for text alone.
-            tokens: (B * Q, T) int64, right-padded.
-            lengths: (B * Q,) true lengths; what lies beyond is never a target.
-            labels: (B * Q, T) int64, the token itself where it is to be predicted, -100 elsewhere.
-        Returns: logits (B * Q, T, V), loss () or None.
+            tokens: (n, T) int64, right-padded. lengths: (n,) true lengths; what lies beyond is never a target.
+            labels: (n, T) int64, the token itself where it is to be predicted, -100 elsewhere; not shifted.
+            owners: (n,) int64, the picture a row speaks of; None: each picture has n / B rows in order.
+            soft: (100, 100), row k = target distribution over the number tokens where the label is the number k.
+            normalizer: what the sum over answer tokens is divided by; None: their number.
+        Returns: logits (n, T, V), loss () or None. With return_states also the text states (n, T, D); the logits are
+            then None where a loss is asked for: training needs them at the labelled positions only.
         """
-        logits = self.lm.lm_head(self.hidden(images, tokens))
+        states = self.hidden(images, tokens, owners)
         if labels is None:
-            return logits, None
+            logits = self.lm.lm_head(states)
+            return (logits, None, states) if return_states else (logits, None)
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         target = labels.masked_fill(~inside, -100)[:, 1:]
-        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+        rows, columns = (target != -100).nonzero(as_tuple=True)
+        target = target[rows, columns]
+        log_p = F.log_softmax(self.lm.lm_head(states[rows, columns]).float(), -1)  # (answer tokens, V)
+        losses = -log_p.gather(1, target[:, None])[:, 0]
+        if soft is not None:
+            number = target - NUMBER_BASE
+            is_number = (number >= 0) & (number < NUMBERS)
+            wanted = soft[number.clamp(0, NUMBERS - 1)]
+            softened = -(wanted * log_p[:, NUMBER_BASE : NUMBER_BASE + NUMBERS]).sum(1)
+            losses = torch.where(is_number, softened, losses)
+        loss = losses.sum() / (len(target) if normalizer is None else normalizer)
+        return (None, loss, states) if return_states else (self.lm.lm_head(states), loss)
 
     def pooled(self, images: Tensor | None, tokens: Tensor, lengths: Tensor, owner: Tensor | None = None) -> Tensor:
         """(B * Q, D): what the policy head reads; for the head "ssm" all states (B * Q, T, D), zeros for padding."""
