@@ -10,13 +10,10 @@ SCENES ?= 30000
 VAL_SCENES ?= 600
 TEST_SCENES ?= 300
 EPISODES ?= 550
-VISION_STEPS ?= 4200
-VISION2_STEPS ?= 3000
-ALIGN_STEPS ?= 100
-COTRAIN_STEPS ?= 2000
-
-# Wide matrices by Muon; the questions that need a comparison (yes or no, how many) more often than their number asks for.
-COTRAIN = --muon --lr 2e-3 --more presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4
+# The recipe of each stage is train.py's; these add flags to it, such as COTRAIN_FLAGS=--max-steps=100.
+VISION_FLAGS ?=
+ALIGN_FLAGS ?=
+COTRAIN_FLAGS ?=
 
 .PHONY: demo test train ship evaluate ablations encoders lint clean
 
@@ -43,11 +40,10 @@ TINY = data/pretrained/robomamba-tiny
 train: .venv/ready
 	$(PY) -m data.build --scenes $(SCENES) --workers $(PROCESSES) --out $(DATA)/train
 	$(PY) -m data.build --scenes $(VAL_SCENES) --split val --workers $(PROCESSES) --out $(DATA)/val
-	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
-	$(RUN) train.py --stage vision $(SPLITS) --init $(OUT)/vision --out $(OUT)/vision2 --max-steps $(VISION2_STEPS) --lr 7e-4 --resume
-	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision2 --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
-	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) $(COTRAIN) --resume
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half
+	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --resume $(VISION_FLAGS)
+	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision --out $(OUT)/align --resume $(ALIGN_FLAGS)
+	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --resume $(COTRAIN_FLAGS)
+	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half --resume
 
 # What is committed of a training: weights, curves, and the scores of `make evaluate`.
 ship:
@@ -56,7 +52,7 @@ ship:
 	cp $(DATA)/train/manifest.json $(TINY)/data.json
 	cp $(DATA)/train/vocab.tiktoken data/vocab.tiktoken
 	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
-	for s in vision vision2 align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
+	for s in vision align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
 	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
 
 # The tables: 550 + 550 test scenes of the robot, and about 10,000 test questions. Ten minutes.
@@ -75,18 +71,17 @@ evaluate: .venv/ready
 # everything fine-tuned; and which half of the action fails. About an hour, one run after the other. Its first row must
 # be that of `make evaluate`: run both after every `make ship`.
 ABLATION_STEPS ?= 400
-ROBOT = plan,possible,success,past,future,contact
-GENERAL = --muon --lr 2e-3 --more presence=3,count=2,parts=2,state=3 --skip $(ROBOT)
+GENERAL = --more presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0
 SHORT = OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --max-steps $(ABLATION_STEPS) --resume
 HEAD = $(PY) finetune_policy.py $(SPLITS)
 ablations: .venv/ready
-	$(SHORT) --init $(OUT)/align $(COTRAIN) --out $(OUT)/short
+	$(SHORT) --init $(OUT)/align --out $(OUT)/short
 	$(SHORT) --init $(OUT)/align $(GENERAL) --out $(OUT)/general
-	$(SHORT) $(COTRAIN) --out $(OUT)/no-vision
+	$(SHORT) --init "" --out $(OUT)/no-vision
 	for run in short general no-vision; do $(HEAD) --checkpoint $(OUT)/$$run --out $(OUT)/$$run-policy || exit 1; done
 	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-1 --seed 1
 	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-2 --seed 2
-	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
+	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --keep-head --epochs 3 --lr 3e-4
 	$(PY) sim_eval.py --policy model,model-pixel,model-direction,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-fine-tuned=$(OUT)/full,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,untrained-encoder=$(OUT)/no-vision-policy,random-normal \
 	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
 	$(PY) -m common.report $(OUT)/ablations/results.json --out data/results/ablations.json
@@ -98,8 +93,8 @@ PROBE_STEPS ?= 100
 VISION = OMP_NUM_THREADS=1 $(PY) train.py --stage vision $(SPLITS) --resume
 encoders: .venv/ready
 	$(VISION) --max-steps $(ENCODER_STEPS) --out $(OUT)/encoder-dense
-	$(VISION) --max-steps $(ENCODER_STEPS) --dense 0 --contrast 1 --out $(OUT)/encoder-contrast
-	$(VISION) --max-steps $(ENCODER_STEPS) --contrast 1 --out $(OUT)/encoder-both
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher captions --out $(OUT)/encoder-contrast
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher both --out $(OUT)/encoder-both
 	$(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --out $(OUT)/probe-nothing
 	for run in dense contrast both; do $(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --init $(OUT)/encoder-$$run --out $(OUT)/probe-$$run || exit 1; done
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from common.files import write_atomically
+
 PANEL, MARGIN, COLUMNS = (300, 170), (46, 22), 4  # pixels: size of a panel, space for its labels; panels a row
 INK, GRID, LINE, OTHER = (40, 40, 40), (220, 220, 220), (30, 90, 180), (190, 70, 30)
 
@@ -83,6 +85,13 @@ def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], columns:
                 pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
                 pen.text((x - 10, y1 + 2), f"{label:g}", fill=INK)
     return sheet
+
+
+def draw_curves_file(metrics, out) -> bool:
+    """Draw a metrics.csv as a PNG; False when nothing can be drawn."""
+    sheet = draw_curves(read_curves(metrics))
+    write_atomically(out, lambda temporary: sheet.save(temporary, "PNG"))
+    return True
 
 
 def main() -> None:

@@ -275,7 +275,7 @@ def split_name(folder: Path) -> tuple[str, dict]:
 
 def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]]:
     """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
-    from common.scripts import Processes
+    from common.training import Processes
     from robomamba import RoboMamba, count
 
     start, folders = time.monotonic(), [Path(name) for name in cfg.data.split(",")]

@@ -133,7 +133,8 @@ def test_the_makefile_makes_a_checkpoint_and_its_tables(tmp_path):
     (tree / ".venv/bin/python").chmod(0o755)
     (tree / ".venv/ready").touch()
     sizes = (
-        "SCENES=12 VAL_SCENES=6 TEST_SCENES=4 EPISODES=2 VISION_STEPS=2 VISION2_STEPS=2 ALIGN_STEPS=2 COTRAIN_STEPS=2"
+        "SCENES=12 VAL_SCENES=6 TEST_SCENES=4 EPISODES=2 VISION_FLAGS=--max-steps=2,2 ALIGN_FLAGS=--max-steps=2"
+        " COTRAIN_FLAGS=--max-steps=2"
     )
     for target in ("train", "ship", "evaluate", "ablations", "encoders"):
         command = ["make", target, *sizes.split(), "ABLATION_STEPS=2", "ENCODER_STEPS=2", "PROBE_STEPS=2"]

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as train_module
 from common import published
 from common.published import PublishedEncoding, mamba_config, open_tensors, weight_files
+from common.scripts import run_main
 from common.weights import load_tensors
 from data.dataset import Conversations
 from data.tokenizer import ASSISTANT, END, USER, load_encoding, write_encoding
@@ -484,7 +485,7 @@ def test_a_published_vocabulary_has_no_number_tokens(parts, llava):
 
 @needs_transformers
 def test_all_stages_run_from_published_folders_on_llava_data(parts, llava, tmp_path, monkeypatch):
-    flags = "--val= --device cpu --max-steps 3 --batch-size 2 --warmup 1 --questions 2 --log-every 1"
+    flags = "--val= --device cpu --max-steps 3 --batch-size 2"
 
     def run(stage, *more):
         command = ["train.py", "--stage", stage, "--data", str(llava), "--out", str(tmp_path / stage), *flags.split()]
@@ -498,11 +499,11 @@ def test_all_stages_run_from_published_folders_on_llava_data(parts, llava, tmp_p
     align = run("align", *start, "--preset", "robomamba-2.8b", "--data", str(llava / "conversations.json"))
     assert all(torch.equal(p, q) for p, q in zip(align.lm.parameters(), before.parameters(), strict=True))
     assert align.config.projector_hidden == (4096, 32)
-    more = ("--init", str(tmp_path / "align"), "--turns", "pack", "--val", str(llava), "--eval-records", "4")
+    more = ("--init", str(tmp_path / "align"), "--turns", "pack", "--val", str(llava))
     cotrain = run("cotrain", *more)
     assert any(not torch.equal(p, q) for p, q in zip(cotrain.lm.parameters(), before.parameters(), strict=True))
     assert "exact.all" in (tmp_path / "cotrain/metrics.csv").read_text()
-    policy = dict(checkpoint=str(tmp_path / "cotrain"), data=str(llava), val="", device="cpu", epochs=2, hidden=0)
+    policy = dict(checkpoint=str(tmp_path / "cotrain"), data=str(llava), val="", device="cpu", epochs=2, keep_head=True)
     result = finetune(PolicyConfig(**policy, out=str(tmp_path / "policy")))
     model = RoboMamba.from_pretrained(tmp_path / "policy")
     assert (
@@ -769,6 +770,6 @@ def test_train_names_a_bad_published_folder_in_one_line(parts, llava, tmp_path, 
     flags = ["--stage", "align", "--data", str(llava), "--val=", "--out", str(tmp_path / "o")]
     monkeypatch.setattr("sys.argv", ["train.py", *flags, "--vision-weights", "nowhere", "--lm-weights", str(parts[1])])
     with pytest.raises(SystemExit) as stopped:
-        train_module.main()
+        run_main(train_module.main)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "nowhere/config.json: no such file" in error and error.count("\n") == 1

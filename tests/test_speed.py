@@ -18,7 +18,6 @@ from data.prompts import contact_question
 from extras import speed
 from extras.costs import memory
 from extras.transformer import append
-from finetune_policy import PolicyConfig, finetune, pooled_states
 from robomamba import PRESETS, HeadConfig, MambaLM, PolicyHead, RoboMamba, RoboMambaConfig, count
 from sim_eval import model_policy
 from tests.test_model import close, uint8_picture
@@ -204,31 +203,6 @@ def test_the_ssm_head_is_saved_and_runs_in_16_bits(ssm, picture, tmp_path):
     half = again.to(torch.bfloat16).predict_action(picture, "open the drawer")
     assert abs(half.u - wanted.u) < 1 and abs(half.v - wanted.v) < 1  # of 32 pixels
     assert count(PolicyHead(HeadConfig("ssm"), 192)) == 2 * (192 * (3 * 192 + 4 + 2 * 12 + 3 * 8 + 3) + 192) + 3152
-
-
-def test_stage_2_trains_the_ssm_head_only(data, start, tmp_path):  # noqa: F811
-    folders = (str(start), str(data / "train"), str(data / "val"), str(tmp_path / "p"))
-    result = finetune(PolicyConfig(*folders, device="cpu", epochs=15, batch_size=8, head="ssm"))
-    before, after = weights(start), weights(tmp_path / "p")
-    assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("head"))
-    assert result["head_parameters"] == sum(after[n].numel() for n in after if n.startswith("head"))
-    with open(tmp_path / "p/metrics.csv") as file:
-        losses = [float(line.split(",")[3]) for line in file if ",loss," in line]
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_samples_of_different_length_are_cached_alike(ssm, data, start):  # noqa: F811
-    """Read in batches of other sizes, so with other padding, each sample's states are the same."""
-    from common.scripts import Processes
-
-    model = RoboMamba.from_pretrained(start)
-    model.config.head = HeadConfig("ssm", (4,))
-    with open(data / "train/manipulation.jsonl") as file:
-        samples = [json.loads(line) for line in file][:6]
-    many = pooled_states(model, str(data / "train"), samples, Processes("cpu"))
-    few = pooled_states(model, str(data / "train"), samples, Processes("cpu"), batch=2)
-    assert many.ndim == 3 and len(many) == 6 and len({int((s != 0).any(-1).sum()) for s in many}) > 1
-    close(few, many)
 
 
 # ---- the comparison
