@@ -240,20 +240,18 @@ def test_an_object_that_loads_nowhere_is_skipped_by_name(library, tmp_path, monk
 
     monkeypatch.setattr(ObjectScene, "spawn", fail)
     flags = ["--policy", "expert", "--objects", str(library), "--episodes", "2", "--workers", "1"]
-    assert main([*flags, "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["skipped"]["objects"] == {"objects/45261": "PyBullet cannot load it"}
-    assert results["skipped"]["given_up"] == {"objects/45261": 2} and results["episodes"] == []
+    with pytest.raises(
+        ValueError, match="nothing could be evaluated. objects/45261: ValueError: PyBullet cannot load it"
+    ):
+        main([*flags, "--out", str(tmp_path)])
+    assert not (tmp_path / "results.json").exists()
 
 
-def test_an_object_that_nobody_can_open_is_counted(library, tmp_path, monkeypatch):
+def test_an_object_that_nobody_can_open_is_named(library, tmp_path, monkeypatch):
     monkeypatch.setattr(ObjectScene, "expert", lambda *_, **__: None)
     flags = ["--policy", "expert", "--objects", str(library), "--episodes", "2", "--workers", "1"]
-    assert main([*flags, "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["skipped"]["given_up"] == {"objects/45261": 2}
-    assert results["skipped"]["infeasible"] == {"objects/45261": 40}
-    assert "objects/45261 2" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="nothing could be evaluated. objects/45261: the expert found no contact"):
+        main([*flags, "--out", str(tmp_path)])
 
 
 # ---- everything that can be wrong -----------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_object_is_named(name, library, tmp_path, capsys):
+def test_a_broken_object_is_named(name, library, tmp_path):
     shutil.copytree(library / "45261", tmp_path / "in" / "7")
     shutil.copy(library / "45261" / "textured_objs" / "shell.obj", tmp_path / "outside.obj")
     breaks, said = BROKEN[name]
@@ -308,9 +306,9 @@ def test_a_broken_object_is_named(name, library, tmp_path, capsys):
     with pytest.raises(ValueError) as error:
         read_object(tmp_path / "in" / "7")
     assert said in str(error.value) and str(tmp_path / "in" / "7") in str(error.value)
-    assert main(["--policy", "expert", "--objects", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and said in line and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError) as error:
+        main(["--policy", "expert", "--objects", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_a_linked_mesh_may_not_leave_the_folder(library, tmp_path):
