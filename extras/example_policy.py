@@ -13,7 +13,7 @@ from sim.policies import Observation
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 200), "white": (235, 235, 235)}
 FARTHEST = 442.0  # black from white
-SAME_PLANE = 0.95  # cosine between the normals of neighbours
+SAME_PLANE = 0.97  # cosine between the normals of neighbours
 COLOUR_WEIGHT = 40  # how many pixels further inside a region of the opposite colour may be
 
 

@@ -18,7 +18,6 @@ compared is called in turn, so that a machine that slows down slows all of it.
 The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
 """
 
-import dataclasses
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from common.plots import draw_lines
 from common.report import SPEED_NOTES, speed_table
 from common.scripts import cli, environment, flag, progress, run_main
 from data.prompts import contact_question
+from extras.transformer import parameter_matched
 from robomamba import RoboMamba, count
 
 CHECKPOINT = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
@@ -44,12 +44,6 @@ STEP = 8  # of the closed loop
 WARM = 2  # rounds that are not counted
 ROUNDS = 5  # the fewest that are
 RUN = 32  # tokens generated in a row for the time of one
-
-
-def twin(model: RoboMamba) -> RoboMamba:
-    """The same model around a Transformer of the same size, random weights."""
-    lm = dataclasses.replace(model.config.lm, mixer="attention")
-    return RoboMamba(dataclasses.replace(model.config, lm=lm), model.encoding).eval()
 
 
 def clock(calls: dict, seconds: float, device: torch.device) -> dict:
@@ -99,12 +93,17 @@ class Subject:
         h, states = self.backbone(x, states)
         return h[:, -1], states
 
+    def prefill(self, states: list | None = None) -> tuple[Tensor, list]:
+        """Picture and prompt: the states (1, T, D) of the prompt's tokens, and what is kept of both."""
+        h, states = self.backbone(self.model.sequence(self.picture, self.ids), states)
+        return h[:, -self.ids.shape[1] :], states
+
     def head(self, states: list | None = None) -> None:
-        h, _ = self.model.read(self.picture, self.ids, states=states)
+        h, _ = self.prefill(states)
         self.model.head(self.model.pool(h, torch.tensor([self.ids.shape[1]], device=self.device)))
 
     def text(self) -> None:
-        h, states = self.model.read(self.picture, self.ids)
+        h, states = self.prefill()
         generate(self.model, h[:, -1], states, self.answer - 1)  # the last token is not fed back
         self.model.lm.lm_head(h[:, -1]).argmax()
 
@@ -122,7 +121,7 @@ class Subject:
 @torch.inference_mode()
 def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: float = 3.0, tick=lambda: None) -> dict:
     """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
-    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", twin(model)))}
+    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", parameter_matched(model)))}
     functions = {(row, name): f for name, s in subjects.items() for row, f in s.predictions().items()}
     times, predictions = clock(functions, 2 * seconds, device), {}
     for (row, name), value in times.items():
@@ -173,7 +172,7 @@ def run(checkpoint: str, out: Path, command: str = "", lengths=LENGTHS, seconds:
     try:
         results["models"] = {
             name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
-            for name, m in (("mamba", model), ("attention", twin(model)))
+            for name, m in (("mamba", model), ("attention", parameter_matched(model)))
         }
         subject = Subject(model, torch.device("cpu"))
         results["tokens"] = {
