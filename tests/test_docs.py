@@ -161,7 +161,7 @@ def test_the_multi_part_share_is_as_promised():
 
 def test_shipped_model_looks_at_the_picture(model):
     """On validation scenes its pixels are nearer to the expert's than those of the picture-blind table, by a third."""
-    table = sim_eval.blind_policy(sim_eval.read_blind_table(str(ROOT / "data/pretrained/blind_table.json")), mean=False)
+    table = sim_eval.blind_policy(sim_eval.read_blind_table(ROOT / "data/pretrained/blind_table.json"))
     scene, rng, errors = sim_eval.Scene(model.config.vision.image_size), np.random.default_rng(0), []
     try:
         for k in range(40):
@@ -172,7 +172,7 @@ def test_shipped_model_looks_at_the_picture(model):
                 continue
             sentence = f"open the {scene.spec.parts[scene.target].label}"
             action = model.predict_action(scene.rgb, sentence)
-            u, v, _ = table(scene, sentence, scene.target, rng)
+            u, v, _ = table(sim_eval.Observation(scene, sentence, scene.target, label, rng))
             errors.append([np.hypot(x - label.u, y - label.v) for x, y in ((action.u, action.v), (u, v))])
     finally:
         scene.close()
