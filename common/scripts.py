@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 
 from common.files import write_atomically, write_text
-from common.plots import draw_curves, read_curves
 
 # ---- flags and errors ------------------------------------------------------------------------------------------------
 
@@ -329,8 +328,9 @@ class Run:
         """The run is complete: draw OUT/curves.png; the checkpoint, and what kills left half written, can go."""
         if self.processes.first:
             if (self.out / "metrics.csv").exists():
-                sheet = draw_curves(read_curves(self.out / "metrics.csv"))
-                write_atomically(self.out / "curves.png", lambda tmp: sheet.save(tmp, "PNG"))
+                from common.plots import draw_curves_file
+
+                draw_curves_file(self.out / "metrics.csv", self.out / "curves.png")
             for path in (*self.out.glob("*.tmp*"), self.out / "checkpoint.pt"):
                 path.unlink(missing_ok=True)
             print(flush=True)
