@@ -32,8 +32,8 @@ ELSEWHERE = {
     "python sim_eval.py --demo": "test_eval.py",
     "python sim_eval.py --speed": "test_speed.py",
     "python selective_scan.py": "test_scan.py",
-    "python -m extras.mistakes --prove": "test_look.py",
-    "python -m extras.assignments --grade": "test_assignments.py",
+    "python -m extras.mistakes --prove": "test_extras_look.py",
+    "python -m extras.assignments --grade": "test_extras_assignments.py",
     "python train.py --stage align --vision-weights": "test_published.py",
     "torchrun --nproc-per-node": "test_train.py",
 }

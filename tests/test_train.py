@@ -24,7 +24,7 @@ from torch import nn
 
 import finetune_policy
 import train as train_module
-from common import training
+from common import plots, training
 from common.optim import Muon, parameter_groups
 from common.scripts import cli, end_with_parent, run_main
 from common.training import Processes, Run, cosine, rows_of_step, stop_on_nan
@@ -588,6 +588,18 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_one_error(data, start, tmp_pat
         (tmp_path / "o/checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match="checkpoint.pt: cannot be read .*remove it"):
             train(cfg)
+
+
+def test_curves_are_drawn_without_what_is_not_finite(tmp_path, monkeypatch, capsys):
+    inf, nan = float("inf"), float("nan")
+    got = plots.draw_lines({"a": {"a": [(1, nan)]}, "b": {"b": [(1, 2.0), (2, inf), (3, 1.0)]}}, log_x=False)
+    wanted = plots.draw_lines({"a": {"a": []}, "b": {"b": [(1, 2.0), (3, 1.0)]}}, log_x=False)
+    assert np.array_equal(got, wanted) and len(np.unique(wanted)) > 3
+    (tmp_path / "metrics.csv").write_text("step,seconds,name,value\n1,0.1,loss,2.5\n2,0.2,loss,nan\n")
+    assert plots.draw_curves_file(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+    assert not plots.draw_curves_file(tmp_path / "metrics.csv", tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists() and "pip install matplotlib" in capsys.readouterr().out
 
 
 # ---- stage 2

@@ -1,6 +1,6 @@
 """The reasoning examination: BLEU, POPE and coordinates against cases worked by hand, the floors, a whole run.
 
-pytest tests/test_benchmark.py
+pytest tests/test_extras_reasoning_eval.py
 """
 
 import json
