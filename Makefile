@@ -4,8 +4,8 @@
 # make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
 # make results  RESULTS.md and the README's table again, from the committed JSON
 #
-# Sizes and rates are the defaults of the scripts; this file repeats none of them. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS
-# are added to every command of that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"
+# Steps and rates are the defaults of the scripts. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS are added to every command of
+# that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo "$$p"; break; }; done)
@@ -15,6 +15,7 @@ TINY = data/pretrained/robomamba-tiny
 # One thread a process: on few cores several one-thread processes are faster than one process of several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
 RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+BUILD = $(PY) -m data.build --workers $(PROCESSES)
 DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
@@ -55,10 +56,8 @@ QUICK_COTRAIN_STEPS ?= 100
 QUICK_EPISODES ?= 100
 QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
 quick: .venv/ready
-	$(PY) -m data.build --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --demos $(QUICK_SCENES) \
-	  --workers $(PROCESSES) --out $(QUICK)/data
-	$(PY) -m data.build --categories $(QUICK_CATEGORIES) --scenes $(QUICK_VAL_SCENES) --split val \
-	  --workers $(PROCESSES) --out $(QUICK)/val
+	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
+	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
 	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
 	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision --max-steps $(QUICK_COTRAIN_STEPS) \
 	  --out $(QUICK)/cotrain --resume
@@ -72,12 +71,12 @@ quick: .venv/ready
 # ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
 
 train: .venv/ready
-	$(PY) -m data.build --workers $(PROCESSES) $(DATA_FLAGS)
-	$(PY) -m data.build --split val --workers $(PROCESSES) $(DATA_FLAGS) --out data/cache/val
+	$(BUILD) --scenes 30000 --out data/cache/train $(DATA_FLAGS)
+	$(BUILD) --scenes 600 --split val --out data/cache/val $(DATA_FLAGS)
 	$(RUN) train.py --stage vision --resume $(TRAIN_FLAGS)
 	$(RUN) train.py --stage align --resume $(TRAIN_FLAGS)
 	$(RUN) train.py --stage cotrain --resume $(TRAIN_FLAGS)
-	$(PY) finetune_policy.py --half
+	$(PY) finetune_policy.py --half --resume
 
 # What is committed of a training: weights, curves, the table of the vision-free baseline.
 ship: .venv/ready
@@ -96,8 +95,8 @@ runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
 evaluate: .venv/ready runs/random/model.safetensors
 	$(EVALUATE) --policy $(POLICIES) --strips 9 --out runs/eval
-	$(PY) -m data.build --split test-seen --workers $(PROCESSES) $(DATA_FLAGS) --out data/cache/test-seen
-	$(PY) -m data.build --split test-unseen --workers $(PROCESSES) $(DATA_FLAGS) --out data/cache/test-unseen
+	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
+	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)
 	$(ONE) -m extras.reasoning_eval --checkpoint $(TINY) --train data/cache/train \
 	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 	cp runs/eval/results.json runs/reasoning/reasoning.json $(TINY)/
@@ -108,19 +107,20 @@ evaluate: .venv/ready runs/random/model.safetensors
 # fine-tuned; half of the action from the oracle. Its first row must be that of `make evaluate`.
 ABLATION_STEPS ?= 400
 SHORT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
+GENERAL = presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0
 HEAD = $(PY) finetune_policy.py
 HALVES = model,model-pixel,model-direction,head-seed-1=runs/policy-1,head-seed-2=runs/policy-2
 SHORTENED = all-fine-tuned=runs/full,all-questions=runs/short-policy,general-only=runs/general-policy,untrained-encoder=runs/no-vision-policy
 ablations: .venv/ready
 	$(SHORT) --out runs/short
-	$(SHORT) --skip plan,possible,success,past,future,contact --out runs/general
+	$(SHORT) --more $(GENERAL) --out runs/general
 	$(SHORT) --init "" --out runs/no-vision
 	$(HEAD) --checkpoint runs/short --out runs/short-policy
 	$(HEAD) --checkpoint runs/general --out runs/general-policy
 	$(HEAD) --checkpoint runs/no-vision --out runs/no-vision-policy
 	$(HEAD) --out runs/policy-1 --seed 1
 	$(HEAD) --out runs/policy-2 --seed 2
-	$(HEAD) --checkpoint runs/policy --out runs/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
+	$(HEAD) --checkpoint runs/policy --out runs/full --unfreeze --keep-head --epochs 3 --lr 3e-4
 	$(EVALUATE) --policy $(HALVES),$(SHORTENED),random-normal --out runs/ablations
 	$(PY) -m common.report runs/ablations/results.json --out data/results/ablations.json
 
@@ -132,11 +132,11 @@ VISION = $(ONE) train.py --stage vision --resume $(TRAIN_FLAGS)
 PROBE = $(VISION) --probe --lr 3e-3 --max-steps $(PROBE_STEPS)
 encoders: .venv/ready
 	$(VISION) --max-steps $(ENCODER_STEPS) --out runs/encoder-dense
-	$(VISION) --max-steps $(ENCODER_STEPS) --dense 0 --contrast 1 --out runs/encoder-contrast
-	$(VISION) --max-steps $(ENCODER_STEPS) --contrast 1 --out runs/encoder-both
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher captions --out runs/encoder-captions
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher both --out runs/encoder-both
 	$(PROBE) --out runs/probe-nothing
 	$(PROBE) --init runs/encoder-dense --out runs/probe-dense
-	$(PROBE) --init runs/encoder-contrast --out runs/probe-contrast
+	$(PROBE) --init runs/encoder-captions --out runs/probe-captions
 	$(PROBE) --init runs/encoder-both --out runs/probe-both
 
 results: .venv/ready

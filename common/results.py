@@ -24,7 +24,7 @@ BEGIN, END = "<!-- made by python -m common.results -->", "<!-- end -->"
 
 README_ROWS = {  # name in results.json -> what the row is
     "model": "the shipped model: RGB image and instruction",
-    "model-depth": "the same model with a depth read-out: the pixel snapped to the part, the normal from depth",
+    "model-depth": "the same model + depth read-out: pixel snapped to the part, normal from a depth image",
     "random-backbone": "random frozen backbone + head: the same network never trained, a head trained as ours",
     "blind": "vision-free baseline: median label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
@@ -33,16 +33,16 @@ README_ROWS = {  # name in results.json -> what the row is
 GLOSSARY = """| row | what it is |
 | --- | --- |
 | `model` | the checkpoint named by `--checkpoint`: image and instruction, one forward pass, policy head |
-| `model-depth` | the same with a depth read-out: pixel snapped to the predicted part, direction from the depth image's normal |
+| `model-depth` | the same with a depth read-out (an imperfect depth camera): pixel snapped to the part, normal from depth |
 | `model-text` | the same weights answer in words ("64 33 69 25 89": quantised coordinates), no policy head |
 | `random-backbone` | random frozen backbone + head: a network that was never trained, with a head trained like ours |
-| `random-depth` | the same with the depth read-out: what depth alone gives |
+| `random-depth` | random pixel of the object with the same depth read-out, no predicted direction: what depth alone gives |
 | `blind` | vision-free baseline: median training label of each (category, part); it never sees the image |
 | `mean-action` | the mean training label for everything |
 | `part-pixel-normal` | privileged baseline: random pixel of the *named part*, true surface normal |
 | `random-normal` | privileged baseline: random pixel of the *object*, true surface normal |
 | `random` | random pixel of the object, random direction |
-| `expert` | oracle: a scripted expert that knows the joint. Test scenes are scenes it solves, so its row is 1 by construction |
+| `expert` | oracle: scripted expert that knows the joint. Test scenes are those it solves: its row is 1 by construction |
 | `expert, unconditioned` | scene acceptance rate: how many of the scenes tried it solved |
 
 Success: the *named* part moved by at least 0.01 rad or m ("initial") or 0.1 (the paper's threshold). Cells: k/n, rate,
@@ -56,6 +56,8 @@ ABLATIONS = """| row | what changed |
 | `all-questions` | stage 1.2 cut to 400 steps, all questions |
 | `general-only` | the same without the robot's questions (plan, possible, success, past, future, contact) |
 | `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
+CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
+instead of reading the prompt again; it gained nothing and is no longer in the code."""
 
 
 def made_by(results: dict) -> str:
@@ -171,10 +173,13 @@ def stages() -> str:
     """Minutes of every stage of the shipped run."""
     seconds = {"data": read_json(ROOT / SHIPPED / "data.json", dict)["seconds"]}
     steps = {}
+    last = {}
     for item in csv.DictReader(read_text(ROOT / SHIPPED / "metrics.csv").splitlines()):
-        stage = item["stage"]
-        seconds[stage] = max(seconds.get(stage, 0.0), float(item["seconds"]))
-        steps[stage] = max(steps.get(stage, 0), int(item["step"]))
+        stage = "vision" if item["stage"] == "vision2" else item["stage"]  # one stage, two schedules
+        last[item["stage"]] = (stage, int(item["step"]), float(item["seconds"]))
+    for stage, step, second in last.values():
+        steps[stage] = steps.get(stage, 0) + step
+        seconds[stage] = seconds.get(stage, 0.0) + second
     seconds["policy"] = read_json(ROOT / SHIPPED / "policy.json", dict)["seconds"]
     lines = row("stage", "steps (policy: epochs)", "minutes") + row(*["---"] * 3)
     for stage, value in seconds.items():
@@ -217,7 +222,7 @@ def document() -> str:
         "Per category, beside the paper": (SHIPPED + "/results.json", made_by(main), report.categories(main)),
         "Ablations": ("data/results/ablations.json", made_by(ablations), ABLATIONS, report.table(ablations)),
         "Policy heads": ("data/results/heads.json", "Validation medians; 10,000 samples.", heads(policy_runs)),
-        "Closed loop": ("data/results/closed_loop.json", made_by(closed), report.report(closed)),
+        "Closed loop": ("data/results/closed_loop.json", made_by(closed), CLOSED, report.report(closed)),
         "Reasoning": (SHIPPED + "/reasoning.json", made_by(reasoning), report.reasoning_report(reasoning)),
         "Reasoning, beside the paper": (SHIPPED + "/reasoning.json", report.paper_table1(reasoning)),
         "Speed": ("data/results/speed.json", made_by(speed), report.speed_table(speed), report.SPEED_NOTES),
