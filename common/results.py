@@ -1,8 +1,8 @@
-"""Write RESULTS.md, and the block of numbers in README.md, from the committed JSON.
+"""Write RESULTS.md, and the table of README.md and of the model card, from the committed JSON.
 
-    python -m common.results            # rewrites both; tests/test_docs.py checks that they are up to date
+    python -m common.results            # rewrites all three; tests/test_docs.py checks that they are up to date
 
-    readme(text) -> text                README.md with the block between its two marks made again
+    with_table(text) -> text            a page with what stands between its two marks made again
     document() -> text                  RESULTS.md: one section a table, each with command, commit, hardware and seed
 
 Nothing is measured here. Tables of sim_eval.py, extras.reasoning_eval and extras.speed come from common/report.py; the
@@ -20,7 +20,9 @@ from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "data/pretrained/robomamba-tiny"
-BEGIN, END = "<!-- made by python -m common.results -->", "<!-- end -->"
+PAGES = ("README.md", f"{SHIPPED}/README.md")
+BEGIN = "<!-- made by python -m common.results -->"
+END = "<!-- end -->"
 
 README_ROWS = {  # name in results.json -> what the row is
     "model": "the shipped model: RGB image and instruction",
@@ -33,16 +35,16 @@ README_ROWS = {  # name in results.json -> what the row is
 GLOSSARY = """| row | what it is |
 | --- | --- |
 | `model` | the checkpoint named by `--checkpoint`: image and instruction, one forward pass, policy head |
-| `model-depth` | the same with a depth read-out (an imperfect depth camera): pixel snapped to the part, normal from depth |
+| `model-depth` | the same + a depth read-out (imperfect camera): pixel snapped to the part, normal from depth |
 | `model-text` | the same weights answer in words ("64 33 69 25 89": quantised coordinates), no policy head |
 | `random-backbone` | random frozen backbone + head: a network that was never trained, with a head trained like ours |
-| `random-depth` | random pixel of the object with the same depth read-out, no predicted direction: what depth alone gives |
+| `random-depth` | random pixel of the object with the same depth read-out: what depth alone gives |
 | `blind` | vision-free baseline: median training label of each (category, part); it never sees the image |
 | `mean-action` | the mean training label for everything |
 | `part-pixel-normal` | privileged baseline: random pixel of the *named part*, true surface normal |
 | `random-normal` | privileged baseline: random pixel of the *object*, true surface normal |
 | `random` | random pixel of the object, random direction |
-| `expert` | oracle: scripted expert that knows the joint. Test scenes are those it solves: its row is 1 by construction |
+| `expert` | oracle: scripted expert that knows the joint; scenes are those it solves, so its row is 1 |
 | `expert, unconditioned` | scene acceptance rate: how many of the scenes tried it solved |
 
 Success: the *named* part moved by at least 0.01 rad or m ("initial") or 0.1 (the paper's threshold). Cells: k/n, rate,
@@ -79,8 +81,8 @@ def rates(policy: dict, split: str, key: str = "long") -> str:
     return f"{rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
 
 
-def readme_block() -> str:
-    """The README's table: six rows at the paper's threshold."""
+def short_table() -> str:
+    """Six rows at the paper's threshold, for the first page."""
     results = read_json(ROOT / SHIPPED / "results.json", dict)
     episodes = [f"{split} ({results['policies']['model']['splits'][split]['n']})" for split in ("seen", "unseen")]
     lines = row("policy", *episodes, "what it is") + row(*["---"] * 4)
@@ -90,13 +92,13 @@ def readme_block() -> str:
     return "\n".join(lines)
 
 
-def readme(text: str) -> str:
-    """README.md with its block made again. Raises: ValueError when a mark is missing."""
+def with_table(text: str, name: str = "README.md") -> str:
+    """A page with its table made again. Raises: ValueError naming the page when a mark is missing."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md: expected one line {BEGIN} and one line {END}")
+        raise ValueError(f"{name}: expected one line {BEGIN} and one line {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{readme_block()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{short_table()}\n{END}{after}"
 
 
 # ---- tables that only this document has
@@ -258,9 +260,10 @@ def anchor(title: str) -> str:
 
 
 def main() -> None:
-    write_text(ROOT / "README.md", readme(read_text(ROOT / "README.md")))
+    for name in PAGES:
+        write_text(ROOT / name, with_table(read_text(ROOT / name), name))
     write_text(ROOT / "RESULTS.md", document())
-    print("wrote RESULTS.md and the table of README.md")
+    print("wrote RESULTS.md and the table of", " and ".join(PAGES))
 
 
 if __name__ == "__main__":
