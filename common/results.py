@@ -15,7 +15,6 @@ from pathlib import Path
 
 from common import report
 from common.files import read_json, read_text, write_text
-from common.report import row
 from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +59,10 @@ ABLATIONS = """| row | what changed |
 | `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
 CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
 instead of reading the prompt again; it gained nothing and is no longer in the code."""
+
+
+def row(*cells) -> list[str]:
+    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
 
 
 def made_by(results: dict) -> str:
