@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import report
 from common.files import read_json, read_text, write_text
+from common.report import header, row
 from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,10 +62,6 @@ CLOSED = """Four grips, a new image and prediction for each. `model-carried` kep
 instead of reading the prompt again; it gained nothing and is no longer in the code."""
 
 
-def row(*cells) -> list[str]:
-    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
-
-
 def made_by(results: dict) -> str:
     """One line: command, commit, hardware, seed, versions; what a file does not say is left out."""
     machine = results.get("hardware")
@@ -88,10 +85,10 @@ def short_table() -> str:
     """Six rows at the paper's threshold, for the first page."""
     results = read_json(ROOT / SHIPPED / "results.json", dict)
     episodes = [f"{split} ({results['policies']['model']['splits'][split]['n']})" for split in ("seen", "unseen")]
-    lines = row("policy", *episodes, "what it is") + row(*["---"] * 4)
+    lines = [header("policy", *episodes, "what it is")]
     for name, text in README_ROWS.items():
         policy = results["policies"].get(name, {})
-        lines += row(f"`{name}`", rates(policy, "seen"), rates(policy, "unseen"), text)
+        lines.append(row(f"`{name}`", rates(policy, "seen"), rates(policy, "unseen"), text))
     return "\n".join(lines)
 
 
@@ -108,33 +105,33 @@ def with_table(text: str, name: str = "README.md") -> str:
 
 
 def heads(runs: list[dict]) -> str:
-    lines = row("head or backbone", "parameters", "% of all", "pixel error", "direction error", "s") + row(*["---"] * 6)
+    lines = [header("head or backbone", "parameters", "% of all", "pixel error", "direction error", "s")]
     for run in runs:
         flags = run["command"].split("finetune_policy.py ")[1]
         name = run.get("what") or f"`{flags}`"
         share = f"{100 * run['head_share']:.2f}"
         errors = (f"{run['pixel_px']:.2f} px", f"{run['approach_degrees']:.1f} deg")
-        lines += row(name, f"{run['head_parameters']:,d}", share, *errors, f"{run['seconds']:.0f}")
+        lines.append(row(name, f"{run['head_parameters']:,d}", share, *errors, f"{run['seconds']:.0f}"))
     return "\n".join(lines)
 
 
 def physics(results: dict) -> str:
     """What the simulator forgives: success of scripted policies on validation scenes."""
-    lines = row("policy", ">= 0.01", ">= 0.1") + row(*["---"] * 3)
+    lines = [header("policy", ">= 0.01", ">= 0.1")]
     for name, policy in results["policies"].items():
         (summary,) = policy["splits"].values()
-        lines += row(name, report.percent(summary["initial"]), report.percent(summary["long"]))
+        lines.append(row(name, report.percent(summary["initial"]), report.percent(summary["long"])))
     return "\n".join(lines)
 
 
 def scan(results: dict) -> str:
     """Forward and backward of every method and shape, then the classic failures and the time per element."""
     names = list(dict.fromkeys(method["method"] for shape in results["shapes"] for method in shape["methods"]))
-    lines = row("(B, L, E, N)", *names) + row(*["---"] * (1 + len(names)))
+    lines = [header("(B, L, E, N)", *names)]
     for shape in results["shapes"]:
         found = {method["method"]: method for method in shape["methods"]}
         cells = [f"{found[n]['train_ms']:.0f} ms, {found[n]['peak_mib']:.0f} MiB" if n in found else "" for n in names]
-        lines += row(tuple(shape["shape"]), *cells)
+        lines.append(row(tuple(shape["shape"]), *cells))
     lines += ["", "Forward and backward, float32: median time, peak memory on top of the inputs.", ""]
     for key, text in (
         ("linear", "The chunked scan is linear in L:"),
@@ -148,18 +145,18 @@ def scan(results: dict) -> str:
 
 def records(items: list[dict]) -> list[str]:
     """A list of flat JSON objects with the same keys as a table."""
-    lines = row(*items[0]) + row(*["---"] * len(items[0]))
+    lines = [header(*items[0])]
     for item in items:
-        lines += row(*(f"{value:.3g}" if isinstance(value, float) else value for value in item.values()))
+        lines.append(row(*(f"{value:.3g}" if isinstance(value, float) else value for value in item.values())))
     return lines
 
 
 def mistakes(results: dict) -> str:
     """Eight planted mistakes: what the shipped model does with each, and the test that catches it."""
-    lines = row("mistake", "what you see", "right", "wrong", "caught by") + row(*["---"] * 5)
+    lines = [header("mistake", "what you see", "right", "wrong", "caught by")]
     for item in results["rows"]:
         values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
-        lines += row(item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`")
+        lines.append(row(item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"))
     return "\n".join(lines)
 
 
@@ -168,9 +165,9 @@ def encoders(explorations: list[dict]) -> str:
     (found,) = (item for item in explorations if item.get("command") == "make encoders")
     kinds = {name: scores for name, scores in found.items() if isinstance(scores, dict)}
     columns = list(next(iter(kinds.values())))
-    lines = row("trained with", *columns) + row(*["---"] * (1 + len(columns)))
+    lines = [header("trained with", *columns)]
     for name, scores in kinds.items():
-        lines += row(name, *(scores[column] for column in columns))
+        lines.append(row(name, *(scores[column] for column in columns)))
     return "\n".join([*lines, "", f"{found['what']}. {found['hardware']}."])
 
 
@@ -186,20 +183,19 @@ def stages() -> str:
         steps[stage] = steps.get(stage, 0) + step
         seconds[stage] = seconds.get(stage, 0.0) + second
     seconds["policy"] = read_json(ROOT / SHIPPED / "policy.json", dict)["seconds"]
-    lines = row("stage", "steps (policy: epochs)", "minutes") + row(*["---"] * 3)
+    lines = [header("stage", "steps (policy: epochs)", "minutes")]
     for stage, value in seconds.items():
-        lines += row(stage, steps.get(stage, ""), f"{value / 60:.1f}")
-    return "\n".join(lines + row("together", "", f"{sum(seconds.values()) / 60:.1f}"))
+        lines.append(row(stage, steps.get(stage, ""), f"{value / 60:.1f}"))
+    return "\n".join([*lines, row("together", "", f"{sum(seconds.values()) / 60:.1f}")])
 
 
 def earlier(first: dict, second: dict) -> str:
     """The two trainings before the shipped one, on the same test scenes."""
-    lines = row("training", "policy", *(f"{s} {t}" for s in ("seen", "unseen") for t in (">= 0.01", ">= 0.1")))
-    lines += row(*["---"] * 6)
+    lines = [header("training", "policy", *(f"{s} {t}" for s in ("seen", "unseen") for t in (">= 0.01", ">= 0.1")))]
     for name, training in (("first", first), ("second", second)):
         for policy, splits in training["policies"].items():
             cells = [report.percent(splits[s][key]) for s in ("seen", "unseen") for key in ("initial", "long")]
-            lines += row(name, policy, *cells)
+            lines.append(row(name, policy, *cells))
     return "\n".join([*lines, "", *(f"* {training['what']}" for training in (first, second))])
 
 
