@@ -4,29 +4,23 @@
                                                                          Mamba blocks -> lm_head -> an answer in words
     sentence -> byte-pair tokens -> embedding -> text tokens ------------'       `-> PolicyHead -> pixel + 6D rotation
 
-Run it:
     python robomamba.py --image scene.png --ask "What is this object?"
     python robomamba.py --image scene.png --act "Open the top drawer."
     python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
 
-Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom: config, vision, Mamba,
-policy head, the whole model, initial values, main. Then `train.py`, `finetune_policy.py`, `sim_eval.py`. Checkpoint
-files are in `common/weights.py`, published Mamba and CLIP folders in `common/published.py`, the tokenizer in
-`data/tokenizer.py`; answers to many questions at once in `common/decoding.py`.
-
-Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752 (Algorithm 2, section 3.4);
-CLIP, arXiv 2103.00020.
+Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom. Shapes and presets are
+in `common/config.py`, checkpoint files in `common/weights.py`, published Mamba and CLIP folders in
+`common/published.py`, the tokenizer in `data/tokenizer.py`.
+Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752; CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
   encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
-             patch convolution (they train faster from scratch); trained here by `train.py --stage vision`, without CLIP
-  depth      `VisionConfig.depth` gives the encoder relative depth and surface normals too; the paper's sees RGB alone
+             patch convolution (they train faster from scratch); trained by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
   start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state
              of so small a model hardly depends on the image (tests/test_model.py measures it)
-  position   a fixed 2-D sine code is added to the visual tokens after the projector (the paper adds none)
-  pooling    the policy head reads the last prompt state (`pool="last"`); the paper's code averages it with the first
-             text state
+  position   a fixed 2-D sine code is added to the visual tokens (the paper adds none)
+  pooling    the policy head reads the last text state (`pool`); the paper's code averages it with the first
 """
 
 # Symbols beyond those of selective_scan.py:
@@ -37,7 +31,6 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,148 +41,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import published
+from common.config import PRESETS as PRESETS  # train.py and others import it from here
+from common.config import HeadConfig, LMConfig, RoboMambaConfig, VisionConfig, parts_config
 from common.files import read_json, write_json
-from common.weights import KEEP_FLOAT32, dataclass_from_dict, load_tensors, save_folder, save_tensors
+from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
 from data import depth as depth_camera
+from data import tokenizer
 from data.dataset import IGNORE, read_picture
 from data.prompts import contact_question
-from data.tokenizer import ASSISTANT, END, NUMBER_BASE, NUMBERS, SPECIAL_FILE, USER, load_encoding, write_encoding
 from selective_scan import scan_step, selective_scan
 
-# ---- config ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class VisionConfig:
-    """The image encoder. Defaults are the `tiny` preset; CLIP's own shapes are in CLIP_L below."""
-
-    image_size: int = 128  # S, pixels
-    patch_size: int = 16  # pixels
-    width: int = 192  # W
-    n_layer: int = 4
-    n_head: int = 6
-    mlp_ratio: int = 4
-    stem: tuple = (24, 48, 96)  # channels of 3x3 stride-2 convolutions, before the last; () = CLIP's patch convolution
-    select_layer: int = -1  # block whose output is returned; -1 = the last, -2 = the one before it (the paper's)
-    output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
-    depth: bool = False  # RGB-D: 4 more channels, relative depth and the normal's x, y, z (data/depth.py, `geometry`)
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass
-class LMConfig:
-    """The language model. Fields named as in Mamba's own config where it has them."""
-
-    d_model: int = 192
-    n_layer: int = 4
-    vocab_size: int = 1024
-    d_state: int = 8  # N
-    d_conv: int = 4  # K
-    expand: int = 2  # E = expand * d_model
-    dt_rank: int = 0  # R; 0 = ceil(d_model / 16)
-    dt_min: float = 0.02  # range of the initial step size (Mamba: 0.001 .. 0.1)
-    dt_max: float = 0.5
-    a_min: float = 0.02  # range of the initial -A; (1, d_state) is Mamba's S4D-real start 1, 2, .., N
-    a_max: float = 4.0
-    bc_norm: bool = True  # normalise B and C to unit root mean square; off for published weights
-    norm_eps: float = 1e-5
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def rank(self) -> int:
-        return self.dt_rank or math.ceil(self.d_model / 16)
-
-
-@dataclass
-class HeadConfig:
-    """The policy head (paper section 3.3, appendix Table 6)."""
-
-    kind: str = "two_mlp"  # pixel and rotation apart (the paper's choice) | "one_mlp": one MLP with 8 outputs
-    hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
-    pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
-
-
-@dataclass
-class RoboMambaConfig:
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    lm: LMConfig = field(default_factory=LMConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    projector_hidden: tuple = (384,)
-    position_code: bool = True  # fixed 2-D sine code on the visual tokens
-
-    def __post_init__(self):
-        vision = self.vision
-        if vision.image_size % vision.patch_size or vision.width % vision.n_head:
-            raise ValueError(
-                f"vision: patch_size {vision.patch_size} must divide image_size {vision.image_size}, "
-                f"and n_head {vision.n_head} must divide width {vision.width}"
-            )
-        if not -vision.n_layer - 1 <= vision.select_layer <= vision.n_layer:
-            raise ValueError(f"vision.select_layer: {vision.select_layer} is not a layer of {vision.n_layer} blocks")
-        if vision.stem and 2 ** (len(vision.stem) + 1) != vision.patch_size:
-            raise ValueError(f"vision.stem: {len(vision.stem)} + 1 halvings do not make patch_size {vision.patch_size}")
-        if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or min(vision.image_std) < 1e-3:
-            raise ValueError(
-                f"vision: image_mean {vision.image_mean} and image_std {vision.image_std} "
-                "must be three numbers each, the latter at least 0.001"
-            )
-        if self.position_code and self.lm.d_model % 4:
-            raise ValueError(f"lm.d_model {self.lm.d_model} must be a multiple of 4 for position_code")
-        if self.head.kind not in ("two_mlp", "one_mlp"):
-            raise ValueError(f"head.kind: {self.head.kind!r} is unknown; there are two_mlp and one_mlp")
-        if self.head.pool not in ("last", "first_last", "mean"):
-            raise ValueError(f"head.pool: {self.head.pool!r} is unknown; there are last, first_last and mean")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict, source: str = "config") -> "RoboMambaConfig":
-        """From JSON. Raises: ValueError naming `source` and the key that is unknown or has an impossible value."""
-        if isinstance(values, dict) and isinstance(values.get("lm"), dict) and values["lm"].get("mixer") == "mamba":
-            # Older checkpoints name their mixer; there is one.
-            lm = {key: value for key, value in values["lm"].items() if key != "mixer"}
-            values = values | {"lm": lm}
-        return dataclass_from_dict(cls, values, source)
-
-
-CLIP_L = VisionConfig(224, 14, 1024, 24, 16, stem=(), select_layer=-2, output_norm=False)
-PUBLISHED_LM = dict(vocab_size=50280, d_state=16, dt_min=0.001, dt_max=0.1, a_min=1.0, a_max=16.0, bc_norm=False)
-
-
-def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
-    """The paper's projector, policy head and pooling around an encoder and a language model of any size."""
-    d = lm.d_model
-    head = HeadConfig(hidden=(d // 4, d // 8), pool="first_last")
-    return RoboMambaConfig(vision, lm, head, projector_hidden=(4096, d), position_code=False)
-
-
-PRESETS = {
-    "tiny": RoboMambaConfig(),
-    "small": RoboMambaConfig(
-        VisionConfig(width=384, n_layer=8),
-        LMConfig(d_model=384, n_layer=8, d_state=16),
-        HeadConfig(hidden=(24,)),
-        projector_hidden=(768,),
-    ),
-    "mamba-130m": paper_config(CLIP_L, LMConfig(d_model=768, n_layer=24, **PUBLISHED_LM)),
-    "robomamba-2.8b": paper_config(CLIP_L, LMConfig(d_model=2560, n_layer=64, **PUBLISHED_LM)),
-}
-PAPER_PRESETS = ("mamba-130m", "robomamba-2.8b")
-
-
 # ---- vision ----------------------------------------------------------------------------------------------------------
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), CLIP's activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
@@ -204,8 +66,7 @@ class Attention(nn.Module):
         B, P, W = x.shape
         parts = (project(x).view(B, P, self.n_head, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, heads, P, W / heads)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(y.transpose(1, 2).reshape(B, P, W))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, W))
 
 
 class ViTBlock(nn.Module):
@@ -217,14 +78,14 @@ class ViTBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(W)
         self.layer_norm2 = nn.LayerNorm(W)
         self.self_attn = Attention(W, cfg.n_head)
-        self.mlp = nn.Sequential()  # named children, so that the keys are CLIP's mlp.fc1 and mlp.fc2
-        self.mlp.add_module("fc1", nn.Linear(W, cfg.mlp_ratio * W))
-        self.mlp.add_module("act", QuickGELU())
-        self.mlp.add_module("fc2", nn.Linear(cfg.mlp_ratio * W, W))
+        self.mlp = nn.Module()  # does nothing: a namespace, which makes the keys CLIP's, mlp.fc1.. and mlp.fc2..
+        self.mlp.fc1 = nn.Linear(W, cfg.mlp_ratio * W)
+        self.mlp.fc2 = nn.Linear(cfg.mlp_ratio * W, W)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        hidden = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))  # CLIP's activation, "QuickGELU"
 
 
 class VisionTransformer(nn.Module):
@@ -239,9 +100,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         W = cfg.width
-        # `embeddings` and `encoder` are empty modules that only give names: CLIP's keys are
-        # "embeddings.class_embedding", "encoder.layers.0.."
-        self.embeddings = nn.Module()
+        self.embeddings = nn.Module()  # a namespace, as `encoder` below
         self.embeddings.class_embedding = nn.Parameter(torch.zeros(W))
         self.embeddings.patch_embedding = self._patch_embedding(cfg)
         self.embeddings.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, W)
@@ -254,7 +113,7 @@ class VisionTransformer(nn.Module):
     def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
         """Read a CLIP folder (whole CLIP, or the image tower); select_layer -2 is the paper's choice."""
         values = published.clip_config(folder) | {"select_layer": select_layer}
-        cfg = RoboMambaConfig.from_dict({"vision": values}, str(folder)).vision  # checks that the shapes fit together
+        cfg = RoboMambaConfig.from_dict({"vision": values}, str(folder)).vision  # checks the shapes
         return published.load(cls, cfg, folder, published.clip_name, dtype=dtype)
 
     def save_pretrained(self, folder) -> None:
@@ -276,48 +135,33 @@ class VisionTransformer(nn.Module):
         S = self.cfg.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, S, S):
             raise ValueError(f"images: expected uint8 (B, 3, {S}, {S}), got {images.dtype} {tuple(images.shape)}")
-        mean = torch.tensor(self.cfg.image_mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.cfg.image_std, device=images.device).view(1, 3, 1, 1)
+        mean, std = images.new_tensor([self.cfg.image_mean, self.cfg.image_std], dtype=torch.float32).view(2, 3, 1, 1)
         return ((images.float() / 255 - mean) / std).to(self.pre_layrnorm.weight.dtype)
 
-    def pixels(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
-        """The channels of the first convolution: normalised RGB and, for an RGB-D encoder, the geometry."""
-        x = self.normalise(images)
-        if not self.cfg.depth:
-            return x
-        B, _, S, _ = x.shape
-        if geometry is None:
-            geometry = x.new_zeros(B, 4, S, S)
-        if geometry.shape != (B, 4, S, S):
-            raise ValueError(f"geometry: expected ({B}, 4, {S}, {S}), got {tuple(geometry.shape)}")
-        return torch.cat([x, geometry.to(x)], 1)
+    def forward(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
+        """uint8 (B, 3, S, S) -> (B, P, W) patch tokens of `select_layer`, row by row, without the class token.
 
-    def forward_all(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
-        """As `forward`, with the class token in front: (B, 1 + P, W)."""
-        x = self.embeddings.patch_embedding(self.pixels(images, geometry)).flatten(2).transpose(1, 2)  # (B, P, W)
+        geometry, for an encoder with `depth`: (B, 4, S, S), see data/depth.py; None = nothing was measured, zeros.
+        """
+        x = self.normalise(images)
+        if self.cfg.depth:
+            geometry = x.new_zeros(1, 1, 1, 1) if geometry is None else geometry.to(x)
+            x = torch.cat([x, geometry.expand(len(x), 4, *x.shape[2:])], 1)
+        x = self.embeddings.patch_embedding(x).flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
         n = self.cfg.select_layer % (self.cfg.n_layer + 1)  # blocks to run
         for block in self.encoder.layers[:n]:
             x = block(x)
-        return self.post_layernorm(x) if self.cfg.output_norm else x
-
-    def forward(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
-        """Patch tokens, row by row, at `select_layer`.
-
-        Args: images: uint8 (B, 3, S, S). geometry: float (B, 4, S, S), relative depth and the normal's x, y, z, zero
-            where nothing was measured; None = zeros. An encoder without `depth` does not look at it.
-        Returns: (B, P, W).
-        """
-        return self.forward_all(images, geometry)[:, 1:]
+        return (self.post_layernorm(x) if self.cfg.output_norm else x)[:, 1:]
 
 
-def projector(widths: tuple) -> nn.Sequential:
-    """Linear, GELU, Linear, .. over `widths` (paper section 3.1: the MLP between encoder and language model)."""
+def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequential:
+    """Linear, activation, Linear, .., Linear over `widths`."""
     layers = []
-    for w_in, w_out in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(w_in, w_out), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+    for w_in, w_out in zip(widths[:-1], widths[1:-1], strict=False):
+        layers += [nn.Linear(w_in, w_out), activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=last_bias))
 
 
 def position_code(side: int, d_model: int) -> Tensor:
@@ -326,8 +170,7 @@ def position_code(side: int, d_model: int) -> Tensor:
         w = math.pi * torch.linspace(0.5, side, d_model // 4)
         angle = (torch.arange(side)[:, None] + 0.5) / side * w  # (side, d_model / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, d_model / 2)
-    rows = code[:, None].expand(side, side, -1)
-    columns = code[None].expand(side, side, -1)
+    rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
     return 0.5 * torch.cat([rows, columns], 2).reshape(side * side, d_model)
 
 
@@ -361,8 +204,7 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(E, D, bias=False)
 
     def _apply(self, fn, recurse=True):
-        """PyTorch calls this for `.to`, `.half`, `.cuda` ..: here KEEP_FLOAT32 parameters change device, but never
-        become 16-bit."""
+        """What PyTorch calls for `.to`, `.half`, `.cuda` ..; KEEP_FLOAT32 parameters never become 16-bit."""
         before = {name: p.data for name, p in self.named_parameters() if f".{name}".endswith(KEEP_FLOAT32)}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -392,10 +234,12 @@ class MambaMixer(nn.Module):
         """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): what the input selects (Algorithm 2, lines 2-4)."""
         # exercise 5: the Mamba block, what a token selects
         cfg = self.cfg
-        dt, B, C = self.x_proj(u).split([cfg.rank, cfg.d_state, cfg.d_state], -1)
+        dt, BC = self.x_proj(u).split([cfg.rank, 2 * cfg.d_state], -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(self.A_log.dtype) + self.dt_proj.bias)
+        BC = BC.unflatten(-1, (2, cfg.d_state))  # (.., 2, N)
         if cfg.bc_norm:
-            B, C = (F.rms_norm(x.to(self.A_log.dtype), (cfg.d_state,), eps=cfg.norm_eps) for x in (B, C))
+            BC = F.rms_norm(BC.to(self.A_log.dtype), (cfg.d_state,), eps=cfg.norm_eps)
+        B, C = BC.unbind(-2)
         return dt, -torch.exp(self.A_log), B, C
         # end of exercise 5
 
@@ -416,7 +260,7 @@ class MambaMixer(nn.Module):
         """One token: (B, D) and the state before it -> (B, D) and the state after it; equals `forward` on L = 1."""
         u, z = self.in_proj(x).chunk(2, -1)  # (B, E)
         window = torch.cat([state.conv.to(u.dtype), u[:, None]], 1)  # (B, K, E)
-        u = F.silu(self.conv(window)[:, 0])
+        u = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)  # `conv` for one token
         dt, A, B, C = self.selection(u)
         y, ssm = scan_step(u, dt, A, B, C, self.D, state.ssm)
         return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(window[:, 1:], ssm)
@@ -431,11 +275,9 @@ class MambaBlock(nn.Module):
         self.mixer = MambaMixer(cfg)
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state)
-        return x + y, state
-
-    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer.step(self.norm(x.to(self.norm.weight.dtype)), state)
+        """A sequence (B, L, D), or one token (B, D), which is a step of the recurrence."""
+        mix = self.mixer.step if x.ndim == 2 else self.mixer
+        y, state = mix(self.norm(x.to(self.norm.weight.dtype)), state)
         return x + y, state
 
 
@@ -460,12 +302,7 @@ class MambaBackbone(nn.Module):
 
     def step(self, x: Tensor, states: Sequence) -> tuple[Tensor, list[LayerState]]:
         """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
-        after = []
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block.step(x, state)
-            after.append(state)
-        return self.norm_f(x.to(self.norm_f.weight.dtype)), after
+        return self(x, states)
 
 
 class MambaLM(nn.Module):
@@ -523,14 +360,7 @@ class PolicyHead(nn.Module):
     def __init__(self, cfg: HeadConfig, d_model: int):
         super().__init__()
         outputs = (8,) if cfg.kind == "one_mlp" else (2, 6)
-        self.mlps = nn.ModuleList(self._mlp((d_model, *cfg.hidden, n)) for n in outputs)
-
-    @staticmethod
-    def _mlp(widths: tuple) -> nn.Sequential:
-        layers = []
-        for w_in, w_out in zip(widths[:-1], widths[1:-1], strict=False):
-            layers += [nn.Linear(w_in, w_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+        self.mlps = nn.ModuleList(mlp((d_model, *cfg.hidden, n), nn.ReLU, last_bias=False) for n in outputs)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         state = state.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
@@ -556,10 +386,9 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
 class RoboMamba(nn.Module):
     """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train.
 
-    Args: config; `encoding`, the tokenizer (a tiktoken.Encoding), needed by everything that takes or returns words.
-
+    encoding: the tokenizer (a tiktoken.Encoding), needed by everything that takes or returns words.
     `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) kept from an earlier call of `vision`, or None for
-    text alone. `geometry` (B, 4, S, S) goes with uint8 images, for an RGB-D encoder.
+    text alone; `geometry` goes with uint8 images to an RGB-D encoder.
     """
 
     def __init__(self, config: RoboMambaConfig, encoding=None):
@@ -567,7 +396,7 @@ class RoboMamba(nn.Module):
         self.config = config
         self.encoding = encoding
         self.vision = VisionTransformer(config.vision)
-        self.projector = projector((config.vision.width, *config.projector_hidden, config.lm.d_model))
+        self.projector = mlp((config.vision.width, *config.projector_hidden, config.lm.d_model), nn.GELU)
         self.lm = MambaLM(config.lm)
         self.head = PolicyHead(config.head, config.lm.d_model)
         side = config.vision.image_size // config.vision.patch_size
@@ -575,14 +404,11 @@ class RoboMamba(nn.Module):
         self.register_buffer("position", position, persistent=False)  # made, not learned: in no checkpoint
         init_weights(self)
 
-    # -- words and pictures as tensors
-
     def prompt(self, question: str) -> list[int]:
         """`<|user|> question <|assistant|>` as token ids. The last one's state is what the policy head reads."""
         if not question or not question.strip():
             raise ValueError("the question or instruction is empty; say what the robot should do or tell")
-        user = self.encoding.encode_single_token(USER)
-        assistant = self.encoding.encode_single_token(ASSISTANT)
+        user, assistant = (self.encoding.encode_single_token(name) for name in (tokenizer.USER, tokenizer.ASSISTANT))
         return [user, *self.encoding.encode_ordinary(question.strip()), assistant]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -600,8 +426,6 @@ class RoboMamba(nn.Module):
         if image.dtype != np.uint8 or image.shape != (S, S, 3):
             raise ValueError(f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; or pass a file")
         return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.lm.lm_head.weight.device)
-
-    # -- forward
 
     def visual_tokens(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
         """Images -> (B, P, D): what stands in front of the words (paper section 3.1)."""
@@ -622,17 +446,11 @@ class RoboMamba(nn.Module):
         """Prefill: the state of every Mamba block after the image, a prefix that all questions about it share."""
         return self.lm.backbone(self.visual_tokens(images, geometry))[1]
 
-    def text_states(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        owners: Tensor | None = None,
-        geometry: Tensor | None = None,
-    ) -> Tensor:
+    def text_states(self, images: Tensor | None, tokens: Tensor, owners=None, geometry=None) -> Tensor:
         """Final-norm states (n, T, D) of the words `tokens` (n, T), each row after the image it speaks of.
 
-        Args: owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i
-            speaks of image i, and image and words are read in one pass.
+        owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i speaks
+        of image i, and image and words are read in one pass.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
@@ -640,28 +458,17 @@ class RoboMamba(nn.Module):
         return self.lm.backbone(self.lm.backbone.embedding(tokens), states)[0]
 
     def forward(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        lengths: Tensor,
-        labels: Tensor | None = None,
-        *,
-        owners: Tensor | None = None,
-        soft: Tensor | None = None,
-        geometry: Tensor | None = None,
-        normalizer: float | None = None,
-        return_states: bool = False,
-    ) -> tuple:
-        """Next-token logits and, with labels, the loss of stages 1.1 and 1.2 (paper section 3.2): `answer_loss`.
+        self, images, tokens: Tensor, lengths: Tensor, labels: Tensor | None = None,
+        *, owners=None, soft=None, geometry=None, normalizer: float | None = None, return_states: bool = False,
+    ) -> tuple:  # fmt: skip
+        """Next-token logits and, with labels, the loss of stages 1.1 and 1.2 (paper section 3.2).
 
         Args:
             tokens: (n, T) int64, right-padded. lengths: (n,) true lengths; what lies beyond is never a target.
             labels: (n, T) int64, the token itself where it is to be predicted, IGNORE (-100) elsewhere; not shifted.
-            owners: (n,), whose image a row speaks of (see `text_states`); None: its own.
-            soft, normalizer: see `answer_loss`.
-        Returns: logits (n, T, V), loss () or None. With return_states also the text states (n, T, D); the logits, which
-            follow from these by `lm.lm_head`, are then None where a loss is asked for: training needs them at the
-            labelled positions only.
+            owners, geometry: as in `text_states`. soft, normalizer: as in `answer_loss`.
+        Returns: logits (n, T, V), loss () or None. With return_states also the text states (n, T, D); then, where a
+            loss is asked for, logits is None: training needs them at the labelled positions only.
         """
         states = self.text_states(images, tokens, owners, geometry)
         loss = None
@@ -672,14 +479,11 @@ class RoboMamba(nn.Module):
             return self.lm.lm_head(states), loss
         return (self.lm.lm_head(states) if labels is None else None), loss, states
 
-    def answer_loss(
-        self, states: Tensor, labels: Tensor, soft: Tensor | None = None, normalizer: float | None = None
-    ) -> Tensor:
-        """Cross-entropy of the labelled tokens (paper section 3.2): their sum / `normalizer` (default: their number).
+    def answer_loss(self, states: Tensor, labels: Tensor, soft=None, normalizer: float | None = None) -> Tensor:
+        """Cross-entropy of the labelled tokens: their sum / `normalizer` (default: their number).
 
-        Args: soft: (100, 100), row k = target distribution over the number tokens "00" .. "99" where the label is the
-            number k, so that near misses cost less than far ones; None: every label is certain. Needs a tokenizer with
-            number tokens. normalizer: in data-parallel training the mean number of labels per process.
+        soft: (100, 100), row k = target distribution over the number tokens "00" .. "99" where the label is the number
+        k: a near miss costs less than a far one. normalizer: in data-parallel training, the mean count per process.
         """
         target = labels[:, 1:]  # the state of token t predicts token t + 1
         rows, columns = (target != IGNORE).nonzero(as_tuple=True)
@@ -687,11 +491,10 @@ class RoboMamba(nn.Module):
         log_p = F.log_softmax(self.lm.lm_head(states[rows, columns]).float(), -1)  # (labelled tokens, V)
         losses = -log_p.gather(1, target[:, None])[:, 0]
         if soft is not None:
-            number = target - NUMBER_BASE
-            is_number = (number >= 0) & (number < NUMBERS)
-            wanted = soft[number.clamp(0, NUMBERS - 1)]
-            softened = -(wanted * log_p[:, NUMBER_BASE : NUMBER_BASE + NUMBERS]).sum(1)
-            losses = torch.where(is_number, softened, losses)
+            first = tokenizer.NUMBER_BASE
+            number = target - first
+            softened = -(soft[number.clamp(0, len(soft) - 1)] * log_p[:, first : first + len(soft)]).sum(1)
+            losses = torch.where((number >= 0) & (number < len(soft)), softened, losses)
         return losses.sum() / (max(len(target), 1) if normalizer is None else normalizer)
 
     def pool(self, states: Tensor, lengths: Tensor) -> Tensor:
@@ -704,30 +507,26 @@ class RoboMamba(nn.Module):
         inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
         return (states * inside[..., None]).sum(1) / lengths[:, None]
 
-    # -- use
-
     @torch.inference_mode()
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
         Args: image as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`.
-        Raises: ValueError for an empty question, a picture that cannot be read, logits that are not finite.
         Many questions at once: common/decoding.py.
         """
-        picture = None if image is None else self.image_tensor(image)
+        rng = torch.Generator().manual_seed(seed)
         device = self.lm.lm_head.weight.device
         backbone = self.lm.backbone
-        rng = torch.Generator().manual_seed(seed)
-        h, states = backbone(self.sequence(picture, torch.tensor([self.prompt(question)], device=device)))
+        image = None if image is None else self.image_tensor(image)
+        h, states = backbone(self.sequence(image, torch.tensor([self.prompt(question)], device=device)))
         h = h[:, -1]
         answer = []
         while len(answer) < max_new_tokens:
-            logits = self.lm.lm_head(h)[0].float()
+            logits = self.lm.lm_head(h)[0].float().cpu()
             if not logits.isfinite().all():
                 raise ValueError("the logits are not finite: these weights cannot be used")
             if temperature > 0:
-                p = torch.softmax(logits.cpu() / temperature, -1)
-                token = int(torch.multinomial(p, 1, generator=rng))
+                token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=rng))
             else:
                 token = int(logits.argmax())
             if token == self.encoding.eot_token:
@@ -738,17 +537,14 @@ class RoboMamba(nn.Module):
 
     @torch.inference_mode()
     def predict_action(self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None) -> Action:
-        """One forward pass, nothing decoded: image and instruction -> Action.
+        """One forward pass, nothing decoded: image (path, PIL image, uint8 (S, S, 3)) and instruction -> Action.
 
-        Args: image: path, PIL image, or uint8 (S, S, 3). depth: (H, W) metres along the camera's z, of the same view in
-            any resolution; 0 or not finite = not measured. intrinsics: fx, fy, cx, cy in pixels of depth.
-            With depth an RGB-D encoder sees the geometry, and any model's contact is moved onto the measured surface
-            (data/depth.py, `refine`).
-        Raises: ValueError for an empty instruction, unusable image, depth or intrinsics, and an action that is not
-            finite.
+        Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
+            measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
+            any model's contact is refined on the measured surface (data/depth.py).
+        Raises: ValueError, also for an action that is not finite.
         """
-        S = self.config.vision.image_size
-        device = self.lm.lm_head.weight.device
+        S, device = self.config.vision.image_size, self.lm.lm_head.weight.device
         if (depth is None) != (intrinsics is None):
             raise ValueError("depth and intrinsics go together")
         geometry = None
@@ -765,63 +561,52 @@ class RoboMamba(nn.Module):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
         if depth is not None:
             u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics)
-            approach = torch.as_tensor(approach, dtype=torch.float32)
-            rotation = rotation_from_6d(torch.cat([approach, rotation[:, 0]]))  # the old forward, made orthogonal
-        return Action(u, v, rotation.numpy())
-
-    # -- checkpoints
+            # The rotation follows its new approach; forward stays as near to the old one as that allows.
+            rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))
+        return Action(float(u), float(v), rotation.numpy())
 
     def save_pretrained(self, path, half: bool = False) -> None:
         """Write `path`/{model.safetensors, config.json, vocab.tiktoken}, all of them or none.
 
-        Args: half, weight matrices in float16 (A_log, D, dt bias, norms stay); loading gives float32 again.
+        half: weight matrices in float16 (A_log, D, dt bias, norms stay); loading gives float32 again.
         """
 
         def write(staging: Path) -> None:
             save_tensors(staging / "model.safetensors", self, half=half)
-            write_encoding(staging / "vocab.tiktoken", self.encoding)
+            tokenizer.write_encoding(staging / "vocab.tiktoken", self.encoding)
             write_json(staging / "config.json", self.config.to_dict())
 
-        save_folder(path, write, (SPECIAL_FILE,))
+        save_folder(path, write, (tokenizer.SPECIAL_FILE,))
 
     @classmethod
     def from_pretrained(cls, path, device: str = "cpu", dtype=torch.float32) -> "RoboMamba":
         """Read a folder written by `save_pretrained`. ValueError names the file and every tensor that does not fit."""
         path = Path(path)
-        for name in ("config.json", "vocab.tiktoken", "model.safetensors"):
-            if not (path / name).is_file():
-                raise ValueError(f"{path / name}: no such file; save_pretrained writes one")
-        config = RoboMambaConfig.from_dict(read_json(path / "config.json", dict), str(path / "config.json"))
+        values = read_json(path / "config.json", dict, "save_pretrained writes one")
+        config = RoboMambaConfig.from_dict(values, str(path / "config.json"))
         with torch.device("meta"):
-            model = cls(config, load_encoding(path / "vocab.tiktoken"))
+            model = cls(config, tokenizer.load_encoding(path / "vocab.tiktoken"))
         load_tensors(model, [path / "model.safetensors"], dtype=dtype)
         model.lm.tie()
         return model.to(device).eval()
 
     @classmethod
-    def from_parts(cls, vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer=None, dtype=torch.float32):
+    def from_parts(cls, vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
         """A model ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
 
-        Args: preset, whose projector, head, pooling and position code (the paper's widths follow the language model's).
-        tokenizer, a tokenizer.json; default: the one in mamba_folder (the original folders have none).
-        dtype of the published parts (bfloat16 halves the memory); what is new, and to be trained, is float32.
+        preset: whose projector, head, pooling and position code (the paper's widths follow the language model's).
+        tokenizer_file: default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published
+        parts (bfloat16 halves the memory); what is new, and to be trained, is float32.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-        file = tokenizer or Path(mamba_folder) / "tokenizer.json"
-        encoding = published.read_tokenizer_json(file, END, (USER, ASSISTANT))
+        encoding = tokenizer.read_tokenizer_json(tokenizer_file or Path(mamba_folder) / "tokenizer.json")
         vision = VisionTransformer.from_pretrained(vision_folder, dtype=dtype)
         lm = MambaLM.from_pretrained(mamba_folder, dtype)
+        config = parts_config(preset, vision.cfg, lm.cfg)
         if encoding.n_vocab > lm.cfg.vocab_size:
             raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
-        if preset in PAPER_PRESETS:
-            config = paper_config(vision.cfg, lm.cfg)
-        else:
-            config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
         with torch.device("meta"):
             model = cls(config, encoding)
-        model.vision = vision
-        model.lm = lm
+        model.vision, model.lm = vision, lm
         for part in (model.projector, model.head):
             init_weights(part.to_empty(device="cpu"))
         return model.eval()
@@ -843,8 +628,7 @@ def init_weights(model: nn.Module) -> None:
     | A_log | log of N values from a_min to a_max, evenly in log (Mamba: 1, 2, .., N) | slow to fast memories |
     | dt_proj.weight | uniform +- R^-1/2 | keeps the variance of dt (Mamba's code) |
     | dt_proj.bias | inverse softplus of exp(U(log dt_min, log dt_max)) | softplus(bias) is the initial step size |
-    | D | 1 | a plain skip |
-    | biases | 0 | |
+    | D, other biases | 1, 0 | a plain skip |
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
@@ -863,21 +647,15 @@ def init_weights(model: nn.Module) -> None:
             for block in module.backbone.layers:
                 block.mixer.out_proj.weight /= math.sqrt(module.cfg.n_layer)
         if isinstance(module, MambaMixer):
-            _init_mixer(module)
-
-
-def _init_mixer(mixer: MambaMixer) -> None:
-    """A_log, D and dt_proj of the table above."""
-    cfg = mixer.cfg
-    if (cfg.a_min, cfg.a_max) == (1.0, float(cfg.d_state)):
-        a = torch.arange(1.0, cfg.d_state + 1)
-    else:
-        a = torch.logspace(math.log10(cfg.a_min), math.log10(cfg.a_max), cfg.d_state)
-    mixer.A_log.copy_(a.log().expand_as(mixer.A_log))
-    mixer.D.fill_(1.0)
-    nn.init.uniform_(mixer.dt_proj.weight, -(cfg.rank**-0.5), cfg.rank**-0.5)
-    dt = torch.exp(torch.empty_like(mixer.dt_proj.bias).uniform_(math.log(cfg.dt_min), math.log(cfg.dt_max)))
-    mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            cfg = module.cfg
+            a = torch.logspace(math.log10(cfg.a_min), math.log10(cfg.a_max), cfg.d_state)
+            if (cfg.a_min, cfg.a_max) == (1.0, float(cfg.d_state)):
+                a = torch.arange(1.0, cfg.d_state + 1)
+            module.A_log.copy_(a.log().expand_as(module.A_log))
+            module.D.fill_(1.0)
+            nn.init.uniform_(module.dt_proj.weight, -(cfg.rank**-0.5), cfg.rank**-0.5)
+            dt = torch.exp(torch.empty_like(module.dt_proj.bias).uniform_(math.log(cfg.dt_min), math.log(cfg.dt_max)))
+            module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def count(module: nn.Module) -> int:
@@ -899,8 +677,8 @@ def main() -> None:
     parser.add_argument("--depth", help="with --act: depth of the image, .npy in metres or 16-bit PNG in millimetres")
     parser.add_argument("--intrinsics", nargs=4, type=float, metavar="F", help="fx fy cx cy in pixels of --depth")
     args = parser.parse_args()
-    if (args.depth is None) != (args.intrinsics is None) or (args.depth and args.act is None):
-        parser.error("--depth and --intrinsics go together, and with --act")
+    if args.depth and args.act is None:
+        parser.error("--depth goes with --act")
     model = RoboMamba.from_pretrained(args.checkpoint)
     if args.ask is not None:
         print(model.generate(args.image, args.ask))

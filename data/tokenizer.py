@@ -33,6 +33,7 @@ from pathlib import Path
 import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
 import tiktoken
 
+from common import published
 from common.files import read_json, write_json, write_text
 from common.published import PublishedEncoding
 
@@ -200,6 +201,11 @@ def write_encoding(path: str | Path, encoding: tiktoken.Encoding) -> None:
     else:
         extra.unlink(missing_ok=True)  # of another model that lay here
     write_ranks(path, encoding._mergeable_ranks)
+
+
+def read_tokenizer_json(path: str | Path) -> PublishedEncoding:
+    """A published models' tokenizer.json, with USER and ASSISTANT behind its own ids (common/published.py)."""
+    return published.read_tokenizer_json(path, END, (USER, ASSISTANT))
 
 
 def has_number_tokens(encoding: tiktoken.Encoding) -> bool:

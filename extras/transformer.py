@@ -109,10 +109,10 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
 
     def forward(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        one_token = x.ndim == 2  # (B, D)
+        if one_token:
+            x = x[:, None]
         y, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x.to(self.norm.weight.dtype))), state
-
-    def step(self, x: Tensor, state: KeyValues) -> tuple[Tensor, KeyValues]:
-        y, state = self.forward(x[:, None], state)
-        return y[:, 0], state
+        x = x + self.mlp(self.mlp_norm(x.to(self.norm.weight.dtype)))
+        return (x[:, 0] if one_token else x), state

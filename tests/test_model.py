@@ -4,6 +4,7 @@ pytest tests/test_model.py
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import robomamba
 from common.decoding import generate_batch, generate_ids
+from data import depth as depth_camera
 from data.depth import lift, read_depth
+from data.tokenizer import NUMBER_BASE
 from extras import costs
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d
 
@@ -114,6 +117,28 @@ def test_loss_is_the_mean_over_answer_tokens_inside_the_length(mini):
     logits, loss = mini(None, tokens, torch.tensor([6, 4]), labels)
     by_hand = -torch.log_softmax(logits[0, 2:5], -1)[torch.arange(3), tokens[0, 3:]].mean()
     close(loss, by_hand)
+
+
+@torch.no_grad()
+def test_soft_labels_spread_over_neighbouring_numbers_only(mini):
+    """By hand: cross-entropy with the whole distribution for numbers, the plain one for words; sum / normalizer."""
+    tokens = torch.randint(0, 256, (2, 7))
+    tokens[0, 5] = NUMBER_BASE + 37
+    labels = torch.full((2, 7), -100)
+    labels[0, 4:6] = tokens[0, 4:6]  # a word and a number
+    lengths = torch.tensor([7, 7])
+    bins = torch.arange(100.0)
+    soft = torch.softmax(-((bins[:, None] - bins) ** 2) / 8, 1)
+    logits, loss = mini(None, tokens, lengths, labels, soft=soft, normalizer=3)
+    log_p = torch.log_softmax(logits[0], -1)
+    word = -log_p[3, tokens[0, 4]]
+    number = -(soft[37] * log_p[4, NUMBER_BASE : NUMBER_BASE + 100]).sum()
+    close(loss, (word + number) / 3)
+    certain = mini(None, tokens, lengths, labels, soft=torch.eye(100))[1]
+    close(certain, mini(None, tokens, lengths, labels)[1])
+    nothing, same, states = mini(None, tokens, lengths, labels, soft=soft, normalizer=3, return_states=True)
+    assert nothing is None and torch.equal(same, loss)
+    close(mini.lm.lm_head(states), logits)
 
 
 def test_generation_is_greedy_decoding_of_the_full_forward_pass(mini, picture):
@@ -256,7 +281,84 @@ def test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops(m
     assert np.array_equal(again.rotation, action.rotation) and (again.u, again.v) == (action.u, action.v)
 
 
-# ---- bfloat16 and memory
+# ---- RGB-D
+
+
+@pytest.fixture
+def rgbd(mini):
+    config = RoboMambaConfig.from_dict(mini.config.to_dict())
+    config.vision.depth = True
+    torch.manual_seed(0)
+    return RoboMamba(config, mini.encoding).eval()
+
+
+@torch.no_grad()
+def test_an_rgbd_encoder_sees_the_geometry_and_takes_none_as_zeros(rgbd, mini, tmp_path):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    geometry = torch.randn(2, 4, 32, 32)
+    flat = rgbd.vision(pictures)
+    assert torch.equal(flat, rgbd.vision(pictures, torch.zeros(2, 4, 32, 32)))
+    assert not torch.allclose(flat, rgbd.vision(pictures, geometry), atol=1e-3)
+    assert torch.equal(mini.vision(pictures), mini.vision(pictures, geometry))  # RGB alone: not looked at
+    tokens = torch.randint(0, 300, (2, 5))
+    assert not torch.allclose(rgbd.text_states(pictures, tokens), rgbd.text_states(pictures, tokens, None, geometry))
+    with pytest.raises(RuntimeError):
+        rgbd.vision(pictures, geometry[:, :3])
+    rgbd.save_pretrained(tmp_path / "m")
+    assert torch.equal(
+        RoboMamba.from_pretrained(tmp_path / "m").vision(pictures, geometry), rgbd.vision(pictures, geometry)
+    )
+    values = mini.config.to_dict()
+    del values["vision"]["depth"]  # a config.json from before there was a choice
+    values["lm"]["mixer"] = "mamba"
+    assert RoboMambaConfig.from_dict(values) == mini.config
+    values["lm"]["mixer"] = "attention"
+    with pytest.raises(ValueError, match="unknown key 'mixer'"):
+        RoboMambaConfig.from_dict(values)
+
+
+def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        depth_camera, "resample", lambda d, k, side: (seen.append(side) or d[:side, :side], k), raising=False
+    )
+    near = lambda d, k: np.full((4, 32, 32), d.mean(), np.float32)  # noqa: E731
+    monkeypatch.setattr(depth_camera, "geometry", near, raising=False)
+    told = []
+    towards = np.array([0.0, 0.6, 0.8])
+    refine = lambda u, v, approach, d, k: told.append((u, v, approach)) or (u + 1, v, towards)  # noqa: E731
+    monkeypatch.setattr(depth_camera, "refine", refine, raising=False)
+    depth = np.full((48, 64), 0.5, np.float32)
+    for model in (mini, rgbd):
+        plain = model.predict_action(picture, "open the drawer")
+        action = model.predict_action(picture, "open the drawer", depth, (40, 40, 16, 16))
+        u, v, approach = told.pop()
+        assert (action.u, action.v) == (u + 1, v) and np.allclose(action.approach, towards, atol=1e-6)
+        assert np.allclose(action.rotation.T @ action.rotation, np.eye(3), atol=1e-5)
+        assert np.isclose(np.linalg.det(action.rotation), 1, atol=1e-5)
+        unchanged = (u, v) == (plain.u, plain.v) and np.array_equal(approach, plain.approach)
+        assert unchanged == (model is mini)  # the RGB-D encoder saw the geometry
+    assert seen == [32, 32]
+    with pytest.raises(ValueError, match="depth and intrinsics go together"):
+        mini.predict_action(picture, "open", depth)
+
+
+# ---- other float types and memory
+
+
+@torch.no_grad()
+def test_a_float64_language_model_agrees_with_float32(mini):
+    tokens = torch.randint(0, 300, (2, 33))
+    single = mini.lm(tokens)
+    mini.lm.double()
+    assert mini.lm.backbone.layers[0].mixer.A_log.dtype == torch.float64
+    double = mini.lm(tokens)
+    assert double.dtype == torch.float64
+    close(single.double(), double)
+    h, states = mini.lm.backbone(mini.lm.backbone.embedding(tokens[:, :32]))
+    h, states = mini.lm.backbone.step(mini.lm.backbone.embedding(tokens[:, 32]), states)
+    assert states[0].ssm.dtype == torch.float64
+    close(mini.lm.lm_head(h), double[:, -1], 1e-12)
 
 
 @torch.no_grad()
@@ -419,6 +521,71 @@ def test_bad_checkpoints_are_refused_with_a_clear_line(mini, tmp_path):
     refused("not a readable safetensors file")
 
 
+def test_weights_and_configs_that_are_not_finite_are_refused(mini, picture, tmp_path):
+    folder = tmp_path / "m"
+    mini.save_pretrained(folder)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    for value in (float("nan"), float("inf")):
+        spoilt = weights["projector.0.weight"].clone()
+        spoilt[1, 2] = value
+        save_file(weights | {"projector.0.weight": spoilt}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match="model.safetensors: projector.0.weight holds numbers that are not finite"):
+            RoboMamba.from_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
+    for change in ({"image_std": [0.0, 1, 1]}, {"image_std": [1, 1]}, {"image_mean": [0.5]}, {"image_std": [-1, 1, 1]}):
+        (folder / "config.json").write_text(json.dumps(config | {"vision": config["vision"] | change}))
+        with pytest.raises(ValueError, match="m/config.json: vision: image_mean and image_std must be three numbers"):
+            RoboMamba.from_pretrained(folder)
+    with torch.no_grad():
+        for p in mini.parameters():
+            p *= 1e30  # finite weights, but nothing computed with them is
+    with pytest.raises(ValueError, match="the action is not finite"):
+        mini.predict_action(picture, "open")
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        mini.generate(picture, "what?")
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        generate_batch(mini, picture, ["what?"])
+
+
+def test_no_folder_ever_holds_a_config_beside_weights_of_another_save(mini, tmp_path, monkeypatch):
+    """A failure or a kill at each file operation of a save: the old checkpoint, the new one, or one that is refused."""
+    folder = tmp_path / "m"
+    mini.save_pretrained(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    mini.config.head.pool = "mean"
+    with torch.no_grad():
+        mini.head.mlps[0][0].bias += 1
+    mini.save_pretrained(tmp_path / "other")
+    after = {file.name: file.read_bytes() for file in (tmp_path / "other").iterdir()}
+    real, outcomes = os.replace, []
+    for fails_at in range(1, 8):
+        (folder / "extra.txt").write_text("kept")
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        calls = []
+
+        def failing(source, target, fails_at=fails_at, calls=calls):
+            calls.append(target)
+            if len(calls) == fails_at:
+                raise OSError(28, "No space left on device")
+            real(source, target)
+
+        monkeypatch.setattr("os.replace", failing)
+        try:
+            mini.save_pretrained(folder)
+        except ValueError as error:
+            assert "cannot be written (No space left on device)" in str(error)
+        monkeypatch.setattr("os.replace", real)
+        now = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "extra.txt"}
+        outcomes.append("old" if now == before else "new" if now == after else "no config")
+        if outcomes[-1] == "no config":
+            assert "config.json" not in now
+            with pytest.raises(ValueError, match="config.json: no such file"):
+                RoboMamba.from_pretrained(folder)
+    assert outcomes == ["old"] * 3 + ["no config"] * 3 + ["new"]
+    assert (folder / "extra.txt").read_text() == "kept"
+
+
 def test_bad_input_is_named(mini, picture, tmp_path):
     with pytest.raises(ValueError, match="empty"):
         mini.predict_action(picture, "  ")
@@ -450,10 +617,12 @@ def test_command_line(mini, picture, tmp_path, capsys, monkeypatch):
     assert run("--act", "open the drawer").startswith("pixel u")
     assert run("--ask", "what is this?").strip() == mini.generate(picture, "what is this?")
     lifted = ["--act", "open the drawer", "--depth", str(tmp_path / "d.npy")]
-    for wrong in (lifted, ["--ask", "what?", "--depth", "d", "--intrinsics", "1", "1", "1", "1"]):
-        with pytest.raises(SystemExit) as stopped:
-            run(*wrong)
-        assert stopped.value.code == 2 and "--depth and --intrinsics go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        run("--ask", "what?", "--depth", "d", "--intrinsics", "1", "1", "1", "1")
+    assert stopped.value.code == 2 and "--depth goes with --act" in capsys.readouterr().err
+    np.save(tmp_path / "d.npy", np.full((24, 32), 0.5))
+    with pytest.raises(ValueError, match="depth and intrinsics go together"):
+        run(*lifted)
     with pytest.raises(ValueError, match="gone.png: cannot be read as depth"):
         run(*lifted[:-1], "gone.png", "--intrinsics", "40", "30", "16", "12")
     command = [sys.executable, "robomamba.py", *base, "--act", ""]
