@@ -639,7 +639,7 @@ def post_levers(rng):
 def wall_levers(rng):
     """One to three levers on an upright plate or box: pressed down, raised or turned."""
     count, way = pick(rng, 1, 2, 3), pick(rng, "press down", "press down", "raise", "turn")
-    tall, deep, long, thick = sizes(rng, (0.35, 0.8), (0.03, 0.3), (0.14, 0.25), (0.05, 0.1))
+    tall, deep, long, thick = sizes(rng, (0.35, 0.8), (0.03, 0.3), (0.18, 0.26), (0.04, 0.08))
     rgb, wide = tint(rng), rng.uniform(0.2, 0.3) * (1 + 0.6 * (count - 1))
     body = Body([box((deep, wide, tall), (0, 0, tall / 2), rgb)], rgb, deep, wide, tall)
     body.shapes += [box((deep + 0.2, wide * 0.7, 0.04), (0, 0, 0.02), other_colour(rng, rgb))]
