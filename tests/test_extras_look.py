@@ -71,14 +71,15 @@ def test_what_is_read_is_what_the_model_scanned(mini, picture, monkeypatch):
     monkeypatch.setattr(robomamba, "selective_scan", listening)
     layers = look.read(mini, picture, ids)
     n, P = len(layers), 16
-    assert n == 2 and len(seen) == 2 * n and len(layers[0].dt) == P + len(ids)
-    for layer, (_, y_picture, after), (before, y_words, last) in zip(layers, seen[:n], seen[n:], strict=True):
+    assert n == 2 and seen and len(seen) % n == 0 and len(layers[0].dt) == P + len(ids)
+    for k, layer in enumerate(layers):
+        passes = seen[k::n]  # the picture and then the words, or both in one pass
+        y = torch.cat([y for _, y, _ in passes], 1)[0].double()
         h = look.states(layer)
         whole = apply(*look.scan_matrix(*layer[1:]), layer.u, torch.zeros_like(layer.A))
         words = layer._replace(u=layer.u[P:], dt=layer.dt[P:], B=layer.B[P:], C=layer.C[P:])
         alone = apply(*look.scan_matrix(*words[1:]), words.u, h[P - 1])
-        y = torch.cat([y_picture, y_words], 1)[0].double()
-        pairs = ((h[P - 1], after[0]), (h[P - 1], before[0]), (h[-1], last[0]), (whole, y), (alone, y[P:]))
+        pairs = [(h[-1], passes[-1][2][0]), (whole, y), (alone, y[P:])]
         for got, wanted in pairs:  # the model's scan is float32: sums of some ten terms
             assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
