@@ -25,8 +25,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = "data/pretrained/robomamba-tiny"
 
+DATA = "python -m data.build --scenes 30000"
 ELSEWHERE = {  # command: the test that runs it
     "python3.11 -m venv": "the environment itself",
+    DATA: "the fixture `place`",
     "python -m pytest": "test_exercises.py",
     "python sim_eval.py --demo": "test_eval.py",
     "python -m extras.assignments --grade": "test_extras_assignments.py",
@@ -93,9 +95,7 @@ def place(tmp_path_factory):
     records = [{"id": str(k), "image": "one.png", "conversations": turns} for k in range(2)]
     (folder / "your.json").write_text(json.dumps(records))
     write_cabinet(folder / "objects/1")
-    code, said = execute(
-        ["-m", "data.build", "--scenes", "6", "--demos", "4", "--workers", "1", "--out", str(folder / "data")]
-    )
+    code, said = execute([*DATA.split()[1:], *shlex.split(SIZES["data.build"])[:-1], str(folder / "data")])
     assert code == 0, said
     return folder
 

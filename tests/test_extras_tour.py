@@ -36,7 +36,7 @@ def test_every_cell_runs_without_the_simulator():
     command = [sys.executable, "-W", "ignore", "-c", RUNNER, str(NOTEBOOK)]
     done = subprocess.run(command, cwd=ROOT / "extras", env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    assert "cells: 9" in done.stdout
+    assert "cells: 10" in done.stdout
 
 
 def test_outputs_are_committed_and_small():
