@@ -104,7 +104,7 @@ def test_a_build_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch):
 
 
 def test_unseen_categories_never_get_a_part_a_contact_or_a_mask(tmp_path):
-    build(BuildConfig(scenes=12, workers=1, out=str(tmp_path / "u"), image_size=32, unseen=1.0, gadgets=0.0, vocab=420))
+    build(BuildConfig(scenes=12, workers=1, out=str(tmp_path / "u"), image_size=32, unseen=1.0, grammar=0.0, vocab=420))
     assert (tmp_path / "u/manipulation.jsonl").read_text() == ""
     families = {f for r in json.loads((tmp_path / "u/conversations.json").read_text()) for f in r["families"]}
     assert families <= {"object", "caption", "colour", "size", "relation", "presence"}
