@@ -6,17 +6,27 @@
 
 What lies in DIR afterwards:
 
-    images/00012/00001234.png   the pictures, numbered by scene
+    images/00012/00001234.png   the pictures, numbered by scene; beside each .depth.png, as an imperfect camera sees it:
+                                16-bit millimetres, 0 = nothing measured (data/depth.py)
     conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns a picture
-    manipulation.jsonl          a line a contact that works: {image, category, part, instruction, u, v, approach, ..}
-    dense.npz                   per picture: 16 x 16 depth, normals, masks, kind of part; its category and colour
+    manipulation.jsonl          a line a contact that works: {image, depth, intrinsics, category, part, instruction,
+                                u, v, approach, ..}; with --full-labels also camera and mask
+    dense.npz                   per picture: 16 x 16 depth, normals, masks, kind of part; 32 x 32 number of the part,
+                                direction in which to work it, moment arm; its category and colour
     facts.jsonl                 the ground truth of each picture, from which the questions were made
-    manifest.json               counts, seeds, versions, seconds
+    manifest.json               settings, counts, intrinsics, versions, seconds
 
 Everything is deterministic in --seed and --scenes, whatever the number of workers. A run that was stopped goes on where
-it was: finished groups of scenes lie in DIR/parts until all are there. Pictures of unseen categories (the paper's rule,
-README "Seen and unseen") carry general questions only: what is it, which colour, a caption; no part, contact, plan or
-affordance, no mask of a movable part.
+it was: finished groups of scenes lie in DIR/parts until all are there.
+
+What a train split shows: the 20 seen categories; objects of the grammar (sim/grammar.py) for variety, with labels of
+all kinds; and, under the paper's rule (README "Seen and unseen"), pictures of unseen categories with general questions
+only: which colour, what is it, a caption; no part, contact, plan or affordance, no mask of a movable part. --hold-out
+treats seen categories as unseen ones and leaves archetypes out, and `--split transfer` shows exactly those: transfer is
+chosen there, without the test categories.
+
+    python -m data.build --hold-out Display,Toaster,trays,latch --out data/cache/train
+    python -m data.build --hold-out Display,Toaster,trays,latch --split transfer --scenes 400 --out data/cache/transfer
 
 Sources: the sampling of successful poses follows RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question types
 RoboVQA (arXiv 2311.00899). Differs: contact labels are the middle of the region that works, tested with small jitters,
@@ -24,6 +34,7 @@ not random points.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -39,26 +50,39 @@ from PIL import Image
 from common.files import read_json, write_atomically, write_text
 from common.scripts import check_flags, cli, environment, flag, parallel, progress, run_main
 from data import questions
+from data.depth import MM_PER_M, camera_depth
 from data.tokenizer import NUMBER_BASE, NUMBERS, train_ranks, write_ranks
-from sim import objects
+from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, MULTI_CAPABLE, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN
+from sim.grammar import ARCHETYPES, PREFIX, STRICT
+from sim.objects import BACKGROUND, BASE, COLOURS
 
-# Test scenes: sim_eval.py acts on 20,000,000+ (seen) and 30,000,000+ (unseen); the questions have ranges of their own.
-SEED_BASE = {"train": 0, "val": 10_000_000, "test-seen": 40_000_000, "test-unseen": 50_000_000}
+SPLITS = ("train", "val", "transfer", "test-seen", "test-unseen")
+CATEGORY_NAMES = (*SEEN, *UNSEEN, "object")  # what `category` of dense.npz counts; the last one: the grammar
 CATEGORY_WEIGHT = {"StorageFurniture": 3.0, "Refrigerator": 2.0}  # the rest 1: furniture has the most kinds of fronts
 GOES_ON = "nothing is lost: the same command goes on"
+POINTS = 3  # of either answer, for "can this point be moved?"
+NEAR_SHARE = 1 / 24  # of the side: how far from the object a point of the background may lie
+UNTOLD = -3  # of dense.npz's part: not told (pictures of unseen categories)
 GROUP = 100  # scenes a worker makes at a time; also the unit of resuming
 
 
 @dataclass(frozen=True)
 class BuildConfig:
     scenes: int = flag(2000, "pictures", low=1)
-    demos: int = flag(10_000, "at most so many manipulation samples, seen categories only (the paper's 10K)", low=0)
+    demos: int = flag(
+        10_000,
+        "at most so many manipulation samples of seen categories (the paper's 10K), as many of the grammar",
+        low=0,
+    )
     workers: int = flag(2, "processes", low=1, high=256)
     seed: int = flag(0, "of everything that is drawn", low=0)
     out: str = flag("data/cache/train", "folder")
-    split: str = flag("train", "which range of scene seeds, which categories", choices=tuple(SEED_BASE))
+    split: str = flag("train", "which range of scene seeds, which categories", choices=SPLITS)
     image_size: int = flag(128, "pixels, a multiple of 16", low=32, high=1024)
-    gadgets: float = flag(0.25, "fraction of pictures with random gadgets (variety; train only)", low=0, high=1)
+    grammar: float = flag(0.4, "fraction of pictures with objects of the grammar (train only)", low=0, high=1)
+    archetypes: str = flag("all", "of the grammar: all | strict (none near an unseen category) | a number | a list")
+    hold_out: str = flag("", "categories and archetypes without labels in train, shown by --split transfer: a list")
+    categories: str = flag("", "only these seen categories: a list, or drawer-door")
     unseen: float = flag(
         0.08, "fraction of unseen categories, general questions only (0: strict rule; train only)", low=0, high=1
     )
@@ -66,6 +90,7 @@ class BuildConfig:
     after: float = flag(
         0.14, "fraction taken after an attempt, good or bad: questions of past and success", low=0, high=1
     )
+    full_labels: bool = flag(False, "camera pose and part masks as well, for other people's models")
     vocab: int = flag(
         1021, "byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none", low=0
     )
@@ -78,12 +103,58 @@ def check(cfg: BuildConfig) -> None:
         raise ValueError(f"--image-size {cfg.image_size}: must be a multiple of 16, the side of the dense targets")
     if 0 < cfg.vocab < NUMBER_BASE + NUMBERS:
         raise ValueError(f"--vocab {cfg.vocab}: must be 0 or at least {NUMBER_BASE + NUMBERS}")
-    for pair in (("gadgets", "unseen"), ("opened", "after")):
+    for pair in (("grammar", "unseen"), ("opened", "after")):
         if sum(getattr(cfg, name) for name in pair) > 1:
             raise ValueError(f"--{pair[0]} and --{pair[1]} together must be at most 1")
+    draw_from(cfg)
 
 
-# ---- one scene -------------------------------------------------------------------------------------------------------
+# ---- which objects ---------------------------------------------------------------------------------------------------
+
+
+def listed(flag_name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """ "a, b" -> ("a", "b"). Raises: ValueError for a name that is not known."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{flag_name}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    return names
+
+
+def chosen_archetypes(cfg: BuildConfig) -> tuple[str, ...]:
+    """--archetypes; a number takes the first of a fixed random order, so that more archetypes include the fewer."""
+    every = tuple(ARCHETYPES)
+    if cfg.archetypes in ("all", "strict"):
+        return every if cfg.archetypes == "all" else STRICT
+    if not cfg.archetypes.isdecimal():
+        return listed("--archetypes", cfg.archetypes, every)
+    if int(cfg.archetypes) > len(every):
+        raise ValueError(f"--archetypes {cfg.archetypes}: there are {len(every)}")
+    order = np.random.default_rng(0).permutation(len(every))
+    return tuple(every[i] for i in order[: int(cfg.archetypes)])
+
+
+@functools.cache
+def draw_from(cfg: BuildConfig) -> dict[str, tuple[str, ...]]:
+    """Names that can be spawned: "labelled", "grammar" (labelled too) and "general" (general questions only).
+
+    Raises: ValueError for an unknown name, and where nothing is left to draw from.
+    """
+    held = listed("--hold-out", cfg.hold_out, (*SEEN, *ARCHETYPES))
+    unseen = cfg.split == "test-unseen"
+    names = UNSEEN if unseen else SEEN
+    if cfg.categories == "drawer-door":
+        names = DRAWER_DOOR_UNSEEN if unseen else DRAWER_DOOR_SEEN
+    elif cfg.categories:
+        names = listed("--categories", cfg.categories, names)
+    held_archetypes = tuple(PREFIX + name for name in held if name in ARCHETYPES)
+    held_categories = tuple(name for name in held if name in SEEN)
+    labelled = tuple(name for name in names if name not in held)
+    if cfg.split == "transfer":
+        labelled = (*held_categories, *held_archetypes)
+    if not labelled:
+        raise ValueError(f"--split {cfg.split}, --hold-out '{cfg.hold_out}': no category is left to show")
+    grammar = tuple(PREFIX + name for name in chosen_archetypes(cfg) if name not in held)
+    return {"labelled": labelled, "grammar": grammar, "general": (*UNSEEN, *held_categories)}
 
 
 def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
@@ -91,20 +162,23 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
 
     Question set: "all" or "general"; scene state: "closed", "opened" or "after" (an attempt).
     """
-    rng = np.random.default_rng([cfg.seed, SEED_BASE[cfg.split], index])
-    draw = rng.random()
-    question_set = "all"
-    names = objects.UNSEEN if cfg.split == "test-unseen" else objects.SEEN
-    if cfg.split == "train" and draw < cfg.unseen:
-        question_set = "general"
-        names = objects.UNSEEN
-    elif cfg.split == "train" and draw < cfg.unseen + cfg.gadgets:
-        names = (objects.GADGET,)
-    weight = np.array([CATEGORY_WEIGHT.get(name, 1.0) for name in names])
-    category = names[rng.choice(len(names), p=weight / weight.sum())]
-    seed = SEED_BASE[cfg.split] + zlib.crc32(f"{cfg.seed}/{category}/{index}".encode()) % 9_000_000
+    base = SEEDS["val" if cfg.split == "transfer" else cfg.split]
+    rng = np.random.default_rng([cfg.seed, base, index])
+    names = draw_from(cfg)
+    draw = rng.random() if cfg.split == "train" else 1.0
+    source = "labelled"
+    if draw < cfg.unseen:
+        source = "general"
+    elif draw < cfg.unseen + cfg.grammar and names["grammar"]:
+        source = "grammar"
+    weight = np.array([CATEGORY_WEIGHT.get(name, 1.0) for name in names[source]])
+    category = names[source][rng.choice(len(weight), p=weight / weight.sum())]
+    seed = base + zlib.crc32(f"{cfg.seed}/{category}/{index}".encode()) % SEED_SPAN
     state = np.searchsorted([cfg.opened, cfg.opened + cfg.after], rng.random(), side="right")
-    return category, seed, question_set, ("opened", "after", "closed")[state]
+    return category, seed, "general" if source == "general" else "all", ("opened", "after", "closed")[state]
+
+
+# ---- one scene -------------------------------------------------------------------------------------------------------
 
 
 def open_parts(scene, rng: np.random.Generator) -> None:
@@ -116,31 +190,76 @@ def open_parts(scene, rng: np.random.Generator) -> None:
     scene.set_joints(joints)
 
 
-def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
-    """Scene number `index`, rendered in `scene` -> (row of facts.jsonl, picture (S, S, 3), row of dense.npz)."""
-    from sim import scene as world  # here, so that only the workers load PyBullet
+def windows(mask: np.ndarray, reach: int) -> np.ndarray:
+    """The (2 reach + 1)^2 neighbours of every pixel of mask (S, S), False off the picture."""
+    side = 2 * reach + 1
+    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, reach), (side, side))
+
+
+def draw_points(links: np.ndarray, rng: np.random.Generator) -> list[list]:
+    """[[u, v, on a movable part], ..]: POINTS of either answer (fewer where there is no room), none at an edge.
+
+    links (S, S): number of the part, BASE, or BACKGROUND. One "no" lies on the background close to the object.
+    """
+    movable = windows(links >= 0, 1).all((2, 3))
+    fixed = windows(links < 0, 1).all((2, 3))
+    near = windows(links != BACKGROUND, max(1, round(NEAR_SHARE * len(links)))).any((2, 3))
+    body = fixed & (links == BASE)
+    aside = fixed & (links == BACKGROUND) & near
+    points = []
+    for mask in (*[movable] * POINTS, *[body] * (POINTS - 1), aside):
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            i = rng.integers(len(rows))
+            points.append([int(columns[i]), int(rows[i]), bool(movable[rows[i], columns[i]])])
+    return points
+
+
+def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Scene number `index`, rendered in `scene` -> (row of facts.jsonl, pictures by their ending, row of dense.npz).
+
+    Pictures: ".png" (S, S, 3) uint8, ".depth.png" (S, S) uint16 millimetres and, with full_labels, ".parts.png"
+    (S, S) uint8: 0 background, 1 body, 2 + j part j.
+    """
+    from sim import expert  # here, so that only the workers load PyBullet
+    from sim.scene import rotation_from_approach
 
     category, seed, question_set, state = scene_kind(cfg, index)
     rng = np.random.default_rng([seed, 1])
     scene.spawn(category, seed)
-    event = world.attempt(scene, rng) if state == "after" else None
+    event = expert.attempt(scene, rng) if state == "after" else None
     if state == "opened":
         open_parts(scene, rng)
     picture = scene.render()
-    facts = world.facts(scene, rng, expert=question_set == "all" and state == "closed")
+    facts = expert.facts(scene, rng, expert=question_set == "all" and state == "closed")
     if event:
         facts["event"] = event
     for part in facts["parts"]:
         if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
-            rotation = world.rotation_from_approach(np.array(part["contact"]["approach"]))
+            rotation = rotation_from_approach(np.array(part["contact"]["approach"]))
             part["contact"]["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
-    targets, kinds = world.dense_targets(scene)
+    dense = dict(zip(("targets", "kinds"), expert.dense_targets(scene), strict=True))
+    dense |= dict(zip(("part", "act", "arm"), expert.part_targets(scene), strict=True))
     if question_set == "general":
-        targets[..., 5:] = -1  # -1 = not told
-        kinds = np.full_like(kinds, -1)
+        dense["targets"][..., 5:] = -1  # -1 = not told
+        dense["kinds"] = np.full_like(dense["kinds"], -1)
+        dense["part"] = np.full_like(dense["part"], UNTOLD)
+        dense["act"] = np.zeros_like(dense["act"])
+        dense["arm"] = np.zeros_like(dense["arm"])
+    else:
+        facts["points"] = draw_points(scene.links, np.random.default_rng([seed, 4]))
+    metres = camera_depth(scene.depth, np.random.default_rng([seed, 3]))
+    pictures = {".png": picture, ".depth.png": np.round(metres * MM_PER_M).astype(np.uint16)}
+    f, cx, cy = scene.intrinsics
     image = f"images/{index // GROUP:05d}/{index:08d}.png"
-    row = {"index": index, "image": image, "rule": question_set, "facts": facts}
-    return row, picture, {"targets": targets, "kinds": kinds}
+    row = {"index": index, "image": image, "rule": question_set, "intrinsics": [f, f, cx, cy], "facts": facts}
+    if cfg.full_labels and question_set == "all":
+        pictures[".parts.png"] = (scene.links + 2).astype(np.uint8)
+        pose = np.eye(4)
+        pose[:3, :3] = scene.camera_rotation.T
+        pose[:3, 3] = scene.eye
+        row["camera"] = pose.tolist()
+    return row, pictures, dense
 
 
 _scene = None  # one PyBullet world a process
@@ -159,10 +278,11 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
     _scene = _scene or world.Scene(cfg.image_size)
     rows, dense = [], []
     for index in range(first, last):
-        row, picture, cells = make_scene(_scene, cfg, index)
-        path = out / row["image"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path, compress_level=3)
+        row, pictures, cells = make_scene(_scene, cfg, index)
+        for ending, picture in pictures.items():
+            path = (out / row["image"]).with_suffix(ending)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path, compress_level=3)
         rows.append(row)
         dense.append(cells)
     arrays = {name: np.stack([cells[name] for cells in dense]) for name in dense[0]}
@@ -173,7 +293,7 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:  # a file, because savez adds .npz to a name
-            np.savez(file, **arrays)
+            np.savez_compressed(file, **arrays)
 
     write_atomically(path, write)
 
@@ -191,33 +311,51 @@ def read_groups(paths: list[Path]) -> tuple[list[dict], dict[str, np.ndarray]]:
     return rows, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def write_turns(row: dict, shares: dict[str, float], rng: np.random.Generator) -> dict:
+def write_turns(row: dict, shares: dict[str, float], untold: tuple[str, ...], rng: np.random.Generator) -> dict:
     """A record of conversations.json."""
-    turns = questions.turns(row["facts"], rng, allowed=row["rule"], shares=shares)
+    turns = questions.turns(row["facts"], rng, row["rule"], shares, untold)
     record = questions.to_llava(f"{row['index']:08d}", row["image"], turns)
     return record | {"families": [turn.question_type for turn in turns]}
 
 
 def write_samples(row: dict, rng: np.random.Generator) -> list[dict]:
-    """The lines of manipulation.jsonl of one picture."""
+    """The lines of manipulation.jsonl of one picture.
+
+    With full labels each has "camera" (4 x 4, world from camera), "mask" (file) and "mask_value" (the part's in it).
+    """
     facts = row["facts"]
-    if row["rule"] != "all" or facts["category"] == objects.GADGET:
-        return []
     samples = []
-    for part in facts["parts"]:
+    for j, part in enumerate(facts["parts"]):
         contact = part["contact"]
-        if contact:
-            samples.append(
-                {
-                    "image": row["image"],
-                    "category": facts["category"],
-                    "part": part["label"],
-                    "instruction": questions.instruction(part, objects.NOUNS[facts["category"]], rng),
-                    **{key: contact[key] for key in ("u", "v", "approach", "rotation6d")},
-                    "seed": facts["seed"],
-                }
-            )
+        if row["rule"] != "all" or not contact:
+            continue
+        sample = {
+            "image": row["image"],
+            "depth": str(Path(row["image"]).with_suffix(".depth.png")),
+            "intrinsics": row["intrinsics"],
+            "category": facts["category"],
+            "part": part["label"],
+            "instruction": questions.instruction(part, NOUNS[facts["category"]], rng),
+            **{key: contact[key] for key in ("u", "v", "approach", "rotation6d")},
+            "seed": facts["seed"],
+        }
+        if "camera" in row:
+            mask = str(Path(row["image"]).with_suffix(".parts.png"))
+            sample |= {"camera": row["camera"], "mask": mask, "mask_value": 2 + j}
+        samples.append(sample)
     return samples
+
+
+def at_most(samples: list[dict], limit: int) -> list[dict]:
+    """The first `limit` samples of the categories and the first `limit` of the grammar, in their order."""
+    taken = Counter()
+    kept = []
+    for sample in samples:
+        source = sample["category"].startswith(PREFIX)
+        taken[source] += 1
+        if taken[source] <= limit:
+            kept.append(sample)
+    return kept
 
 
 def merge(cfg: BuildConfig, seconds: float) -> dict:
@@ -229,12 +367,13 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
     conversations, samples = [], []
     for row in rows:
         rng = np.random.default_rng([cfg.seed, row["index"], 2])
-        conversations.append(write_turns(row, shares, rng))
+        conversations.append(write_turns(row, shares, draw_from(cfg)["general"], rng))
         samples += write_samples(row, rng)
-    samples = samples[: cfg.demos]
-    categories = (*objects.SEEN, *objects.UNSEEN, objects.GADGET)
-    colours = list(objects.COLOURS)
-    dense["category"] = np.array([categories.index(row["facts"]["category"]) for row in rows], np.int16)
+    samples = at_most(samples, cfg.demos)
+    names = [row["facts"]["category"] for row in rows]
+    names = ["object" if name.startswith(PREFIX) else name for name in names]
+    colours = list(COLOURS)
+    dense["category"] = np.array([CATEGORY_NAMES.index(name) for name in names], np.int16)
     dense["colour"] = np.array([colours.index(row["facts"]["colour"]) for row in rows], np.int16)
     write_arrays(out / "dense.npz", **dense)
     write_text(out / "facts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -244,10 +383,12 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
         texts = (turn["value"] for record in conversations for turn in record["conversations"])
         write_ranks(out / "vocab.tiktoken", train_ranks(texts, cfg.vocab))
     types = Counter(name for record in conversations for name in record["families"])
-    capable = set(objects.MULTI_CAPABLE) & set(objects.SEEN)
+    capable = set(MULTI_CAPABLE) & set(SEEN)
     several = [len(row["facts"]["parts"]) > 1 for row in rows if row["facts"]["category"] in capable]
     manifest = {
         "config": dataclasses.asdict(cfg),
+        "objects": draw_from(cfg),
+        "intrinsics": rows[0]["intrinsics"],
         "pictures": len(rows),
         "turns": types.total(),
         "families": dict(sorted(types.items())),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-ROBOT_TYPES = ("plan", "success", "possible", "past", "future")  # answered in words
+ROBOT_TYPES = ("plan", "success", "possible", "past", "future", "movable")  # answered in words
 GENERAL_TYPES = ("object", "caption", "colour", "size", "relation", "parts", "count", "state", "presence")
 COORDINATE_TYPES = {"where": 2, "box": 4, "contact": 5}  # how many numbers make an answer
 CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end

@@ -25,6 +25,7 @@
 | success  | was the goal reached (after an attempt)   | "yes", "no"                                                 |
 | past     | what has just been done (the same)        | "opened the lid", "nothing, the attempt failed"             |
 | future   | what a pull or a push will do             | "the lid swings open", "nothing, the lid is already closed" |
+| movable  | can the point (37,52) be moved            | "yes", "no": on a movable part, on anything else            |
 | contact  | where to touch, and from which direction  | "37 52 05 71 93": pixel (u, v), approach (x, y, z)          |
 
 Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question.
@@ -32,6 +33,7 @@ No question gives away the answer of another one: those about "this object" come
 half of them without the object's noun. An ANSWER still helps the turns after it: evaluation asks each question alone.
 The robot's question types are RoboVQA's six: planning, success, possible (discriminative affordance), contact
 (generative affordance), past and future. Success and past are asked of pictures after an attempt (facts["event"]).
+"Movable" is ManipLLM's affordance question; a grammar object has no name, and nothing asks for one.
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
 no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
 
@@ -47,7 +49,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.prompts import contact_answer, contact_question, number
-from sim.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, make_object
+from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
+from sim.grammar import PREFIX
+from sim.objects import PART_KINDS
 
 MIN_VISIBLE = 0.001  # share of the picture's pixels below which a part is not asked about (16 pixels at 128 x 128)
 CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks closed; the start jitter is 0.08
@@ -61,6 +65,7 @@ CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of it
 SIZES = ((0.50, "small"), (0.56, ""), (0.66, "medium"), (0.72, ""), (9, "large"))
 LARGER = 1.6  # ratio of pixels from which one part is plainly larger than another
 ASIDE = 0.08  # of the frame, from which something is plainly to the left of, or above, something else
+ASKED_POINTS = 2  # "can this point be moved?" of a picture
 FIVE = 5  # steps of a long plan that are asked for at once
 # What becomes of a part, by the verb of its instruction; PAST only of the verbs of CLOSABLE_KINDS.
 FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "raise": "comes up", "tilt": "tilts",
@@ -126,6 +131,8 @@ ASK = {
                "The robot is about to pull at {the}. What comes next?", "Predict what a pull at {the} will do."),
     "future push": ("The gripper touches {the} and pushes. What will happen?", "What happens if one pushes {the}?",
                     "The robot is about to push {the}. What comes next?", "Predict what a push at {the} will do."),
+    "movable": ("Can the point {point} be moved?", "Does the point {point} lie on a part that moves?",
+                "Would what is at {point} move if pulled or pushed?", "Is there a movable part at {point}?"),
     "actions": ("What actions are possible now?", "What could a robot do with this object?",
                 "Which actions are possible on this object?", "What can be done with this object now?"),
 }  # fmt: skip
@@ -249,12 +256,16 @@ def plain_parts(category: str) -> dict[tuple[str, str], float]:
 
 
 @functools.cache
-def vocabulary(shares: tuple[tuple[str, float], ...]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """({noun: weight}, {(verb, label): weight}) of things that may be absent. Words of UNSEEN parts are in no text."""
+def vocabulary(
+    shares: tuple[tuple[str, float], ...], untold: tuple[str, ...]
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """({noun: weight}, {(verb, label): weight}) of things that may be absent. Parts of `untold` are in no text, and a
+    grammar object has no noun of its own."""
     nouns, parts = {}, {}
     for category, share in ((c, s) for c, s in shares if s > 0):
-        nouns[NOUNS[category]] = share
-        for key, n in plain_parts(category).items() if category not in UNSEEN else ():
+        if not category.startswith(PREFIX):
+            nouns[NOUNS[category]] = share
+        for key, n in plain_parts(category).items() if category not in untold else ():
             parts[key] = parts.get(key, 0) + share * n
     return nouns, parts
 
@@ -287,17 +298,18 @@ def draw_turn(rng: np.random.Generator, question_type: str, answer: str, wording
 def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Generator) -> tuple[list, list]:
     """(turns about "this object", turns that name a thing), not a word about parts: as in any set of pictures."""
     noun = NOUNS[facts["category"]]
-    whole = [
-        draw_turn(rng, "object", with_article(noun)),
-        draw_turn(rng, "caption", caption(facts)),
-        draw_turn(rng, "colour", facts["colour"]),
-    ]
+    has_name = not facts["category"].startswith(PREFIX)  # "an object" would be the answer to any unknown thing
+    whole = [draw_turn(rng, "object", with_article(noun))] if has_name else []
+    whole.append(draw_turn(rng, "caption", caption(facts)))
+    whole.append(draw_turn(rng, "colour", facts["colour"]))
     if facts["box"]:
         x0, y0, x1, y1 = np.array(facts["box"]) / facts["image_size"]
         if looks := next(word for limit, word in SIZES if max(x1 - x0, y1 - y0) < limit):
             whole.append(draw_turn(rng, "size", looks))
         if abs(aside := (x0 + x1) / 2 - 0.5) > ASIDE:
             whole.append(draw_turn(rng, "relation", "left" if aside < 0 else "right", "side"))
+    if not has_name:
+        return whole, []
     # Not "is there a door?" - "no" where the object has a door without being a Door
     others = {n: w for n, w in nouns.items() if n != noun and all(fit_together(n, p["label"]) for p in facts["parts"])}
     other = draw_weighted(rng, others)
@@ -333,7 +345,7 @@ def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tupl
     """(turns about the parts of "this object" that name none of them, turns that name a part)."""
     noun, parts = NOUNS[facts["category"]], visible_parts(facts)
     decided = [p for p in parts if is_decided(p)]
-    whole = overview_turns(parts, facts, rng)
+    whole = [*overview_turns(parts, facts, rng), *movable_turns(facts, rng)]
     naming = place_turns(parts, facts, rng)
     naming += look_turns(parts, facts, rng)
     naming += pair_turns(parts, facts["image_size"], rng)
@@ -426,6 +438,18 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
 
 
 # ---- the robot's questions -------------------------------------------------------------------------------------------
+
+
+def movable_turns(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """Can this point be moved? Of facts["points"], [[u, v, on a movable part], ..]; "yes" and "no" equally often."""
+    points = {answer: [p for p in facts.get("points", ()) if p[2] == answer] for answer in (True, False)}
+    found = []
+    for _ in range(min(ASKED_POINTS, len(points[True]), len(points[False]))):
+        same = points[bool(rng.random() < 0.5)]
+        u, v, answer = same.pop(int(rng.integers(len(same))))  # no point twice
+        where = write_pixels((u, v), facts["image_size"])
+        found.append(draw_turn(rng, "movable", "yes" if answer else "no", point=where))
+    return found
 
 
 def possible_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> list[Turn]:
@@ -540,15 +564,19 @@ def event_turns(event: Mapping, parts: Sequence[Mapping], noun: str, rng: np.ran
 
 
 def turns(
-    facts: Mapping, rng: np.random.Generator, allowed: str = "all", shares: Mapping[str, float] | None = None
+    facts: Mapping,
+    rng: np.random.Generator,
+    allowed: str = "all",
+    shares: Mapping[str, float] | None = None,
+    untold: Sequence[str] = UNSEEN,
 ) -> list[Turn]:
     """All questions about one picture; the same facts and the same state of rng give the same turns.
 
     Args     facts: one picture, as data/build.py writes them. allowed: "all", or "general" for pictures of unseen
              categories (no part, position, contact, affordance or plan). shares: category -> its share of the data set;
-             "no" takes its nouns and part words from there, in these proportions. Default: equal shares of SEEN and
-             GADGET, so that no word of an unseen category occurs (strict rule). For the paper's rule add UNSEEN: only
-             their nouns are used, their parts never.
+             "no" takes its nouns and part words from there, in these proportions. Default: equal shares of SEEN, so
+             that no word of an unseen category occurs (strict rule). untold: held-out categories, of which only the
+             nouns are used, the parts never.
     Returns  turns with different questions: in random order those about "this object", then in random order the rest.
     Raises   ValueError for another `allowed`, an unknown category, or facts that lack a field.
     """
@@ -558,7 +586,7 @@ def turns(
         raise ValueError(f"facts lack {', '.join(missing)}; data/build.py writes one complete dict per picture")
     if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
         raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
-    nouns, words = vocabulary(tuple((shares or dict.fromkeys((*SEEN, GADGET), 1.0)).items()))
+    nouns, words = vocabulary(tuple((shares or dict.fromkeys(SEEN, 1.0)).items()), tuple(untold))
     whole, naming = general_turns(facts, nouns, rng)
     if allowed == "all":
         more_whole, more_naming = part_turns(facts, words, rng)

@@ -1,19 +1,21 @@
-"""data/build.py: refused settings, resuming, what a kill leaves behind."""
+"""data/build.py: refused settings, resuming, what a kill leaves behind, which objects a split shows, every label."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from common.scripts import run_main
 from data import build as build_module
-from data.build import BuildConfig, build, check, merge, remove_parts, settings
+from data.build import UNTOLD, BuildConfig, build, check, draw_from, draw_points, remove_parts, scene_kind, settings
+from data.depth import read_depth
+from sim.catalogue import DRAWER_DOOR_SEEN, SEEN, UNSEEN
+from sim.grammar import ARCHETYPES, NEAR, PREFIX, STRICT
 
-ROOT = Path(__file__).parent.parent
 TINY = BuildConfig(scenes=6, workers=1, image_size=32, split="val")
 
 
@@ -46,6 +48,12 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"split": "test"}, "--split test: expected one of train, val"),
         ({"after": float("nan")}, "--after nan"),
         ({"opened": 0.6, "after": 0.6}, "--opened and --after together"),
+        ({"grammar": 0.6, "unseen": 0.6}, "--grammar and --unseen together"),
+        ({"archetypes": "99"}, "--archetypes 99: there are"),
+        ({"archetypes": "book,spoon"}, "--archetypes: unknown spoon; choose from lidded_box, "),
+        ({"hold_out": "Phone"}, "--hold-out: unknown Phone"),  # never labelled anyway
+        ({"hold_out": "Safe", "categories": "Safe"}, "no category is left to show"),
+        ({"split": "transfer"}, "no category is left to show"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(tmp_path, change, reason):
@@ -109,19 +117,142 @@ def test_a_build_goes_on_and_a_finished_one_is_left_alone(tmp_path, inline, monk
     (tmp_path / "d/manifest.json").write_text("{")
     with pytest.raises(ValueError, match="manifest.json: not valid JSON"):
         build(cfg)
-    assert settings(cfg) == settings(replace(cfg, workers=9, out="elsewhere")) and merge
+    assert settings(cfg) == settings(replace(cfg, workers=9, out="elsewhere"))
 
 
-def test_stopping_it_is_one_line_that_says_how_to_go_on(tmp_path):
-    flags = ["--scenes", "5000", "--workers", "1", "--image-size", "32", "--split", "val", "--out", str(tmp_path)]
-    flags += ["--opened", "1", "--after", "0"]  # without the expert, which takes most of the time
-    command = [sys.executable, "-m", "data.build", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    builder = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
-    while not (tmp_path / "images").exists():
-        assert builder.poll() is None
-    builder.send_signal(signal.SIGINT)
-    _, said = builder.communicate(timeout=60)
-    assert builder.returncode == 130
-    assert said.strip() == "stopped; nothing is lost: the same command goes on"
-    assert json.loads((tmp_path / "parts/config.json").read_text())["scenes"] == 5000
+def test_stopping_it_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(function, jobs, workers):
+        yield jobs[0], 100
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "parallel", stopped)
+    monkeypatch.setattr(sys, "argv", ["build", "--scenes", "300", "--split", "val", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        run_main(build_module.main, build_module.GOES_ON)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped; nothing is lost: the same command goes on"
+    assert json.loads((tmp_path / "parts/config.json").read_text())["scenes"] == 300
+
+
+# ---- which objects ---------------------------------------------------------------------------------------------------
+
+
+def shown(**changes) -> list[tuple[str, int, str, str]]:
+    cfg = BuildConfig(**changes)
+    return [scene_kind(cfg, index) for index in range(1200)]
+
+
+def test_a_train_split_shows_the_shares_it_was_asked_for():
+    kinds = shown(grammar=0.4, unseen=0.08)
+    grammar = [name for name, _, _, _ in kinds if name.startswith(PREFIX)]
+    general = [name for name, _, question_set, _ in kinds if question_set == "general"]
+    assert abs(len(grammar) / 1200 - 0.4) < 0.05 and abs(len(general) / 1200 - 0.08) < 0.03  # 3 standard deviations
+    assert {PREFIX + name for name in ARCHETYPES} == set(grammar) and set(general) == set(UNSEEN)
+    labelled = {name for name, _, question_set, _ in kinds if question_set == "all"}
+    assert labelled == set(SEEN) | set(grammar)
+    assert max(seed for _, seed, _, _ in kinds) < 10_000_000 <= min(seed for _, seed, _, _ in shown(split="val"))
+    assert {name for name, _, _, _ in shown(split="val")} == set(SEEN)
+    assert {name for name, _, _, _ in shown(split="test-unseen")} == set(UNSEEN)
+    assert shown(grammar=0.4) == shown(grammar=0.4, workers=7, out="elsewhere")
+
+
+def test_archetypes_are_nested_and_strict_leaves_out_what_comes_near_an_unseen_category():
+    of = lambda archetypes: draw_from(BuildConfig(archetypes=archetypes))["grammar"]  # noqa: E731
+    assert of("0") == () and not any(name.startswith(PREFIX) for name, _, _, _ in shown(archetypes="0"))
+    assert set(of("6")) < set(of("12")) < set(of("24")) < set(of("all")) and len(of("24")) == 24
+    assert of("6") != of("all")[:6]  # a random order: the list itself is sorted by likeness
+    assert of("strict") == tuple(PREFIX + name for name in STRICT) and not set(STRICT) & set(NEAR)
+    assert of("book, trays") == ("grammar:book", "grammar:trays")
+
+
+def test_held_out_objects_have_no_label_in_train_and_are_all_of_transfer():
+    hold_out = "Display,Toaster,trays,latch"
+    out = {"Display", "Toaster", "grammar:trays", "grammar:latch"}
+    kinds = shown(hold_out=hold_out)
+    assert not out & {name for name, _, question_set, _ in kinds if question_set == "all"}
+    assert {"Display", "Toaster"} < {name for name, _, question_set, _ in kinds if question_set == "general"}
+    assert not out & {name for name, _, _, _ in shown(hold_out=hold_out, split="val")}
+    transfer = shown(hold_out=hold_out, split="transfer")
+    assert {name for name, _, _, _ in transfer} == out and {row[2] for row in transfer} == {"all"}
+    assert min(seed for _, seed, _, _ in transfer) >= 10_000_000
+
+
+def test_a_small_set_of_some_categories():
+    kinds = shown(categories="drawer-door", grammar=0.0, unseen=0.0)
+    assert {name for name, _, _, _ in kinds} == set(DRAWER_DOOR_SEEN)
+    assert {name for name, _, _, _ in shown(categories="Safe, Box", split="val")} == {"Safe", "Box"}
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_points_lie_on_what_they_are_said_to_lie_on():
+    links = np.full((64, 64), -2)
+    links[20:50, 10:40] = -1
+    links[30:45, 15:25] = 0
+    links[20:50, 39] = 1  # one pixel wide: too near an edge to ask about
+    answers = []
+    for seed in range(50):
+        for u, v, movable in draw_points(links, np.random.default_rng(seed)):
+            around = links[v - 1 : v + 2, u - 1 : u + 2]
+            assert (around == 0).all() if movable else (around < 0).all()
+            assert 6 <= u <= 43 and 16 <= v <= 53
+            answers.append((movable, int(links[v, u])))
+    assert answers.count((True, 0)) == 150 and answers.count((False, -1)) == 100 and answers.count((False, -2)) == 50
+    assert draw_points(np.full((64, 64), -2), np.random.default_rng(0)) == []
+
+
+def test_every_picture_has_depth_and_every_contact_what_others_need(tmp_path, inline):
+    """Full labels: from a sample's files alone its contact is found on the part, and its point in the world."""
+    cfg = BuildConfig(
+        scenes=9,
+        workers=1,
+        out=str(tmp_path),
+        image_size=64,
+        grammar=0.5,
+        unseen=0.3,
+        after=0.0,
+        vocab=0,
+        full_labels=True,
+    )
+    manifest = build(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (tmp_path / "manipulation.jsonl").read_text().splitlines()]
+    assert any(sample["category"].startswith(PREFIX) for sample in samples) and manifest["pictures"] == 9
+    for row in rows:
+        depth = read_depth((tmp_path / row["image"]).with_suffix(".depth.png"))
+        assert depth.shape == (64, 64) and (depth > 0).any() and row["intrinsics"] == manifest["intrinsics"]
+    for sample in samples:
+        mask = np.asarray(Image.open(tmp_path / sample["mask"])) == sample["mask_value"]
+        depth = read_depth(tmp_path / sample["depth"])
+        u, v = round(sample["u"]), round(sample["v"])
+        assert mask[v, u]
+        if depth[v, u] == 0:
+            continue
+        fx, fy, cx, cy = sample["intrinsics"]
+        point = np.array([(u - cx) / fx, (v - cy) / fy, 1.0]) * depth[v, u]
+        camera = np.array(sample["camera"])
+        world = camera[:3, :3] @ point + camera[:3, 3]
+        assert np.allclose(camera[:3, :3] @ camera[:3, :3].T, np.eye(3), atol=1e-6)
+        assert -0.3 < world[2] < 1.5 and np.abs(world[:2]).max() < 1.5  # objects stand on the floor at the origin
+    dense = np.load(tmp_path / "dense.npz")
+    shapes = {name: dense[name].shape[1:] for name in ("part", "act", "arm")}
+    assert shapes == {"part": (32, 32), "act": (32, 32, 3), "arm": (32, 32)}
+    for i, row in enumerate(rows):
+        part = dense["part"][i]
+        if row["rule"] == "general":
+            assert (part == UNTOLD).all() and not dense["act"][i].any() and not dense["arm"][i].any()
+            assert "points" not in row["facts"] and "camera" not in row
+            assert not (tmp_path / row["image"]).with_suffix(".parts.png").exists()
+        else:
+            masks = np.asarray(Image.open((tmp_path / row["image"]).with_suffix(".parts.png")))
+            assert np.array_equal(part, masks[1::2, 1::2].astype(int) - 2)
+            assert (dense["act"][i][part < 0] == 0).all() and row["facts"]["points"]
+    assert {row["rule"] for row in rows} == {"all", "general"}
+
+
+def test_demos_are_counted_for_the_categories_and_for_the_grammar_alone():
+    names = ["Safe", "grammar:book", "Safe", "Box", "grammar:book", "grammar:trays"]
+    samples = [{"category": name, "n": n} for n, name in enumerate(names)]
+    assert [sample["n"] for sample in build_module.at_most(samples, 2)] == [0, 1, 2, 4]
+    assert build_module.at_most(samples, 0) == []
