@@ -4,6 +4,7 @@ pytest tests/test_extras_look.py
 """
 
 import ast
+import contextlib
 import json
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_every_test_that_is_named_exists():
 def test_a_planted_mistake_is_taken_out_again(mini, picture):
     before = mini.predict_action(picture, "open the drawer")
     for mistake in mistakes.MISTAKES:
-        with mistake.plant(robomamba):
+        with mistake.plant(robomamba), contextlib.suppress(ValueError):  # an action that is not finite may be refused
             mini.predict_action(picture, "open the drawer")
     after = mini.predict_action(picture, "open the drawer")
     assert np.array_equal(after.rotation, before.rotation) and np.array_equal(after.approach, before.approach)
