@@ -132,7 +132,8 @@ def row_for_column(robomamba):
 @torch.inference_mode()
 def contact_px(model, scenes) -> float:
     """Median distance, pixels, between the head's contacts and the expert's; all prompts in one padded batch."""
-    pixel, _ = model.head(model.pooled(*batch(model, scenes)))
+    pictures, tokens, lengths = batch(model, scenes)
+    pixel, _ = model.head(model.pool(model.text_states(pictures, tokens), lengths))
     u, v = ((pixel + 1) * model.config.vision.image_size / 2).T.tolist()
     pairs = zip(u, v, scenes, strict=True)
     return statistics.median(math.hypot(u - s.label.u, v - s.label.v) for u, v, s in pairs)
@@ -147,7 +148,7 @@ def direction_deg(model, scenes) -> float:
 @torch.inference_mode()
 def largest_state(model, scenes) -> float:
     """The largest number in any layer's state after reading a picture."""
-    states = model.look(batch(model, scenes)[0])
+    states = model.encode_image(batch(model, scenes)[0])
     return max(state.ssm.abs().nan_to_num(math.inf).max().item() for state in states)
 
 
@@ -171,7 +172,7 @@ def moved_by_the_future(model, scenes) -> float:
     pictures, tokens, _ = batch(model, scenes[:1])
     changed = tokens.clone()
     changed[0, -1] = 0
-    a, b = (model.hidden(pictures, t)[:, :-1] for t in (tokens, changed))
+    a, b = (model.text_states(pictures, t)[:, :-1] for t in (tokens, changed))
     return ((a - b).abs().max() / a.abs().max()).item()
 
 

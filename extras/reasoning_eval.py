@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.decoding import generate_batch, generate_ids
 from common.files import write_json, write_text
 from common.report import paper_table1, reasoning_details, reasoning_report, wilson
 from common.scripts import check_flags, cli, commit, flag, hardware, progress, run_main
@@ -220,13 +221,13 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
     for k, first in enumerate(groups):
         rows = [i for image in images[first : first + pictures] for i in of_image[image]]
         began = time.monotonic()
-        ids = model.generate_ids([questions[i].image for i in rows], [questions[i].question for i in rows])
+        ids = generate_ids(model, [questions[i].image for i in rows], [questions[i].question for i in rows])
         seconds += time.monotonic() - began
         tokens += sum(map(len, ids))
         for i, answer in zip(rows, ids, strict=True):
             said[i] = model.text(answer)
         new = list(dict.fromkeys(questions[i].question for i in rows if questions[i].question not in blind))
-        blind |= zip(new, model.generate(grey, new), strict=True)
+        blind |= zip(new, generate_batch(model, grey, new), strict=True)
         progress(k + 1, len(groups), start, f"batches of {pictures} pictures")
     return said, [blind[q.question] for q in questions], round(tokens / max(seconds, 1e-9), 1)
 
