@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_partnet import write_cabinet
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,6 +87,8 @@ def execute(words: list[str]) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A cabinet of one's own, a picture and two records in LLaVA's layout, and a small training set."""
+    from test_partnet import write_cabinet  # needs PyBullet
+
     folder = tmp_path_factory.mktemp("reader's folder")
     (folder / "pictures").mkdir()
     shutil.copy(ROOT / "data/figures/examples/cabinet.png", folder / "pictures/one.png")
@@ -177,6 +178,7 @@ def recipe(tree: Path, *targets: str) -> str:
 
 def make(tree: Path, *targets: str) -> None:
     """Run targets of the Makefile in `tree`: make says the commands, one Python process runs them."""
+    pytest.importorskip("pybullet")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(
