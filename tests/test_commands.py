@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_partnet import write_cabinet
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,6 +87,8 @@ def execute(words: list[str]) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A cabinet of one's own, a picture and two records in LLaVA's layout, and a small training set."""
+    from test_partnet import write_cabinet  # needs PyBullet
+
     folder = tmp_path_factory.mktemp("reader's folder")
     (folder / "pictures").mkdir()
     shutil.copy(ROOT / "data/figures/examples/cabinet.png", folder / "pictures/one.png")
@@ -167,15 +168,21 @@ SMALL = {
 }
 
 
-def make(tree: Path, *targets: str) -> None:
-    """Run targets of the Makefile in `tree`: make says the commands, one Python process runs them."""
+def recipe(tree: Path, *targets: str) -> str:
+    """The commands of targets of the Makefile, at miniature size."""
     variables = [f"{name}={value}" for name, value in SMALL.items()]
     said = subprocess.run(["make", "-n", *targets, *variables], cwd=tree, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
+    return said.stdout
+
+
+def make(tree: Path, *targets: str) -> None:
+    """Run targets of the Makefile in `tree`: make says the commands, one Python process runs them."""
+    pytest.importorskip("pybullet")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(
-        command, cwd=tree, input=said.stdout, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=tree, input=recipe(tree, *targets), env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
 
@@ -204,10 +211,29 @@ def test_make_train_ships_a_checkpoint_and_makes_its_tables(tree):
     (tree / "extras").rename(tree / "away")
     make(tree, "train", "ship")
     (tree / "away").rename(tree / "extras")
-    make(tree, "evaluate", "ablations", "encoders")
+    make(tree, "evaluate")
     shipped = tree / TINY
     assert (shipped / "model.safetensors").read_bytes() != (ROOT / TINY / "model.safetensors").read_bytes()
     results = json.loads((shipped / "results.json").read_text())
     assert results["policies"]["model"]["splits"]["seen"]["n"] == 2
-    assert json.loads((tree / "data/results/ablations.json").read_text())["policies"]["general-only"]
     assert "seen (2)" in (tree / "README.md").read_text()
+
+
+def test_ablations_and_encoders_start_from_what_is_there_with_flags_that_exist(tree, monkeypatch):
+    """They train for an hour what the targets above train too; here their flags are read, and what they start from."""
+    monkeypatch.chdir(ROOT)
+    made = {"runs/align", "runs/cotrain", "runs/policy"}  # of make train
+    helps: dict[str, str] = {}
+    lines = recipe(tree, "ablations", "encoders").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))[1:] for line in lines]
+    assert len(commands) >= 18
+    for words in commands:
+        script = words[1] if words[0] == "-m" else words[0]
+        if script not in helps:
+            helps[script] = execute([*words[: words.index(script) + 1], "--help"])[1]
+        flags = dict(pair for pair in zip(words, words[1:], strict=False) if pair[0].startswith("--"))
+        assert [name for name in words if name.startswith("--") and name not in helps[script]] == [], words
+        needed = [flags[name] for name in ("--init", "--checkpoint") if flags.get(name)]
+        needed += [entry.split("=")[1] for entry in flags.get("--policy", "").split(",") if "=" in entry]
+        assert [folder for folder in needed if folder.startswith("runs") and folder not in made] == [], words
+        made.add(flags["--out"])
