@@ -121,11 +121,11 @@ def text_states(model: RoboMamba, images: Tensor, samples: list[dict], owners: T
 
 @torch.no_grad()
 def pooled_states(
-    model: RoboMamba, folder: str, samples: list[dict], processes: Processes, batch: int = 64, cache="", out=""
+    model: RoboMamba, folder: str, samples: list[dict], processes: Processes, batch=64, cache="", out="", depth=False
 ) -> Tensor:
     """(n, D): the state the head reads for each sample. Several samples of one picture share its encoding."""
     names = list(dict.fromkeys(s["image"] for s in samples))
-    tokens = visual_tokens(model.vision, folder, names, processes, cache, out)
+    tokens = visual_tokens(model.vision, folder, names, processes, cache, out, depth)
     where = {name: i for i, name in enumerate(names)}
     states = []
     for start in range(0, len(samples), batch):
@@ -152,11 +152,15 @@ class Samples(NamedTuple):
     rotation: Tensor  # (n, 3, 3)
 
 
-def prepare(cfg: PolicyConfig, model: RoboMamba, folder: str, samples: list[dict], processes: Processes) -> Samples:
-    pixel, rotation = targets(samples, processes.device)
+def prepare(
+    cfg: PolicyConfig, model: RoboMamba, folder: str, samples: list[dict], processes: Processes, ways: tuple
+) -> Samples:
+    """ways: True = the encoder sees depth, False = it does not; with both every sample is there twice."""
+    pixel, rotation = targets(samples * len(ways), processes.device)
     if cfg.unfreeze:
         return Samples(lambda rows: read_states(model, folder, samples, rows), pixel, rotation)
-    states = pooled_states(model, folder, samples, processes, cache=cfg.cache, out=cfg.out)
+    place = dict(cache=cfg.cache, out=cfg.out)
+    states = torch.cat([pooled_states(model, folder, samples, processes, depth=way, **place) for way in ways])
     return Samples(lambda rows: states[rows], pixel, rotation)
 
 
@@ -236,12 +240,13 @@ def finetune(cfg: PolicyConfig) -> dict:
     model = start_model(cfg, processes)
     frozen = freeze(model, PARTS if cfg.unfreeze else ("head",))
     share = count(model.head) / count(model)
-    total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(samples))
+    ways = (False, True) if model.config.vision.depth and not cfg.unfreeze else (False,)
+    total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(ways) * len(samples))
     with Run(cfg, processes, total, log_every=1) as run:
         rest = "the rest is frozen" if frozen else "the rest is trained too"
         run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; {rest}")
-        data = prepare(cfg, model, cfg.data, samples, processes)
-        val = prepare(cfg, model, cfg.val, val_samples, processes) if cfg.val else None
+        data = prepare(cfg, model, cfg.data, samples, processes, ways)
+        val = prepare(cfg, model, cfg.val, val_samples, processes, ways[-1:]) if cfg.val else None
         read_seconds = time.monotonic() - start
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)

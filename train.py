@@ -37,15 +37,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
 from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, rows_of_step, stop_on_nan
-from data.dataset import IGNORE, N_NUMBERS, Conversations, visual_tokens
-from data.dense import GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, DensePictures
-from data.tokenizer import NUMBERS, has_number_tokens, load_encoding
+from data.dataset import IGNORE, Conversations, visual_tokens
+from data.dense import DensePictures
+from data.objectives import AnswerObjective, DenseObjective
+from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
 
@@ -122,118 +122,6 @@ def schedules(cfg: TrainConfig) -> list[Schedule]:
         out.append(Schedule(start, steps, cfg.lr[min(k, len(cfg.lr) - 1)]))
         start += steps
     return out
-
-
-# ---- objectives ------------------------------------------------------------------------------------------------------
-
-
-class DenseObjective(nn.Module):
-    """Stage 0, dense supervision: each patch token predicts the simulator's labels for its 2 x 2 cells (data/dense.py).
-
-    The mean of the tokens predicts category and colour of the object. The read-outs are linear and thrown away after
-    the stage.
-    Args: teacher: "dense", "captions" (CLIP's contrastive loss alone) or "both".
-    """
-
-    def __init__(self, model: RoboMamba, teacher: str = "dense"):
-        super().__init__()
-        self.vision = model.vision
-        self.dense_weight = 0.0 if teacher == "captions" else 1.0
-        self.contrast_weight = 0.0 if teacher == "dense" else 1.0
-        W = model.config.vision.width
-        self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
-        self.cells = GRID // self.side  # cells along one side of a patch
-        self.dense = nn.Linear(W, self.cells**2 * (7 + N_KINDS))
-        self.category = nn.Linear(W, N_CATEGORIES)
-        self.colour = nn.Linear(W, N_COLOURS)
-        if self.contrast_weight:
-            self.image_side = nn.Linear(W, 64)
-            self.words_side = nn.EmbeddingBag(model.config.lm.vocab_size, 64)
-        weight = torch.ones(N_KINDS)
-        weight[0] = 0.3  # most of an object is its fixed body
-        self.register_buffer("kind_weight", weight, persistent=False)
-
-    def predict(self, pictures: Tensor) -> tuple[Tensor, Cells, Tensor, Tensor]:
-        """uint8 (B, 3, S, S) -> tokens (B, P, W), predicted Cells, category and colour logits."""
-        x = self.vision(pictures)
-        B, s, c = len(x), self.side, self.cells
-        out = self.dense(x).view(B, s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, s * c, s * c, -1)
-        geometry, rest, kind = out.split([4, 3, N_KINDS], -1)
-        return x, Cells(geometry, *rest.unbind(-1), kind), self.category(x.mean(1)), self.colour(x.mean(1))
-
-    def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts. All but the mask is averaged over the object's cells; background teaches little."""
-        tokens, said, category, colour = self.predict(b.pictures)
-        true = b.cells
-        solid = true.mask > 0.5
-        told = solid & (true.movable >= 0) & (true.kind >= 0)
-        on_part = told & (true.kind > 0)
-        parts = {
-            "geometry": F.l1_loss(said.geometry[solid], true.geometry[solid]),
-            "mask": F.binary_cross_entropy_with_logits(said.mask, true.mask),
-            "movable": F.binary_cross_entropy_with_logits(said.movable[told], true.movable[told]),
-            "kinds": F.cross_entropy(said.kind[told], true.kind[told], weight=self.kind_weight),
-            "openness": (said.openness - true.openness).abs()[on_part].sum() / max(on_part.sum(), 1),
-            "words": F.cross_entropy(category, b.category) + F.cross_entropy(colour, b.colour),
-        }
-        weights = {"geometry": 2.0, "mask": 1.0, "movable": 1.0, "kinds": 0.3, "openness": 1.0, "words": 0.2}
-        # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
-        loss = self.dense_weight * sum(weights[name] * part for name, part in parts.items())
-        if self.contrast_weight:
-            parts["contrast"] = self.contrast(tokens, b.captions, b.caption_starts)
-            loss = loss + self.contrast_weight * parts["contrast"]
-        return loss, parts
-
-    def contrast(self, tokens: Tensor, captions: Tensor, starts: Tensor) -> Tensor:
-        """CLIP's loss: which caption of the batch belongs to which picture. Equal captions share the target.
-
-        Differs: the words side is a mean of word vectors, and the temperature is fixed at 0.1.
-        """
-        a = F.normalize(self.image_side(tokens.mean(1)), dim=-1)
-        b = F.normalize(self.words_side(captions, starts), dim=-1)
-        same = (b.detach() @ b.detach().T > 1 - 1e-5).float()
-        target = same / same.sum(1, keepdim=True)
-        logits = a @ b.T / 0.1
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-class AnswerObjective(nn.Module):
-    """Stages 1.1 and 1.2: the model's own next-token loss on answers, and the auxiliary head for their numbers.
-
-    Args: soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no
-        auxiliary head.
-    """
-
-    def __init__(self, model: RoboMamba, soft_numbers: float, number_weight: float):
-        super().__init__()
-        self.model = model
-        self.number_weight = number_weight
-        if number_weight:
-            D = model.config.lm.d_model
-            self.numbers = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, N_NUMBERS))
-        bins = torch.arange(NUMBERS, dtype=torch.float32)
-        distance = bins[:, None] - bins
-        soft = torch.softmax(-(distance**2) / (2 * soft_numbers**2), 1) if soft_numbers else None
-        self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
-
-    def forward(
-        self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets: float, all_numbers: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: images, owners, .. labels as in RoboMamba.forward; prompts, numbers as in data.dataset.Batch.
-
-        all_targets, all_numbers: what sums are divided by, the mean counts per process: averaging gradients over
-        processes then gives the mean over all of them.
-        """
-        _, answer, states = self.model(
-            images, tokens, lengths, labels, owners=owners, soft=self.soft, normalizer=all_targets, return_states=True
-        )
-        if not self.number_weight:
-            return answer, {"answer": answer}
-        state = states[torch.arange(len(states), device=states.device), prompts - 1]
-        told = ~numbers.isnan()
-        error = (self.numbers(state) - (2 * numbers.nan_to_num() - 1)).abs()
-        error = (error * told).sum() / all_numbers
-        return answer + self.number_weight * error, {"answer": answer, "numbers": error / 2}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -325,19 +213,20 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     """Stage 0. Returns the last validation numbers."""
     size = model.config.vision.image_size
     processes = run.processes
-    data = DensePictures(cfg.data, size, model.encoding)
-    val = DensePictures(cfg.val, size, model.encoding) if cfg.val else None
+    depth = model.config.vision.depth
+    data = DensePictures(cfg.data, size, model.encoding, depth)
+    val = DensePictures(cfg.val, size, model.encoding, depth) if cfg.val else None
     first = run.begin()
     result = {}
     for schedule in schedules(cfg):
         if first >= schedule.start + schedule.steps:
             continue
         torch.manual_seed(cfg.seed + 1)  # the read-outs
-        objective = DenseObjective(model, cfg.teacher)
+        objective = DenseObjective(model, cfg.teacher, named=bool(data.parts))
         parallel, optimizer = prepare(cfg, run, objective, schedule.lr)
 
         def validate(done: int, objective=objective) -> dict:
-            return evaluate_dense(objective.predict, val, processes.device)
+            return evaluate_dense(objective, val, processes.device)
 
         for step in range(max(first - schedule.start, 0), schedule.steps):
             set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
@@ -365,7 +254,7 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     cached = val_cached = None
     if not cfg.unfreeze_vision:
         cached = cached_tokens(cfg, model, data, run)
-        val_cached = cached_tokens(cfg, model, val, run) if cfg.val else None
+        val_cached = cached_tokens(cfg, model, val, run)[-1] if cfg.val else None
     shown = shown_questions(val) if cfg.val else []
     has_numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
     weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
@@ -393,7 +282,10 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
             mine = range(processes.rank, len(everyone), processes.size)
             rows = everyone[mine]
             b = data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
-            images = data.pictures(rows) if cached is None else torch.from_numpy(cached[rows]).float()
+            if cached is None:
+                images = data.pictures(rows)
+            else:  # an RGB-D encoder: half of the steps without depth
+                images = torch.from_numpy(cached[step % len(cached)][rows]).float()
             counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
             counts = [max(n, 1) for n in processes.mean(counts)]
             inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
@@ -405,9 +297,11 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     return result
 
 
-def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> np.ndarray:
+def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> list[np.ndarray]:
+    """Visual tokens of the pictures; for an RGB-D encoder without and with depth."""
     names = [record.get("image", "") for record in data.records]
-    return visual_tokens(model.vision, data.root, names, run.processes, cfg.cache, cfg.out)
+    ways = (False, True) if model.config.vision.depth else (False,)
+    return [visual_tokens(model.vision, data.root, names, run.processes, cfg.cache, cfg.out, way) for way in ways]
 
 
 def finish(model: RoboMamba, frozen: dict[str, str], run: Run) -> None:

@@ -115,6 +115,7 @@ def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
 
 PRESETS = {
     "tiny": RoboMambaConfig(),
+    "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True)),
     "small": RoboMambaConfig(
         VisionConfig(width=384, n_layer=8), LMConfig(384, 8, d_state=16), HeadConfig(hidden=(24,)), (768,)
     ),

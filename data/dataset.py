@@ -14,6 +14,7 @@ Two ways to read a record with several turns, `Conversations(turns=...)`:
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from common.files import read_json, read_json_lines, write_atomically
 from common.training import digest
+from data.depth import check_intrinsics, geometry, read_depth, resample
 from data.prompts import QUESTION_TYPES
 from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens
 
@@ -396,9 +398,28 @@ class Conversations:
 # ---- cached visual tokens --------------------------------------------------------------------------------------------
 
 
+def read_geometry(folder, name: str, size: int) -> np.ndarray:
+    """(4, size, size) float32: what an RGB-D encoder sees beside the picture `name` of a folder made by data.build."""
+    depth = read_depth(Path(folder, name).with_suffix(".depth.png"))
+    return geometry(*resample(depth, _intrinsics(Path(folder)), size))
+
+
+@functools.cache
+def _intrinsics(folder: Path) -> tuple[float, ...]:
+    """Of all pictures of a folder made by data.build."""
+    values = read_json(folder / "manifest.json", dict, "`python -m data.build` makes it").get("intrinsics")
+    if not values:
+        raise ValueError(f"{folder / 'manifest.json'}: no intrinsics; remove the folder and build it anew")
+    return check_intrinsics(values)
+
+
 @torch.no_grad()
-def visual_tokens(vision, folder, names: list[str], processes, cache: str = "", out: str = "") -> np.ndarray:
+def visual_tokens(
+    vision, folder, names: list[str], processes, cache: str = "", out: str = "", depth: bool = False
+) -> np.ndarray:
     """Visual tokens (n, P, W) float16 of picture files `names` under `folder`; "" is the grey picture.
+
+    depth: an RGB-D encoder sees the depth pictures too; otherwise zeros in their place.
 
     Computed once and kept on disk. The cache's name is a digest of the encoder and of name, size and time of change of
     every picture, so other weights or other pictures never read it; a checksum at its end shows that it is whole.
@@ -408,12 +429,12 @@ def visual_tokens(vision, folder, names: list[str], processes, cache: str = "", 
     """
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
-    file = f"tokens-{_pictures_digest(vision, folder, names)[:16]}.npy"
+    file = f"tokens-{_pictures_digest(vision, folder, names)[:16]}{'-depth' if depth else ''}.npy"
     path = Path(cache or folder) / file
     if not cache and out and not path.exists() and not os.access(folder, os.W_OK):
         path = Path(out) / file
     if processes.first_says(not _is_whole(path, shape)):
-        blocks = _encode(vision, folder, names, processes)
+        blocks = _encode(vision, folder, names, processes, depth)
         if processes.first:
             write_atomically(path, lambda temporary: _write_tokens(temporary, shape, blocks))
         else:
@@ -432,7 +453,7 @@ def _pictures_digest(vision, folder, names: list[str]) -> str:
     return h.hexdigest()
 
 
-def _encode(vision, folder, names: list[str], processes, batch: int = 64) -> Iterator[np.ndarray]:
+def _encode(vision, folder, names: list[str], processes, depth: bool, batch: int = 64) -> Iterator[np.ndarray]:
     """Blocks of visual tokens in the order of `names`; every process encodes its part of each block."""
     size = vision.cfg.image_size
     step = batch * processes.size
@@ -442,7 +463,13 @@ def _encode(vision, folder, names: list[str], processes, batch: int = 64) -> Ite
         images = [read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part]
         if processes.size > 1:  # gather wants equal shapes
             images += [grey_picture(size)] * (batch - len(part))
-        tokens = processes.gather(vision(to_tensor(images).to(processes.device)).half())
+        channels = None
+        if depth:
+            blank = np.zeros((4, size, size), np.float32)
+            channels = [read_geometry(folder, name, size) if name else blank for name in part]
+            channels += [blank] * (len(images) - len(part))
+            channels = torch.from_numpy(np.stack(channels)).to(processes.device)
+        tokens = processes.gather(vision(to_tensor(images).to(processes.device), channels).half())
         yield tokens[: len(names) - start].cpu().numpy()
 
 

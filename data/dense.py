@@ -1,8 +1,10 @@
 """Pictures with dense targets, for stage 0: what the simulator knows of each of the 16 x 16 cells of a picture.
 
-The folder is one that data.build made: dense.npz, and conversations.json with the pictures' names in the same order.
+The folder is one that data.build made: dense.npz, facts.jsonl with the parts that can be asked for, and
+conversations.json with the pictures' names, all in the same order.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import read_npz
-from data.dataset import load_records, read_picture, to_tensor
+from common.files import read_json_lines, read_npz
+from data.dataset import load_records, read_geometry, read_picture, to_tensor
 from sim import objects
 
 GRID = 16  # cells along one side
+FINE = 32  # the same of what is told of a named part
+ASKED = 2  # parts asked for in a picture
+DEPTH_DROPPED = 0.3  # fraction of the pictures whose depth an RGB-D encoder does not see (modality dropout)
 N_KINDS = len(objects.PART_KINDS)
 N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
 N_COLOURS = len(objects.COLOURS)
@@ -32,8 +37,23 @@ class Cells(NamedTuple):
     kind: Tensor  # (B, 16, 16) int64, index into objects.PART_KINDS; predicted: (B, 16, 16, N_KINDS)
 
 
+class NamedParts(NamedTuple):
+    """Parts that the words of an instruction pick out, M of them; fewer than ASKED a picture where it has no more."""
+
+    owners: Tensor  # (M,) int64: the picture of each
+    words: Tensor  # token ids of all "verb label", one after the other
+    starts: Tensor  # (M,) int64: where each begins in words
+    contact: Tensor  # (M, 2) float32: column and row of the contact in cells of the 32 x 32 raster
+    approach: Tensor  # (M, 3) float32: the gripper's direction there, camera frame
+    mask: Tensor  # (M, 32, 32) float32: 1 on the part
+    act: Tensor  # (M, 32, 32, 3) float32: direction in which to work the surface seen there, 0 off the movable parts
+    arm: Tensor  # (M, 32, 32) float32: moment arm there, 0 at the hinge .. 1
+
+
 class DenseBatch(NamedTuple):
     pictures: Tensor  # (B, 3, S, S) uint8
+    geometry: Tensor | None  # (B, 4, S, S) float32, for an RGB-D encoder
+    named: NamedParts | None  # None where the folder has no such labels
     cells: Cells
     category: Tensor  # (B,) int64
     colour: Tensor  # (B,) int64, index into objects.COLOURS
@@ -41,19 +61,25 @@ class DenseBatch(NamedTuple):
     caption_starts: Tensor  # (B,) int64
 
     def to(self, device) -> "DenseBatch":
-        moved = (x.to(device) if isinstance(x, Tensor) else Cells(*(c.to(device) for c in x)) for x in self)
-        return DenseBatch(*moved)
+        def move(x):
+            if isinstance(x, tuple):
+                return type(x)(*(move(item) for item in x))
+            return x if x is None else x.to(device)
+
+        return move(self)
 
 
 class DensePictures:
-    """Pictures and dense targets of a folder made by data.build.
+    """Pictures and dense targets of a folder made by data.build. depth: read the depth pictures too.
 
     Raises: ValueError naming the file that is missing, damaged, or does not fit the others.
     """
 
-    def __init__(self, folder: str, image_size: int, encoding):
+    def __init__(self, folder: str, image_size: int, encoding, depth: bool = False):
         self.folder = Path(folder)
         self.size = image_size
+        self.depth = depth
+        self.encoding = encoding
         file = self.folder / "dense.npz"
         names = ("targets", "kinds", "category", "colour")
         arrays = read_npz(file, names, "`python -m data.build` makes it")
@@ -78,49 +104,131 @@ class DensePictures:
                 raise ValueError(f"{self.folder / 'conversations.json'}, record {index}: image: stage vision needs one")
         self.names = [record["image"] for record in records]
         self.captions = [encoding.encode_ordinary(caption(record)) for record in records]
+        self.parts: list[list[dict]] = []  # of each picture, those with a contact
+        if (self.folder / "facts.jsonl").exists():
+            self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder anew").values()
+            for _, row in read_json_lines(self.folder / "facts.jsonl"):
+                parts = enumerate(row["facts"]["parts"])
+                self.parts.append([part | {"index": j} for j, part in parts if part["contact"]])
+            if len(self.parts) != n:
+                raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def batch(self, rows, seed: list[int] | None = None) -> DenseBatch:
-        """With a seed each picture and its targets are shifted, mirrored and relit."""
+        """With a seed each picture and its targets are shifted, mirrored and relit; some pictures lose their depth."""
         pictures = np.stack([read_picture(self.folder / self.names[row], self.size) for row in rows])
         targets = self.targets[rows].astype(np.float32)
         kinds = self.kinds[rows].astype(np.int64)
-        if seed is not None:
-            for i, row in enumerate(rows):
-                rng = np.random.default_rng([*seed, row])
-                pictures[i], targets[i], kinds[i] = augment(pictures[i], targets[i], kinds[i], rng)
-        channels = torch.from_numpy(targets)
-        cells = Cells(channels[..., :4], *channels[..., 4:].unbind(-1), torch.from_numpy(kinds))
+        channels = np.zeros((len(rows), 4, self.size, self.size), np.float32)
+        named = []
+        for i, row in enumerate(rows):
+            rng = np.random.default_rng([*(seed or ()), row])
+            how = draw_augmentation(rng) if seed is not None else Augmentation()
+            pictures[i] = relit(moved(pictures[i], how), how)
+            targets[i] = moved(targets[i], how, x_channel=1)
+            kinds[i] = moved(kinds[i], how)
+            if self.depth and not (seed is not None and rng.random() < DEPTH_DROPPED):
+                geometry = read_geometry(self.folder, self.names[row], self.size)
+                channels[i] = moved(geometry.transpose(1, 2, 0), how, x_channel=1).transpose(2, 0, 1)
+            named += [(i, row, part, how) for part in self.draw_parts(row, how, rng)]
+        channels_last = torch.from_numpy(targets)
         captions = [self.captions[row] for row in rows]
-        lengths = [len(ids) for ids in captions]
+        words, starts = flat(captions)
         return DenseBatch(
             to_tensor(pictures),
-            cells,
+            torch.from_numpy(channels) if self.depth else None,
+            self.name_parts(named) if named else None,
+            Cells(channels_last[..., :4], *channels_last[..., 4:].unbind(-1), torch.from_numpy(kinds)),
             torch.from_numpy(self.category[rows].astype(np.int64)),
             torch.from_numpy(self.colour[rows].astype(np.int64)),
-            torch.tensor([token for ids in captions for token in ids]),
-            torch.tensor([0, *lengths[:-1]]).cumsum(0),
+            words,
+            starts,
         )
 
+    def draw_parts(self, row: int, how: "Augmentation", rng) -> list[dict]:
+        """ASKED parts of picture `row` whose contact is still in the picture after the augmentation."""
+        if not self.parts:
+            return []
+        inside = [part for part in self.parts[row] if 0 <= contact_column(part, how, self.size) < self.size]
+        inside = [part for part in inside if 0 <= contact_row(part, how, self.size) < self.size]
+        return [inside[k] for k in rng.permutation(len(inside))[:ASKED]]
 
-def augment(picture: np.ndarray, target: np.ndarray, kind: np.ndarray, rng) -> tuple[np.ndarray, ...]:
-    """Shift, mirror and relight a picture (S, S, 3); shift and mirror its targets (16, 16, 7) and kinds (16, 16)."""
+    def name_parts(self, named: list[tuple]) -> NamedParts:
+        """named: (place in the batch, row, part of facts.jsonl, augmentation) each."""
+        words, contacts, approaches, masks, acts, arms = [], [], [], [], [], []
+        for _, row, part, how in named:
+            text = f"{part['verb']} {part['label']}"
+            words.append(self.encoding.encode_ordinary(swap_sides(text) if how.mirror else text))
+            pixel = np.array([contact_column(part, how, self.size), contact_row(part, how, self.size)])
+            contacts.append((pixel + 0.5) * FINE / self.size - 0.5)
+            x, y, z = part["contact"]["approach"]
+            approaches.append((-x if how.mirror else x, y, z))
+            masks.append(moved(self.part[row] == part["index"], how))
+            acts.append(moved(self.act[row], how, x_channel=0))
+            arms.append(moved(self.arm[row], how))
+        ids, starts = flat(words)
+        owners = torch.tensor([place for place, *_ in named])
+        floats = (torch.from_numpy(np.stack(x)).float() for x in (contacts, approaches, masks, acts, arms))
+        return NamedParts(owners, ids, starts, *floats)
+
+
+def flat(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids one after the other, and where each sequence begins: what nn.EmbeddingBag takes."""
+    lengths = [len(ids) for ids in sequences]
+    return torch.tensor([token for ids in sequences for token in ids]), torch.tensor([0, *lengths[:-1]]).cumsum(0)
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+class Augmentation(NamedTuple):
+    """How a picture and its targets are changed; the defaults change nothing."""
+
+    dy: int = 0  # down, in cells of the 16 x 16 raster
+    dx: int = 0  # to the right
+    mirror: bool = False  # left and right change places, after the shift
+    gain: float = 1.0  # of the brightness, about mid-grey
+    offset: float = 0.0
+
+
+def draw_augmentation(rng) -> Augmentation:
     dy, dx = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2)
-    cell = len(picture) // GRID
-    picture = shift(picture, dy * cell, dx * cell)
-    target = shift(target, dy, dx)
-    kind = shift(kind, dy, dx)
-    if rng.random() < 0.5:
-        picture = picture[:, ::-1]
-        kind = kind[:, ::-1]
-        target = target[:, ::-1].copy()
-        target[..., 1] *= -1  # the normal's x
+    mirror = rng.random() < 0.5
     gain = rng.uniform(1 - LIGHT, 1 + LIGHT)
-    offset = rng.uniform(-127, 127) * LIGHT
-    picture = np.clip((picture - 127.0) * gain + 127 + offset, 0, 255).astype(np.uint8)
-    return picture, target, kind
+    return Augmentation(dy, dx, mirror, gain, rng.uniform(-127, 127) * LIGHT)
+
+
+def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.ndarray:
+    """(H, W, ..) shifted and mirrored. x_channel: the channel with the x of a direction, which a mirror turns round."""
+    cell = len(x) // GRID
+    x = shift(x, how.dy * cell, how.dx * cell)
+    if how.mirror:
+        x = x[:, ::-1].copy()
+        if x_channel is not None:
+            x[..., x_channel] *= -1
+    return x
+
+
+def relit(picture: np.ndarray, how: Augmentation) -> np.ndarray:
+    if (how.gain, how.offset) == (1.0, 0.0):
+        return picture
+    return np.clip((picture - 127.0) * how.gain + 127 + how.offset, 0, 255).astype(np.uint8)
+
+
+def contact_column(part: dict, how: Augmentation, size: int) -> float:
+    u = part["contact"]["u"] + how.dx * (size // GRID)
+    return size - 1 - u if how.mirror else u
+
+
+def contact_row(part: dict, how: Augmentation, size: int) -> float:
+    return part["contact"]["v"] + how.dy * (size // GRID)
+
+
+def swap_sides(text: str) -> str:
+    """ "left" for "right" and the other way round, for mirrored pictures."""
+    return re.sub(r"\b(left|right)\b", lambda side: "right" if side[0] == "left" else "left", text)
 
 
 def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:

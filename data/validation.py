@@ -8,23 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import GREY, IGNORE, Conversations
-from data.dense import DensePictures
+from data.dense import FINE, DensePictures
 from data.prompts import parse_contact
 
 SHOWN_TYPES = ("caption", "plan", "contact")  # answers.md: a question of each, on different pictures
 
 
 @torch.no_grad()
-def evaluate_dense(predict, data: DensePictures, device, batch: int = 64) -> dict[str, float]:
+def evaluate_dense(objective, data: DensePictures, device, batch: int = 64) -> dict[str, float]:
     """Movable-part IoU and part-kind accuracy in cells, normal error in degrees on the object, category accuracy.
 
-    Args: predict: uint8 (B, 3, S, S) -> (tokens, predicted Cells, category logits, colour logits).
+    Where the folder tells of named parts also the contact's error in pixels and the IoU of the part that is asked for.
+    Args: objective: data.objectives.DenseObjective.
     """
     both = either = right = parts = categories = 0
-    angles = []
+    angles, pixels, overlaps = [], [], []
     for start in range(0, len(data), batch):
         true = data.batch(np.arange(start, min(start + batch, len(data)))).to(device)
-        _, cells, category_logits, _ = predict(true.pictures)
+        tokens, cells, category_logits, _ = objective.predict(true)
+        if true.named is not None:
+            asked = objective.named.predict(tokens, true.named)
+            best = asked[..., 0].flatten(1).argmax(1)
+            found = torch.stack([best % FINE, best // FINE], 1)
+            pixels.append((found - true.named.contact).norm(dim=1) * data.size / FINE)
+            masks = [asked[..., 1] > 0, true.named.mask > 0.5]
+            overlaps.append((masks[0] & masks[1]).sum((1, 2)) / (masks[0] | masks[1]).sum((1, 2)).clamp(min=1))
         said = (cells.mask > 0) & (cells.movable > 0)
         movable = true.cells.movable > 0.5
         both += (said & movable).sum().item()
@@ -36,7 +44,10 @@ def evaluate_dense(predict, data: DensePictures, device, batch: int = 64) -> dic
         normals = (x.geometry[..., 1:][solid] for x in (cells, true.cells))
         angles.append(torch.rad2deg(torch.arccos(F.cosine_similarity(*normals, dim=-1).clamp(-1, 1))))
         categories += (category_logits.argmax(1) == true.category).sum().item()
-    return {
+    named = {}
+    if pixels:
+        named = {"contact_px": torch.cat(pixels).median().item(), "part_iou": torch.cat(overlaps).mean().item()}
+    return named | {
         "movable_iou": both / max(either, 1),
         "kind_accuracy": right / max(parts, 1),
         "normal_degrees": torch.cat(angles).median().item(),

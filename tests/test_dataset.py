@@ -295,9 +295,9 @@ class Vision(VisionTransformer):
 
     seen = 0
 
-    def forward(self, pictures):
+    def forward(self, pictures, geometry=None):
         self.seen += len(pictures)
-        return super().forward(pictures)
+        return super().forward(pictures, geometry)
 
 
 @pytest.fixture

@@ -29,13 +29,14 @@ from common.optim import Muon, parameter_groups
 from common.scripts import cli, end_with_parent, run_main
 from common.training import Processes, Run, cosine, rows_of_step, stop_on_nan
 from data.dataset import IGNORE, Conversations, load_manipulation
-from data.dense import DensePictures
+from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictures
+from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
 from finetune_policy import PolicyConfig, finetune, geodesic
 from robomamba import PRESETS, RoboMamba, rotation_from_6d
 from tests.conftest import mini_config
 from tests.toy import write_data
-from train import RECIPE, AnswerObjective, DenseObjective, TrainConfig, recipe, train
+from train import RECIPE, TrainConfig, recipe, train
 
 REPOSITORY = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")  # starts at once, with what is imported and patched here
@@ -268,9 +269,9 @@ def test_the_dense_loss_of_a_model_that_says_nothing(data, start):
         "geometry": (0.5 + 0 + 0 + 1) / 4,  # tests/toy.py: depth 0.5, normal (0, 0, -1) on every cell of the object
         "mask": np.log(2),
         "movable": np.log(2),
-        "kinds": np.log(train_module.N_KINDS),
+        "kinds": np.log(N_KINDS),
         "openness": 0.3,
-        "words": np.log(train_module.N_CATEGORIES) + np.log(train_module.N_COLOURS),
+        "words": np.log(N_CATEGORIES) + np.log(N_COLOURS),
     }
     for name, value in expected.items():
         assert parts[name].item() == pytest.approx(value, rel=1e-3), name  # targets are float16
@@ -289,8 +290,8 @@ def test_read_outs_lie_where_their_cells_are(start):
     tokens[0, 6] = 1  # row 1, column 2
     nn.init.ones_(objective.dense.weight)
     nn.init.zeros_(objective.dense.bias)
-    objective.vision = nn.Identity()
-    mask = objective.predict(tokens)[1].mask[0]
+    objective.vision.forward = lambda tokens, geometry: tokens
+    mask = objective.predict(DenseBatch(tokens, *[None] * 7))[1].mask[0]
     assert (mask[4:8, 8:12] == 24).all() and mask.sum() == 24 * 16
 
 
