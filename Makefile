@@ -1,29 +1,39 @@
-# make demo    a fresh machine: environment, the shipped checkpoint, a dialogue, a robot, a table, pictures
-# make test    the environment and the whole test suite
-# make train   the shipped checkpoint from nothing on two CPU cores (one to two hours); OUT=runs/tiny
-PYTHON ?= python3.11
-PY := .venv/bin/python
-OUT ?= runs/tiny
-DATA ?= data/cache
+# make demo     the environment, then ten seconds: a dialogue, a robot, a table, pictures in demo/
+# make test     the environment, then the whole suite
+# make quick    a policy of one's own in ten minutes on two cores: data, three stages, head, evaluation (runs/quick)
+# make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
+# make results  RESULTS.md and the README's table again, from the committed JSON
+#
+# Steps and rates are the defaults of the scripts. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS are added to every command of
+# that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo "$$p"; break; }; done)
+PY = .venv/bin/python
 PROCESSES ?= 2
-SCENES ?= 30000
-VAL_SCENES ?= 600
-TEST_SCENES ?= 300
-EPISODES ?= 550
-VISION_STEPS ?= 4200
-VISION2_STEPS ?= 3000
-ALIGN_STEPS ?= 100
-COTRAIN_STEPS ?= 2000
+TINY = data/pretrained/robomamba-tiny
+# One thread a process: on few cores several one-thread processes are faster than one process of several threads.
+ONE = OMP_NUM_THREADS=1 $(PY)
+RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+BUILD = $(PY) -m data.build --workers $(PROCESSES)
+DATA_FLAGS ?=
+TRAIN_FLAGS ?=
+EVAL_FLAGS ?=
 
-# Wide matrices by Muon; the questions that need a comparison (yes or no, how many) more often than their number asks for.
-COTRAIN = --muon --lr 2e-3 --more presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4
+.PHONY: demo test lint quick train ship evaluate ablations encoders results clean
 
-.PHONY: demo test train ship evaluate ablations encoders lint clean
+# ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev,parity]"
-	touch $@
+	@test -x $(PY) || test -n "$(PYTHON)" || { echo "No Python >= 3.11 here. Install 3.11, or run 'uv venv --seed \
+	--python 3.11' (uv fetches one), or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[test,dev,plots,parity,gym]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --only-binary pybullet ".[sim]" \
+	  2> .venv/sim.log || echo "The simulator is left out: no PyBullet wheel for this Python (Linux x86_64 with 3.11 has one)."
+	@touch $@
+
+# ---- try it
 
 demo: .venv/ready
 	$(PY) sim_eval.py --demo --out demo
@@ -35,73 +45,102 @@ test: .venv/ready
 lint: .venv/ready
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-# One thread a process: on few cores several one-thread processes are faster than one process of several threads.
-RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
-SPLITS = --data $(DATA)/train --val $(DATA)/val
-TINY = data/pretrained/robomamba-tiny
+# ---- ten minutes: drawers and doors only, every stage short
+
+QUICK = runs/quick
+QUICK_CATEGORIES ?= drawer-door
+QUICK_SCENES ?= 2000
+QUICK_VAL_SCENES ?= 100
+QUICK_VISION_STEPS ?= 300
+QUICK_COTRAIN_STEPS ?= 100
+QUICK_EPISODES ?= 100
+QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
+quick: .venv/ready
+	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
+	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
+	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision --max-steps $(QUICK_COTRAIN_STEPS) \
+	  --out $(QUICK)/cotrain --resume
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/random --random-backbone
+	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
+	$(PY) sim_eval.py --policy model,model-depth,random-backbone=$(QUICK)/random,blind,random-normal,expert \
+	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
+	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
+
+# ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
 
 train: .venv/ready
-	$(PY) -m data.build --scenes $(SCENES) --workers $(PROCESSES) --out $(DATA)/train
-	$(PY) -m data.build --scenes $(VAL_SCENES) --split val --workers $(PROCESSES) --out $(DATA)/val
-	$(RUN) train.py --stage vision $(SPLITS) --out $(OUT)/vision --max-steps $(VISION_STEPS) --resume
-	$(RUN) train.py --stage vision $(SPLITS) --init $(OUT)/vision --out $(OUT)/vision2 --max-steps $(VISION2_STEPS) --lr 7e-4 --resume
-	$(RUN) train.py --stage align $(SPLITS) --init $(OUT)/vision2 --out $(OUT)/align --max-steps $(ALIGN_STEPS) --resume
-	$(RUN) train.py --stage cotrain $(SPLITS) --init $(OUT)/align --out $(OUT)/cotrain --max-steps $(COTRAIN_STEPS) $(COTRAIN) --resume
-	$(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/policy --half
+	$(BUILD) --scenes 30000 --out data/cache/train $(DATA_FLAGS)
+	$(BUILD) --scenes 600 --split val --out data/cache/val $(DATA_FLAGS)
+	$(RUN) train.py --stage vision --resume $(TRAIN_FLAGS)
+	$(RUN) train.py --stage align --resume $(TRAIN_FLAGS)
+	$(RUN) train.py --stage cotrain --resume $(TRAIN_FLAGS)
+	$(PY) finetune_policy.py --half --resume
 
-# What is committed of a training: weights, curves, and the scores of `make evaluate`.
-ship:
+# What is committed of a training: weights, curves, the table of the vision-free baseline.
+ship: .venv/ready
 	mkdir -p $(TINY)
-	cp $(OUT)/policy/model.safetensors $(OUT)/policy/config.json $(OUT)/policy/vocab.tiktoken $(OUT)/policy/policy.json $(TINY)/
-	cp $(DATA)/train/manifest.json $(TINY)/data.json
-	cp $(DATA)/train/vocab.tiktoken data/vocab.tiktoken
+	cp runs/policy/model.safetensors runs/policy/config.json runs/policy/vocab.tiktoken runs/policy/policy.json $(TINY)/
+	cp data/cache/train/manifest.json $(TINY)/data.json
+	cp data/cache/train/vocab.tiktoken data/vocab.tiktoken
 	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
-	for s in vision vision2 align cotrain policy; do tail -n +2 $(OUT)/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
-	$(PY) sim_eval.py --make-blind-table $(DATA)/train/manipulation.jsonl
+	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
+	$(PY) -m sim.policies --make-blind-table data/cache/train/manipulation.jsonl
 
-# The tables: 550 + 550 test scenes of the robot, and about 10,000 test questions. Ten minutes.
-# The random backbone is the floor of what training brings.
-evaluate: .venv/ready
-	test -f $(OUT)/random/model.safetensors || $(PY) finetune_policy.py --checkpoint $(OUT)/cotrain $(SPLITS) --out $(OUT)/random --random-backbone
-	$(PY) sim_eval.py --policy model,model-text,random-backbone=$(OUT)/random,blind,mean-action,part-pixel-normal,random-normal,random,expert \
-	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --strips 9 --out $(OUT)/eval
-	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-seen --workers $(PROCESSES) --out $(DATA)/test-seen
-	$(PY) -m data.build --scenes $(TEST_SCENES) --split test-unseen --workers $(PROCESSES) --out $(DATA)/test-unseen
-	OMP_NUM_THREADS=1 $(PY) -m extras.reasoning_eval --checkpoint $(TINY) --train $(DATA)/train --data $(DATA)/test-seen,$(DATA)/test-unseen --out $(OUT)/reasoning
-	cp $(OUT)/eval/results.json $(OUT)/eval/categories.md $(OUT)/reasoning/reasoning.json $(TINY)/
-	cp $(OUT)/eval/strips.png $(OUT)/eval/episode.gif data/figures/
+# The tables: test scenes of the robot beside the baselines, then test questions in words.
+POLICIES = model,model-depth,model-text,random-backbone=runs/random,random-depth,blind,mean-action,part-pixel-normal,random-normal,random,expert
+EVALUATE = $(PY) sim_eval.py --checkpoint $(TINY) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
+runs/random/model.safetensors:
+	$(PY) finetune_policy.py --random-backbone --out runs/random
+evaluate: .venv/ready runs/random/model.safetensors
+	$(EVALUATE) --policy $(POLICIES) --strips 9 --out runs/eval
+	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
+	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)
+	$(ONE) -m extras.reasoning_eval --checkpoint $(TINY) --train data/cache/train \
+	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
+	cp runs/eval/results.json runs/reasoning/reasoning.json $(TINY)/
+	cp runs/eval/strips.png runs/eval/episode.gif data/figures/
+	$(PY) -m common.results
 
-# What carries the skill: short co-trainings with one thing changed each, a head on each; the shipped head on other seeds;
-# everything fine-tuned; and which half of the action fails. About an hour, one run after the other. Its first row must
-# be that of `make evaluate`: run both after every `make ship`.
+# Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
+# fine-tuned; half of the action from the oracle. Its first row must be that of `make evaluate`.
 ABLATION_STEPS ?= 400
-ROBOT = plan,possible,success,past,future,contact
-GENERAL = --muon --lr 2e-3 --more presence=3,count=2,parts=2,state=3 --skip $(ROBOT)
-SHORT = OMP_NUM_THREADS=1 $(PY) train.py --stage cotrain $(SPLITS) --max-steps $(ABLATION_STEPS) --resume
-HEAD = $(PY) finetune_policy.py $(SPLITS)
+SHORT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
+GENERAL = presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0
+HEAD = $(PY) finetune_policy.py
+HALVES = model,model-pixel,model-direction,head-seed-1=runs/policy-1,head-seed-2=runs/policy-2
+SHORTENED = all-fine-tuned=runs/full,all-questions=runs/short-policy,general-only=runs/general-policy,untrained-encoder=runs/no-vision-policy
 ablations: .venv/ready
-	$(SHORT) --init $(OUT)/align $(COTRAIN) --out $(OUT)/short
-	$(SHORT) --init $(OUT)/align $(GENERAL) --out $(OUT)/general
-	$(SHORT) $(COTRAIN) --out $(OUT)/no-vision
-	for run in short general no-vision; do $(HEAD) --checkpoint $(OUT)/$$run --out $(OUT)/$$run-policy || exit 1; done
-	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-1 --seed 1
-	$(HEAD) --checkpoint $(OUT)/cotrain --out $(OUT)/policy-2 --seed 2
-	$(HEAD) --checkpoint $(OUT)/policy --out $(OUT)/full --unfreeze --hidden 0 --epochs 3 --lr 3e-4
-	$(PY) sim_eval.py --policy model,model-pixel,model-direction,head-seed-1=$(OUT)/policy-1,head-seed-2=$(OUT)/policy-2,all-fine-tuned=$(OUT)/full,all-questions=$(OUT)/short-policy,general-only=$(OUT)/general-policy,untrained-encoder=$(OUT)/no-vision-policy,random-normal \
-	  --checkpoint $(TINY) --split both --episodes $(EPISODES) --workers 2 --out $(OUT)/ablations
-	$(PY) -m common.report $(OUT)/ablations/results.json --out data/results/ablations.json
+	$(SHORT) --out runs/short
+	$(SHORT) --more $(GENERAL) --out runs/general
+	$(SHORT) --init "" --out runs/no-vision
+	$(HEAD) --checkpoint runs/short --out runs/short-policy
+	$(HEAD) --checkpoint runs/general --out runs/general-policy
+	$(HEAD) --checkpoint runs/no-vision --out runs/no-vision-policy
+	$(HEAD) --out runs/policy-1 --seed 1
+	$(HEAD) --out runs/policy-2 --seed 2
+	$(HEAD) --checkpoint runs/policy --out runs/full --unfreeze --keep-head --epochs 3 --lr 3e-4
+	$(EVALUATE) --policy $(HALVES),$(SHORTENED),random-normal --out runs/ablations
+	$(PY) -m common.report runs/ablations/results.json --out data/results/ablations.json
 
-# What teaches the encoder: the simulator's dense targets, captions (CLIP's contrast), both, or nothing; then the same
-# short probe, linear layers on the frozen tokens. Twenty minutes.
+# What teaches the encoder: the simulator's dense labels, captions (CLIP's contrast), both, or nothing; then a linear
+# probe on each.
 ENCODER_STEPS ?= 300
 PROBE_STEPS ?= 100
-VISION = OMP_NUM_THREADS=1 $(PY) train.py --stage vision $(SPLITS) --resume
+VISION = $(ONE) train.py --stage vision --resume $(TRAIN_FLAGS)
+PROBE = $(VISION) --probe --lr 3e-3 --max-steps $(PROBE_STEPS)
 encoders: .venv/ready
-	$(VISION) --max-steps $(ENCODER_STEPS) --out $(OUT)/encoder-dense
-	$(VISION) --max-steps $(ENCODER_STEPS) --dense 0 --contrast 1 --out $(OUT)/encoder-contrast
-	$(VISION) --max-steps $(ENCODER_STEPS) --contrast 1 --out $(OUT)/encoder-both
-	$(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --out $(OUT)/probe-nothing
-	for run in dense contrast both; do $(VISION) --max-steps $(PROBE_STEPS) --probe --lr 3e-3 --init $(OUT)/encoder-$$run --out $(OUT)/probe-$$run || exit 1; done
+	$(VISION) --max-steps $(ENCODER_STEPS) --out runs/encoder-dense
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher captions --out runs/encoder-captions
+	$(VISION) --max-steps $(ENCODER_STEPS) --teacher both --out runs/encoder-both
+	$(PROBE) --out runs/probe-nothing
+	$(PROBE) --init runs/encoder-dense --out runs/probe-dense
+	$(PROBE) --init runs/encoder-captions --out runs/probe-captions
+	$(PROBE) --init runs/encoder-both --out runs/probe-both
+
+results: .venv/ready
+	$(PY) -m common.results
 
 clean:
-	rm -rf .venv data/cache runs demo
+	rm -rf .venv data/cache runs demo build *.egg-info

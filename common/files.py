@@ -2,6 +2,7 @@
 
     write_text(path, text)      write_json(path, value)      write_atomically(path, write)
     read_text(path)             read_json(path, dict)        read_json_lines(path) -> (line number, object) pairs
+    read_npz(path, names)
 
 Every reader raises ValueError for whatever a missing, cut, mis-encoded, oversized or deeply nested file does.
 """
@@ -11,6 +12,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 MAX_BYTES = 2**31  # no text of this project is larger; a sparse or endless file is refused before it is read
 
@@ -84,3 +87,13 @@ def read_json_lines(path, hint: str = "") -> Iterator[tuple[int, dict]]:
     """(line number from 1, object) for each line of a .jsonl file. Raises: ValueError naming file and line."""
     for number, line in enumerate(read_text(path, hint).splitlines(), 1):
         yield number, parse_json(line, f"{path}, line {number}", dict)
+
+
+def read_npz(path, names: tuple[str, ...], hint: str = "") -> dict[str, np.ndarray]:
+    """The arrays `names` of an .npz file. Nothing in it is ever unpickled. hint: how to make it."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except Exception as error:  # a cut or damaged archive makes numpy raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason})" + (f"; {hint}" if hint else "")) from None

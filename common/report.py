@@ -1,104 +1,233 @@
-"""What sim_eval.py and extras/reasoning_eval.py print and write about a run: tables in Markdown, results.json.
+"""Tables in Markdown: what sim_eval.py and extras/reasoning_eval.py print and write about a run.
 
     python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
-    table(results)        policies side by side
-    report(results)       the same, what the sentence is worth, what was skipped
-    details(results)      how the episodes ended, per split
+    summarise(..)         the scores of a run of sim_eval.py, from its episodes
+    report(results)       the main table, what the sentence is worth, what was skipped
+    table(results)        the main table: policies side by side
+    details(results)      how the episodes ended, and the rates as the paper's ancestor counts them
     categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
 
-    reasoning_report(results)     answers in words and in coordinates: what stands in the README
+    reasoning_report(results)     answers in words and in coordinates, by question type
     reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
     paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
 
-Each takes what sim_eval.evaluate, or below the line reasoning_eval.benchmark, returns and gives text. scan_table and
-speed_table do so for selective_scan.py --out and extras/speed.py.
+    scan_table, speed_table       of selective_scan.py --out and of extras/speed.py
+
+Every function takes what a committed JSON file holds and returns Markdown.
 """
 
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
-from common.files import write_text
+import numpy as np
+
+from common.files import read_json, write_json, write_text
+from common.scripts import run_main
 
 PAPER = Path(__file__).parent.parent / "data/paper_table2.json"
 PAPER_REASONING = Path(__file__).parent.parent / "data/paper_table1.json"
 THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
+GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
+LONGEST_CELL = 200  # characters
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def plain(text) -> str:
+    """Text that cannot break a table or bring HTML in: categories, objects and policies are named by the user."""
+    text = " ".join(str(text).split())
+    if len(text) > LONGEST_CELL:
+        text = text[:LONGEST_CELL] + " .."
+    return text.replace("<", "&lt;").replace("|", "&#124;")
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(plain(cell) for cell in cells) + " |"
+
+
+def header(*cells) -> str:
+    """The first two lines of a table."""
+    return row(*cells) + "\n" + row(*["---"] * len(cells))
+
+
+def percent(rate: dict) -> str:
+    """k/n, the rate and its interval; "-" where nothing was tried."""
+    if not rate["n"]:
+        return "-"
+    return f"{rate['k']}/{rate['n']} {rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
+
+
+def both(means: dict, n: int = 1) -> str:
+    """The rates of both thresholds in one cell."""
+    return f"{means['initial']:.2f} / {means['long']:.2f}" if n else "-"
+
+
+# ---- scores of sim_eval.py -------------------------------------------------------------------------------------------
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> dict:
     """Rate k / n with Wilson's 95 % interval, which stays inside 0..1 and is right at 0 and n; n = 0 says nothing."""
     if n == 0:
         return {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
-    centre, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    low, high = (max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z)))
+    centre = k + z * z / 2
+    spread = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    low = max(0.0, (centre - spread) / (n + z * z))
+    high = min(1.0, (centre + spread) / (n + z * z))
     return {"k": k, "n": n, "rate": round(k / n, 4), "lo": round(low, 4), "hi": round(high, 4)}
 
 
-def percent(rate: dict) -> str:
-    return f"{rate['k']}/{rate['n']} {rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
+def rates(records: list[dict]) -> dict:
+    """Both success rates of records (or of their closed loops)."""
+    return {goal: wilson(sum(record[goal] for record in records), len(records)) for goal in GOALS}
+
+
+def mean(values) -> float:
+    return round(float(np.mean(values)), 4) if len(values) else 0.0
+
+
+def median(values) -> float | None:
+    return round(float(np.median(values)), 2) if len(values) else None
+
+
+def summarise(sources: dict, splits: list[str], done: list[tuple]) -> dict:
+    """The scores of a run.
+
+    Args: sources: {policy: what is behind it, or None}. done: (job, answer) pairs of sim_eval.py, a job with .split.
+    """
+    episodes = [record for _, answer in done for record in answer["records"]]
+    policies = {}
+    for name, source in sources.items():
+        mine = [record for record in episodes if record["policy"] == name]
+        scores = {split: summarise_split([r for r in mine if r["split"] == split]) for split in splits}
+        policies[name] = {"checkpoint": source, "splits": scores}
+        if source is not None:
+            policies[name]["language"] = summarise_language(mine)
+            # batch 1, one thread, with the other workers running
+            policies[name]["predict_ms"] = median([answer["ms"][name] for _, answer in done if name in answer["ms"]])
+    unconditioned = {}
+    for split in splits:
+        answers = [answer for job, answer in done if job.split == split]
+        unconditioned[split] = wilson(sum(a["solved"] for a in answers), sum(a["tried"] for a in answers))
+    first = next(iter(policies))
+    shown = {key: policies[first][key] for key in ("checkpoint", "splits", "language") if key in policies[first]}
+    return {"policy": first, **shown, "policies": policies, "expert_unconditioned": unconditioned}
+
+
+def summarise_split(records: list[dict]) -> dict:
+    """The scores of one policy on one split: sample and category means, per category, why it failed, errors."""
+    groups: dict[str, list] = {}
+    for record in records:
+        groups.setdefault(record["category"], []).append(record)
+    out = {"n": len(records), **rates(records)}
+    out["categories"] = {
+        name: {"n": len(group), **{goal: mean([record[goal] for record in group]) for goal in GOALS}}
+        for name, group in groups.items()
+    }
+    out["category_mean"] = {goal: mean([c[goal] for c in out["categories"].values()]) for goal in GOALS}
+    out["reasons"] = dict(Counter(record["reason"] for record in records).most_common())
+    out["on_part"] = rates([record for record in records if record.get("on_part")])
+    again = [record for record in records if "closed_loop" in record]
+    if again:
+        loops = [record["closed_loop"] for record in again]
+        grips = max(len(loop["reasons"]) for loop in loops)
+        out["closed_loop"] = {**loop_scores(loops), "grips": grips, "open": loop_scores(again)}
+    for key in ("pixel_error", "approach_error_deg"):  # medians against the expert's contact
+        out[key] = median([record[key] for record in records if key in record])
+    return out
+
+
+def loop_scores(results: list[dict]) -> dict:
+    """Both success rates and the median motion (rad or m) of episodes, or of their closed loops."""
+    return rates(results) | {"moved": median([result["moved"] for result in results])}
+
+
+def summarise_language(records: list[dict]) -> dict:
+    """Scenes with at least two labelled parts: is the named one meant, and does the wrong sentence hurt?"""
+    asked = [record for record in records if "language" in record]
+    said = [record["language"] for record in asked]
+    n = len(asked)
+    return {
+        "nearest": wilson(sum(s["nearest"] for s in said), n),
+        "chance": mean([1 / s["parts"] for s in said]) if n else None,
+        "right_sentence": {"initial": wilson(sum(record["initial"] for record in asked), n)},
+        "wrong_sentence": {"initial": wilson(sum(s["wrong_initial"] for s in said), n)},
+    }
+
+
+# ---- tables of sim_eval.py -------------------------------------------------------------------------------------------
 
 
 def table(results: dict) -> str:
-    """Policies side by side on every split, in Markdown."""
+    """Success rates of all policies on every split."""
     splits = list(results["splits"])
-    head = [f"{split} {text}" for split in splits for text in (">= 0.01", ">= 0.1", "category mean", "px / deg off")]
-    lines = row("policy", *head) + row(*["---"] * (len(head) + 1))
+    names = (*GOALS.values(), "category mean", "px / deg off")
+    lines = [header("policy", *(f"{split} {name}" for split in splits for name in names))]
     for name, policy in results["policies"].items():
         cells = []
         for summary in policy["splits"].values():
-            mean, errors = summary["category_mean"], (summary["pixel_error"], summary["approach_error_deg"])
-            cells += [percent(summary["initial"]), percent(summary["long"])]
-            cells += [f"{mean['initial']:.2f} / {mean['long']:.2f}"]
+            cells += [percent(summary[goal]) for goal in GOALS]
+            cells.append(both(summary["category_mean"], summary["n"]))
+            errors = (summary["pixel_error"], summary["approach_error_deg"])
             cells.append("" if None in errors else f"{errors[0]:.1f} / {errors[1]:.0f}")
-        lines += row(name, *cells)
-    unconditioned = [cell for split in splits for cell in (percent(results["expert_unconditioned"][split]), "", "", "")]
-    return "\n".join(lines + row("expert, unconditioned", *unconditioned))
+        lines.append(row(name, *cells))
+    unconditioned = []
+    for split in splits:
+        unconditioned += [percent(results["expert_unconditioned"][split]), "", "", ""]
+    return "\n".join([*lines, row("expert, unconditioned", *unconditioned)])
 
 
 def report(results: dict) -> str:
-    """The main table; what a prediction costs and what the sentence is worth."""
+    """The main table; what a prediction costs and what the sentence is worth; what was skipped."""
     lines = ["**Partial result: the run was stopped.**", ""] if results["partial"] else []
-    lines += table(results).splitlines()
     lines += [
+        table(results),
         "",
-        "k/n, rate, [95 % Wilson interval]. Moved >= 0.01 and >= 0.1 rad or m. Medians of the distance to the",
+        "Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m. px / deg off:",
+        "median distance to the expert's contact. Scenes are those that the expert (the oracle) solves; the last row",
+        "counts all that were tried.",
+        "",
     ]
-    lines += ["expert's contact. Scenes are those that the expert solves; its last row counts all that were tried.", ""]
     for name, policy in results["policies"].items():
+        name = plain(name)
         if policy.get("predict_ms") is not None:
             lines += [f"{name}: {policy['predict_ms']:.1f} ms a prediction (median, batch 1, one thread).", ""]
         said = policy.get("language")
         if said and said["nearest"]["n"]:
             right, wrong = (percent(said[key]["initial"]) for key in ("right_sentence", "wrong_sentence"))
             lines += [
-                f"{name}, scenes with several parts: nearest to the named part {percent(said['nearest'])}, chance"
-            ]
-            lines += [
+                f"{name}, scenes with several parts: nearest to the named part {percent(said['nearest'])}, chance",
                 f"{said['chance']:.2f}; >= 0.01 with the right sentence {right}, with another part's {wrong}.",
                 "",
             ]
         for split, summary in policy["splits"].items():
             if "closed_loop" in summary:
-                again = summary["closed_loop"]
-                lines += [
-                    f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each): >= 0.01 "
-                    f"{percent(again['initial'])}, >= 0.1 {percent(again['long'])},",
-                    f"median motion {again['moved']:.2f}; open loop, same scenes: {percent(again['open']['initial'])}, "
-                    f"{percent(again['open']['long'])}, {again['open']['moved']:.2f}.",
-                    "",
-                ]
+                lines += closed_loop_lines(f"{name}, {split}", summary["closed_loop"])
     return "\n".join(lines + skips(results["skipped"]))
+
+
+def closed_loop_lines(what: str, again: dict) -> list[str]:
+    def scores(loop: dict) -> str:
+        return f">= 0.01 {percent(loop['initial'])}, >= 0.1 {percent(loop['long'])}, median motion {loop['moved']:.2f}"
+
+    return [
+        f"{what}, closed loop ({again['grips']} grips, a prediction each): {scores(again)};",
+        f"open loop, same scenes: {scores(again['open'])}.",
+        "",
+    ]
 
 
 def skips(skipped: dict) -> list[str]:
     """What was left out, by name and with counts: broken objects of the user, scenes that the expert cannot solve."""
     lines = []
     if skipped["objects"]:
-        lines += [f"Skipped {len(skipped['objects'])} objects:", ""]
-        lines += [*(f"* {name}: {reason}" for name, reason in skipped["objects"].items()), ""]
+        named = [f"* {plain(name)}: {plain(reason)}" for name, reason in skipped["objects"].items()]
+        lines += [f"Skipped {len(named)} objects:", "", *named, ""]
     for key, what in (
         ("held_joints", "Joints held fixed because they sit on a part that moves itself"),
         ("infeasible", "Scenes passed over because the expert found no contact, and another was taken"),
@@ -106,27 +235,49 @@ def skips(skipped: dict) -> list[str]:
     ):
         counts = skipped[key]
         if counts:
-            named = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+            ordered = sorted(counts.items(), key=lambda item: -item[1])
+            named = ", ".join(f"{plain(name)} {count}" for name, count in ordered)
             lines += [f"{what}: {sum(counts.values())} ({named}).", ""]
     return lines
 
 
 def details(results: dict) -> str:
-    """Per split: how the episodes ended."""
-    policies, lines = results["policies"], []
+    """Per split: how the episodes ended; then the rates over pixels on a movable part only."""
+    policies = results["policies"]
+    lines = []
     for split in results["splits"]:
         counts = {name: policy["splits"][split]["reasons"] for name, policy in policies.items()}
         reasons = list(dict.fromkeys(reason for count in counts.values() for reason in count))
-        lines += row(f"{split}: why", *reasons) + row(*["---"] * (len(reasons) + 1))
-        for name, count in counts.items():
-            lines += row(name, *(count.get(reason, 0) for reason in reasons))
+        lines.append(header(f"{split}: how episodes ended", *reasons))
+        lines += [row(name, *(count.get(reason, 0) for reason in reasons)) for name, count in counts.items()]
         lines.append("")
+    return "\n".join([*lines, on_part_table(results)])
+
+
+def on_part_table(results: dict) -> str:
+    """Success rates as the released scorer of ManipLLM, the paper's ancestor, counts; "" for a file without them."""
+    first = results["policies"][results["policy"]]["splits"]
+    if not all("on_part" in summary for summary in first.values()):
+        return ""
+    lines = [
+        header("pixels on a movable part only", *(f"{split} {goal}" for split in first for goal in GOALS.values()))
+    ]
+    for name, policy in results["policies"].items():
+        cells = [percent(summary["on_part"][goal]) for summary in policy["splits"].values() for goal in GOALS]
+        lines.append(row(name, *cells))
+    lines += [
+        "",
+        "As the released scorer of the paper's ancestor counts: episodes whose predicted pixel lies on no movable part",
+        "are left out of n. Every other table here counts them as failures.",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def categories(results: dict) -> str:
     """Per category: ours (>= 0.01 / >= 0.1) beside what RoboMamba's Table 2 prints for RoboMamba and ManipLLM."""
-    policies, paper = results["policies"], json.loads(PAPER.read_text())
+    policies = results["policies"]
+    paper = read_json(PAPER, dict)
     lines = [
         "Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,",
         "other objects, another gripper. Their columns are for orientation; the numbers must not be compared.**",
@@ -136,42 +287,55 @@ def categories(results: dict) -> str:
     for split in results["splits"]:
         theirs = paper["categories"] if split in CATALOGUE_SPLITS else {}
         columns = THEIRS if theirs else ()
-        lines += row(split, "n", *policies, *(f"{name} (theirs)" for name in columns))
-        lines += row(*["---"] * (len(policies) + 2 + len(columns)))
+        lines.append(header(split, "n", *policies, *(f"{name} (theirs)" for name in columns)))
         groups = [policy["splits"][split]["categories"] for policy in policies.values()]
         names = list(dict.fromkeys(name for group in groups for name in group))
         for name in names:
-            ours = [f"{g[name]['initial']:.2f} / {g[name]['long']:.2f}" if name in g else "" for g in groups]
+            ours = [both(group[name]) if name in group else "-" for group in groups]
             cells = [f"{theirs[name][column]:.2f}" for column in columns]
-            lines += row(name, max(group[name]["n"] for group in groups if name in group), *ours, *cells)
-        means = [policy["splits"][split]["category_mean"] for policy in policies.values()]
+            lines.append(row(name, max(group[name]["n"] for group in groups if name in group), *ours, *cells))
+        summaries = [policy["splits"][split] for policy in policies.values()]
+        means = [both(summary["category_mean"], summary["n"]) for summary in summaries]
         cells = [f"{sum(theirs[name][column] for name in names) / max(1, len(names)):.2f}" for column in columns]
-        lines += row("mean", "", *(f"{mean['initial']:.2f} / {mean['long']:.2f}" for mean in means), *cells)
+        lines.append(row("mean", "", *means, *cells))
         printed = paper["printed_average"].get(split, {}) if results["split"] in ("both", split) else {}
         if printed:
-            lines += row("the average they print", "", *[""] * len(policies), *(f"{printed[c]:.2f}" for c in columns))
+            blank = [""] * len(policies)
+            lines.append(row("the average they print", "", *blank, *(f"{printed[c]:.2f}" for c in columns)))
         lines.append("")
     return "\n".join(lines)
 
 
-def row(*cells) -> list[str]:
-    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
+def write_results(out: Path, results: dict) -> list[Path]:
+    """OUT/results.json (a line an episode), table.md and categories.md; returns what was written.
+
+    A run that was stopped writes results.partial.json and table.partial.md and leaves what a finished one wrote.
+    """
+    kind = ".partial" if results["partial"] else ""
+    paths = [out / f"results{kind}.json", out / f"table{kind}.md"]
+    episodes = ",\n".join(json.dumps(record, allow_nan=False) for record in results["episodes"])
+    scores = [
+        f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+        for key, value in results.items()
+        if key != "episodes"
+    ]
+    write_text(paths[0], "{\n" + ",\n".join([*scores, f'"episodes": [\n{episodes}\n]']) + "\n}\n")
+    write_text(paths[1], report(results) + "\n" + details(results))
+    if not results["partial"]:
+        paths.append(out / "categories.md")
+        write_text(paths[2], categories(results))
+        for name in ("results.partial.json", "table.partial.md"):  # of an earlier try
+            (out / name).unlink(missing_ok=True)
+    return paths
 
 
-def write_results(out: Path, results: dict, stem: str, table_stem: str) -> None:
-    """OUT/{stem}.json, one line an episode, OUT/{table_stem}.md, and categories.md beside results.json."""
-    lines = ",\n".join("  " + json.dumps(record) for record in results["episodes"])
-    text = json.dumps(results | {"episodes": []}, indent=1)
-    write_text(out / f"{stem}.json", text.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n")
-    write_text(out / f"{table_stem}.md", report(results) + "\n" + details(results))
-    if stem == "results":
-        write_text(out / "categories.md", categories(results))
+# ---- tables of extras/reasoning_eval.py ------------------------------------------------------------------------------
 
 
 def place(scores: dict) -> str:
     """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
     if "rate" in scores:
-        return f"{scores['rate']:.2f}"
+        return f"{scores['rate']:.2f}" if scores["n"] else "-"
     if "iou" in scores:
         return f"IoU {scores['iou']:.2f}"
     px = "no answer" if scores["px"] is None else f"{scores['px']:.1f} px"
@@ -179,115 +343,110 @@ def place(scores: dict) -> str:
 
 
 def reasoning_report(results: dict) -> str:
-    """Two tables: robot questions, general questions and presence, by who answers; then the families side by side."""
-    columns = (
-        "robot exact",
-        "BLEU-1",
-        "BLEU-2",
-        "BLEU-3",
-        "BLEU-4",
-        "general exact",
-        "presence",
-        "precision",
-        "recall",
-    )
-    lines = row("answers", *columns, "F1", "yes") + row(*["---"] * (len(columns) + 3))
+    """Two tables: robot questions, general questions and presence, by who answers; then the question types."""
+    bleu = [f"BLEU-{n}" for n in (1, 2, 3, 4)]
+    lines = [header("answers", "robot exact", *bleu, "general exact", "presence", "precision", "recall", "F1", "yes")]
     for split, result in results["splits"].items():
         for who, scores in result["answerers"].items():
             exact = [percent(scores[key]) if key in scores else "" for key in ("robot", "general")]
-            bleu = [f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4
+            cells = [exact[0], *([f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4), exact[1]]
             pope = scores.get("pope")
-            asked = [f"{pope[key]:.2f}" for key in ("precision", "recall", "f1", "yes")] if pope else [""] * 4
-            cells = (exact[0], *bleu, exact[1], f"{pope['accuracy']['rate']:.2f}" if pope else "", *asked)
-            lines += row(f"{split}, {who}", *cells)
+            if pope:
+                cells.append(place(pope["accuracy"]))
+                cells += [f"{pope[key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
+            else:
+                cells += [""] * 5
+            lines.append(row(f"{split}, {who}", *cells))
     lines += [
         "",
-        "Share of answers right to the letter, k/n, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's",
-        'questions; presence as POPE scores it ("yes" is positive). Greedy decoding, every question asked alone.',
+        "Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as",
+        'POPE scores object hallucination ("yes" is positive). Greedy decoding, every question asked alone.',
         "",
     ]
     splits = results["splits"]
     shown = ("model", "image-blind", "majority")
     head = [text for split in splits for text in (f"{split} n", *(f"{split} {who}" for who in shown))]
-    lines += row("family", *head) + row(*["---"] * (len(head) + 1))
-    for family in dict.fromkeys(f for result in splits.values() for f in result["answerers"]["model"]["families"]):
+    lines.append(header("question type", *head))
+    types = dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"])
+    for name in types:
         cells = []
         for result in splits.values():
-            scores = [result["answerers"][who]["families"].get(family) for who in shown]
+            scores = [result["answerers"][who]["families"].get(name) for who in shown]
             cells += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(shown))
-        lines += row(family, *cells)
-    return "\n".join(
-        [*lines, "", "Words: share right to the letter. Where, contact: median distance. Box: median IoU.", ""]
-    )
+        lines.append(row(name, *cells))
+    return "\n".join([*lines, "", "Words: exact match. Where, contact: median distance. Box: median IoU.", ""])
 
 
 def reasoning_details(results: dict) -> str:
-    """Per split: every family with k/n and interval, then every category."""
+    """Per split: every question type with k/n and interval, then every category."""
     lines = []
     for split, result in results["splits"].items():
-        for title in ("families", "categories"):
-            groups = {who: scores[title] for who, scores in result["answerers"].items()}
-            lines += row(f"{split}: {title}", *groups) + row(*["---"] * (len(groups) + 1))
+        for key, title in (("families", "question types"), ("categories", "categories")):
+            groups = {who: scores[key] for who, scores in result["answerers"].items()}
+            lines.append(header(f"{split}: {title}", *groups))
             for name in groups["model"]:
-                scores = [group[name] for group in groups.values()]
-                lines += row(
-                    name, *(percent(s) if "k" in s else f"{place(s)} ({percent(s['read'])} read)" for s in scores)
-                )
+                cells = []
+                for group in groups.values():
+                    scores = group[name]
+                    cells.append(
+                        percent(scores) if "k" in scores else f"{place(scores)} ({percent(scores['read'])} read)"
+                    )
+                lines.append(row(name, *cells))
             lines.append("")
-        speed = f"{result['tokens_per_second']:.0f} tokens/s, reading pictures and questions included"
-        lines += [
-            f"{split}: {result['n']} questions, {result['pictures']} pictures of {result['folder']}; {speed}.",
-            "",
-        ]
+        speed = f"{result['tokens_per_second']:.0f} tokens/s, prefill included"
+        asked = f"{result['n']} questions, {result['pictures']} pictures of {result['folder']}"
+        lines += [f"{split}: {asked}; {speed}.", ""]
     return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
 
 
 def paper_table1(results: dict) -> str:
     """Ours (BLEU of the robot's questions; POPE = accuracy on presence) above what RoboMamba's Table 1 prints."""
-    paper = json.loads(PAPER_REASONING.read_text())
+    paper = read_json(PAPER_REASONING, dict)
     columns = paper["columns"]
     lines = [
         "Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and",
         "models pre-trained on text. Their rows are for orientation; the numbers must not be compared.**",
         f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}.",
         "",
+        header("model", *columns),
     ]
-    lines += row("model", *columns) + row(*["---"] * (len(columns) + 1))
     for split, result in results["splits"].items():
         scores = result["answerers"]["model"]
-        ours = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
+        cells = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
         if "pope" in scores:
-            ours["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
+            cells["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
         if "bleu" in scores:
-            ours |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
-        lines += row(f"ours, {split}, our own questions", *(ours.get(column, "") for column in columns))
+            cells |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
+        lines.append(row(f"ours, {split}, our own questions", *(cells.get(column, "") for column in columns)))
     for name, values in paper["rows"].items():
-        lines += row(f"{name} (theirs)", *("" if value is None else value for value in values))
+        lines.append(row(f"{name} (theirs)", *("" if value is None else value for value in values)))
     return "\n".join([*lines, ""])
+
+
+# ---- tables of selective_scan.py and extras/speed.py -----------------------------------------------------------------
 
 
 def scan_table(results: dict) -> str:
     """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, peak extra memory."""
-    lines = row(
-        "(B, L, E, N)", "chunked", "loop (definition)", "compile=True", "mambapy", "faster than mambapy", "memory"
-    )
-    lines += row(*["---"] * 7)
+    methods = ("chunked", "loop (definition)", "compile=True", "mambapy")
+    lines = [header("(B, L, E, N)", *methods, "faster than mambapy", "memory")]
     for shape in results["shapes"]:
         m = {method["method"]: method for method in shape["methods"]}
         chunked, theirs = m["chunked"], m["mambapy"]
         times = [f"{m[name]['train_ms']:.0f} ms" for name in ("chunked", "reference", "compile=True", "mambapy")]
         memory = f"{chunked['peak_mib']:.0f} against {theirs['peak_mib']:.0f} MiB"
-        lines += row(tuple(shape["shape"]), *times, f"{theirs['train_ms'] / chunked['train_ms']:.1f}x", memory)
+        faster = f"{theirs['train_ms'] / chunked['train_ms']:.1f}x"
+        lines.append(row(tuple(shape["shape"]), *times, faster, memory))
     return "\n".join(lines)
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
 SPEED_ROWS = {  # of extras/speed.py
     "encoder": "the picture encoder alone, part of all below",
-    "head": "one pass and the policy head",
-    "text": "one pass and the action as text, {text} tokens",
-    "going on": "prediction {step} of a loop that remembers: going on from its state",
-    "reading all again": "the same, reading all {past} earlier tokens again",
+    "head": "prefill and the policy head",
+    "text": "prefill and the action as text, {text} tokens",
+    "going on": "prediction {step} of a loop, stateful: from the state that the last one left",
+    "reading all again": "prediction {step} of a loop, recomputed: prefill of all {past} earlier tokens",
 }
 SPEED_NOTES = """
 | the paper's Fig. 1 | Hz |
@@ -306,8 +465,9 @@ of many small operations, of which a Mamba block has more than attention has; a 
 
 
 def speed_table(results: dict) -> str:
-    """Tables of `python sim_eval.py --speed`, two a device: predictions at batch 1; the same after a context."""
-    names, tokens = ("mamba", "attention"), results["tokens"]
+    """Tables of `python -m extras.speed`, two a device: predictions at batch 1; the same after a context."""
+    names = ("mamba", "attention")
+    tokens = results["tokens"]
     ours, theirs = (results["models"][name] for name in names)
     named = {"text": tokens["text"], "step": results["closed_loop_step"], "past": tokens["past of the closed loop"]}
     sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in (ours, theirs))
@@ -317,16 +477,16 @@ def speed_table(results: dict) -> str:
         "",
     ]
     for device, measured in results["devices"].items():
-        lines += row(device, "Mamba", "Transformer", "Transformer / Mamba") + row(*["---"] * 4)
+        lines.append(header(device, "Mamba", "Transformer", "Transformer / Mamba"))
         for key, label in SPEED_ROWS.items():
             ms = [measured["predictions"][key][name]["ms"] for name in names]
             cells = [f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms]
-            lines += row(label.format(**named), *cells, f"{ms[1] / ms[0]:.2f}x")
-        lines += ["", *row("tokens of context", *SPEED_COLUMNS), *row(*["---"] * (1 + len(SPEED_COLUMNS)))]
+            lines.append(row(label.format(**named), *cells, f"{ms[1] / ms[0]:.2f}x"))
+        lines += ["", header("tokens of context", *SPEED_COLUMNS)]
         for context in measured["contexts"]:
             pair = [context[name] for name in names]
             cells = [f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair]
-            lines += row(context["tokens"], *cells, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair))
+            lines.append(row(context["tokens"], *cells, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair)))
         lines.append("")
     return "\n".join(lines)
 
@@ -336,20 +496,16 @@ def main() -> None:
     parser.add_argument("results")
     parser.add_argument("--out", help="write the results there without the episodes, which are most of them")
     args = parser.parse_args()
+    results = read_json(args.results)
     try:
-        results = json.loads(Path(args.results).read_text())
         text = report(results)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        parser.error(f"{args.results}: not a results.json of sim_eval.py ({why})")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{args.results}: not a results.json of sim_eval.py ({why})") from None
     print(text)
     if args.out:
-        short = {key: value for key, value in results.items() if key != "episodes"}
-        try:
-            write_text(Path(args.out), json.dumps(short, indent=1) + "\n")
-        except ValueError as error:
-            parser.error(str(error))
+        write_json(args.out, {key: value for key, value in results.items() if key != "episodes"})
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

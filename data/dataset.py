@@ -1,91 +1,136 @@
-"""From files to batches: conversations in LLaVA's layout, dense targets, manipulation samples, cached visual tokens.
+"""From files to batches: pictures, conversations in LLaVA's layout, manipulation samples, cached visual tokens.
 
     python -m data.dataset data/cache/train/conversations.json     # check a file (yours too), list every bad record
 
 A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image
 paths are relative to `--images` (default: the file's folder) and may not leave it. Records without `image` are text
-alone; they see a flat grey picture.
+alone; they see a flat grey picture. Ours also have `families`: the question type of each turn.
 
 Two ways to read a record with several turns, `Conversations(turns=...)`:
-    "branch"  every turn is asked of the picture alone. The picture is read once and its state is shared by the
-              questions, so four questions cost little more than one, and none gives away another's answer. For
-              independent questions (ours).
+    "branch"  every turn is asked of the picture alone. The picture is a prefix that the questions share, so four
+              questions cost little more than one, and none gives away another's answer. For independent questions.
     "pack"    the turns follow each other in one sequence, as LLaVA trains them. For turns that speak of earlier ones.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
+import os
 import sys
+import warnings
+import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.files import read_json, read_json_lines, write_atomically
+from common.training import digest
 from data.prompts import QUESTION_TYPES
 from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens
 
 IGNORE = -100  # label of a token that is not to be predicted
 N_NUMBERS = 5  # an answer holds at most so many numbers: u, v and the approach's x, y, z
 GREY = 128
+MAX_LENGTH = 1024  # tokens; longer turns are cut
+MAX_RECORDS_NAMED = 20  # in one error
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """Q questions on each of B pictures. Rows b * Q .. b * Q + Q - 1 of the token tensors belong to picture b."""
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """Any PIL picture as RGB the way a viewer shows it: turned by its EXIF mark, transparency on white, 16 bits scaled.
 
-    rows: np.ndarray  # (B,) record numbers
-    tokens: Tensor  # (B * Q, T) int64, right-padded with <|endoftext|>
-    lengths: Tensor  # (B * Q,) int64, true lengths
-    labels: Tensor  # (B * Q, T) int64, IGNORE outside answers
-    prompts: (
-        Tensor  # (B * Q,) int64, length of the (first) prompt: its last token's state is what the policy head will read
-    )
-    numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers / 100, NaN where there are fewer
+    Raises: ValueError for pictures of floats, whose range nobody knows.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):  # 16 bits; Pillow itself would clip them to 255
+        grey = np.clip(np.asarray(picture, np.float32) / 257, 0, 255).round()
+        picture = Image.fromarray(grey.astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def open_picture(path) -> Image.Image:
+    """A picture file, opened but not yet decoded; refuses what is no plain file, and decompression bombs."""
+    if not Path(path).is_file():  # a named pipe would wait for ever
+        raise ValueError("no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def read_picture(path, size: int) -> np.ndarray:
     """Any picture file -> uint8 (size, size, 3); resized when its size is another."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-            return np.asarray(
-                picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
-            )
-    except (OSError, ValueError) as error:
+        with open_picture(path) as file:
+            picture = upright_rgb(file)
+        if picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(picture)
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def to_tensor(pictures) -> Tensor:
+    """uint8 pictures (B, S, S, 3), an array or a list -> (B, 3, S, S)."""
+    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+
+def grey_picture(size: int) -> np.ndarray:
+    """What records without a picture see."""
+    return np.full((size, size, 3), GREY, np.uint8)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def load_records(file, root=None) -> list[dict]:
     """Read and check a conversation file; one ValueError lists all bad records (file, index, field)."""
     file = Path(file)
+    folder = file.parent if file.suffix else file
     root = Path(root) if root else file.parent
-    try:
-        records = json.loads(file.read_text())
-    except FileNotFoundError:
-        folder = file.parent if file.suffix else file
-        raise ValueError(f"{file}: no such file; `python -m data.build --out {folder}` makes one") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(records, list) or not records:
+    records = read_json(file, list, f"`python -m data.build --out {folder}` makes one")
+    if not records:
         raise ValueError(f"{file}: expected a list of at least one record (LLaVA's layout)")
     problems = [p for i, record in enumerate(records) for p in check_record(record, root, i, str(file))]
     if problems:
-        more = f"\n.. and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError("\n".join(problems[:20]) + more)
+        left = len(problems) - MAX_RECORDS_NAMED
+        more = [f".. and {left} more"] if left > 0 else []
+        raise ValueError("\n".join(problems[:MAX_RECORDS_NAMED] + more))
     return records
+
+
+def check_image(image: str, root) -> str | None:
+    """What is wrong with an image path, or None: it must be a file inside `root`, also after links are followed."""
+    try:
+        path = Path(root, image)
+        if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
+            return f"{image!r} is absolute or has '..'; write it relative to {root}"
+        if not path.resolve().is_relative_to(Path(root).resolve()):
+            return f"{image!r} is a link that leaves {root}"
+        return None if path.is_file() else f"no file {path}"
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link that leads to itself
+        reason = getattr(error, "strerror", None) or str(error)
+        return f"{image[:80]!r} is no usable path ({reason})"
 
 
 def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
     """What is wrong with one record of a LLaVA-format file, a line each: "source, record index: field: problem".
 
-    Unknown keys are fine; `image` may be missing (text alone). An image must be an existing file inside `root`, also
-    after symbolic links are followed. Whether it can be decoded is found out when it is read.
+    Unknown keys are fine; `image` may be missing (text alone), `families` too. Whether an image can be decoded is found
+    out when it is read.
     """
     problems = []
 
@@ -95,25 +140,18 @@ def check_record(record, root: str | Path, index: int, source: str) -> list[str]
     if not isinstance(record, dict):
         bad("record", f"expected an object with 'conversations', got {type(record).__name__}")
         return problems
-    image, said = record.get("image"), record.get("conversations")
+    image = record.get("image")
+    said = record.get("conversations")
     if "image" in record and (not isinstance(image, str) or not image.strip()):
         bad("image", f"expected a path, got {image!r}; leave the field out for text alone")
-    elif image:
-        try:
-            path = Path(root, image)
-            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
-                bad("image", f"{image!r} is absolute or has '..'; write it relative to {root}")
-            elif not path.resolve().is_relative_to(Path(root).resolve()):
-                bad("image", f"{image!r} is a link that leaves {root}")
-            elif not path.is_file():
-                bad("image", f"no file {path}")
-        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
-            bad("image", f"{image[:80]!r} is no usable path ({error})")
+    elif image and (problem := check_image(image, root)):
+        bad("image", problem)
     if not isinstance(said, list) or not said:
         bad("conversations", f"expected a list of turns, got {'an empty list' if said == [] else type(said).__name__}")
         return problems
     for i, turn in enumerate(said):
-        field, who = f"conversations[{i}]", ("human", "gpt")[i % 2]
+        field = f"conversations[{i}]"
+        who = ("human", "gpt")[i % 2]
         if not isinstance(turn, dict):
             bad(field, f"expected an object with 'from' and 'value', got {type(turn).__name__}")
             continue
@@ -126,7 +164,82 @@ def check_record(record, root: str | Path, index: int, source: str) -> list[str]
             bad(f"{field}.value", "holds <image>, but the record has no image")
     if len(said) % 2:
         bad("conversations", f"{len(said)} entries: the last question has no answer")
+    types = record.get("families", [""] * (len(said) // 2))
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types) or len(types) != len(said) // 2:
+        bad("families", f"expected the question type of each of {len(said) // 2} turns, got {str(types)[:80]}")
     return problems
+
+
+def load_manipulation(file) -> list[dict]:
+    """manipulation.jsonl as data/build.py writes it: samples with image, instruction, u, v, approach, rotation6d.
+
+    Each gets "size", (width, height) of its picture in pixels: what u and v count in.
+    Raises: ValueError with file, line and field for a sample that cannot be right: a pixel off the picture, a direction
+        or a rotation of no length.
+    """
+    file = Path(file)
+    sizes: dict[str, tuple[int, int]] = {}
+    samples = []
+    for number, sample in read_json_lines(file, "`python -m data.build` makes one"):
+        try:
+            image = sample.get("image")
+            if not isinstance(image, str) or not image.strip():
+                raise ValueError(f"field 'image' is {image!r}")
+            if image not in sizes:
+                sizes[image] = picture_size(image, file.parent)
+            check_sample(sample, *sizes[image])
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
+        samples.append(sample | {"size": sizes[image]})
+    if not samples:
+        raise ValueError(f"{file}: no samples")
+    return samples
+
+
+def picture_size(image: str, root) -> tuple[int, int]:
+    """(width, height) of a picture file inside `root`, as it is shown."""
+    if problem := check_image(image, root):
+        raise ValueError(f"image {problem}")
+    try:
+        with open_picture(Path(root, image)) as file:
+            turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientation: a quarter turn
+            return file.size[::-1] if turned else file.size
+    except Exception as error:  # as in read_picture
+        raise ValueError(f"{Path(root, image)}: cannot be read as a picture ({error})") from None
+
+
+def check_sample(sample: dict, width: int, height: int) -> None:
+    """Raises: ValueError naming the field that cannot be right for a picture of this size."""
+    text = sample.get("instruction")
+    if not isinstance(text, str) or not text.strip(" .!?\t\n"):
+        raise ValueError(f"field 'instruction' is {text!r}")
+    for key, side in (("u", width), ("v", height)):
+        value = sample.get(key)
+        if type(value) not in (int, float) or not 0 <= value < side:
+            raise ValueError(f"field {key!r} is {str(value)[:80]}: not a pixel of a picture of {width} x {height}")
+    for key, length in (("approach", 3), ("rotation6d", 6)):
+        values = sample.get(key)
+        numbers = isinstance(values, list) and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+        if not numbers or len(values) != length:
+            raise ValueError(f"field {key!r} is {str(values)[:80]}: expected {length} numbers")
+        if np.linalg.norm(values[:3]) < 1e-3:
+            raise ValueError(f"field {key!r} is {values}: a direction of no length")
+    approach, forward = np.split(np.array(sample["rotation6d"], float), 2)
+    if np.linalg.norm(np.cross(approach, forward)) < 1e-3 * np.linalg.norm(approach):
+        raise ValueError(f"field 'rotation6d' is {sample['rotation6d']}: its two directions are parallel")
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Q questions on each of B pictures. Rows b * Q .. b * Q + Q - 1 belong to picture b."""
+
+    tokens: Tensor  # (B * Q, T) int64, right-padded with <|endoftext|>
+    lengths: Tensor  # (B * Q,) int64, true lengths
+    labels: Tensor  # (B * Q, T) int64, IGNORE outside answers
+    prompts: Tensor  # (B * Q,) int64, length of the first prompt: the policy head will read its last token's state
+    numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers / 100, NaN where there are fewer
 
 
 class Item(NamedTuple):
@@ -136,7 +249,7 @@ class Item(NamedTuple):
     labels: list[int]  # IGNORE outside answers
     prompt: int  # length of the (first) prompt
     numbers: list[float]  # of the answer / 100
-    weight: float  # how often it is drawn beside others of its record
+    weight: float  # how often it is drawn, relative to the others of its record
 
 
 def pack(turns: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], int]:
@@ -174,68 +287,79 @@ def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # end of exercise 6
 
 
+def question_weights(records: list[dict], more: str) -> dict[str, float]:
+    """How often each question type is drawn, relative to the others of its record: 1 / sqrt(number of its questions).
+
+    more: factors on top, "presence=4,plan=0"; 0 leaves a type out. Raises: ValueError for one that is not written so.
+    """
+    tally = Counter(kind for record in records for kind in record.get("families", ()))
+    known = {*tally, *QUESTION_TYPES}
+    weights = {kind: n**-0.5 for kind, n in tally.items()}
+    for pair in filter(None, more.split(",")):
+        kind, _, times = pair.partition("=")
+        try:
+            factor = float(times)
+        except ValueError:
+            factor = -1.0
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"--more {more}: expected TYPE=TIMES, such as presence=4,plan=0")
+        if kind not in known:
+            raise ValueError(f"--more {more}: {kind!r} is no question type, only {sorted(known)}")
+        if kind in weights:
+            weights[kind] *= factor
+    return weights
+
+
 class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
     Args: file; encoding (tiktoken.Encoding); image_size in pixels; images, root of the image paths (default: the file's
-        folder); turns "branch" | "pack"; limit, first records only (0 = all); max_length in tokens (longer turns are
-        cut, with a count in `cut`); skip, families of questions left out ("plan,contact"; records without families stay
-        whole, and a record of which nothing is left keeps its first question); more, families drawn so many times as
-        often ("presence=4,count=2").
-    Raises: ValueError for a bad record, or a `more` that is not written so.
+        folder); turns "branch" | "pack"; limit, first records only (0 = all); more, see `question_weights` (records
+        that do not name their types stay whole; one of which nothing is left keeps its first question).
+    Attributes: records; items, a list of Item for each record; cut, how many were longer than MAX_LENGTH tokens.
     """
 
-    def __init__(
-        self, file, encoding, image_size, images=None, turns="branch", limit=0, max_length=1024, skip="", more=""
-    ):
+    def __init__(self, file, encoding, image_size: int, images="", turns: str = "branch", limit: int = 0, more=""):
         self.root = Path(images) if images else Path(file).parent
-        self.records, self.image_size, self.encoding, self.cut = load_records(file, self.root), image_size, encoding, 0
-        self.records = self.records[: limit or None]
-        self.end, user, assistant = (
-            encoding.encode_single_token(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")
-        )
-        # Where records name the families of their turns, rare ones are drawn more often: weight 1 / sqrt(their number)
-        tally = Counter(family for record in self.records for family in record.get("families", ()))
-        try:
-            factor = {family: float(times) for family, times in (pair.split("=") for pair in more.split(",") if pair)}
-        except ValueError:
-            raise ValueError(f"--more {more}: expected FAMILY=TIMES, such as presence=4,count=2") from None
-        known = {*tally, *QUESTION_TYPES}
-        if unknown := factor.keys() - known:
-            raise ValueError(f"--more {more}: {sorted(unknown)[0]!r} is no family of questions, only {sorted(known)}")
-        self.items: list[list[Item]] = []  # per record
-        for record in self.records:
-            said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-            families = record.get("families") or [""] * len(said)
-            asked = list(zip(said[::2], said[1::2], families, strict=False))
-            asked = [turn for turn in asked if not skip or turn[2] not in skip.split(",")] or asked[:1]
-            turn_ids, rest = [], []
-            for question, answer, family in asked:
-                reply = [*encoding.encode_ordinary(answer), self.end]
-                turn_ids.append(([user, *encoding.encode_ordinary(question), assistant], reply))
-                is_number = range(NUMBER_BASE, NUMBER_BASE + NUMBERS) if has_number_tokens(encoding) else ()
-                numbers = [(t - NUMBER_BASE + 0.5) / NUMBERS for t in reply if t in is_number]
-                weight = factor.get(family, 1.0) * tally[family] ** -0.5 if family else 1.0
-                rest.append((numbers[:N_NUMBERS], weight))
-            if turns == "pack":
-                items = [Item(*pack(turn_ids), *rest[0])]
-            else:
-                items = [Item(*pack([turn]), *tail) for turn, tail in zip(turn_ids, rest, strict=True)]
-            self.cut += sum(len(i.tokens) > max_length for i in items)
-            cut = [i._replace(tokens=i.tokens[:max_length], labels=i.labels[:max_length]) for i in items]
-            self.items.append([i._replace(prompt=min(i.prompt, max_length)) for i in cut])
+        self.records = load_records(file, self.root)[: limit or None]
+        self.image_size = image_size
+        self.encoding = encoding
+        self.has_numbers = has_number_tokens(encoding)  # a published vocabulary has none
+        self.cut = 0
+        special = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+        self.end, self.user, self.assistant = (encoding.encode_single_token(name) for name in special)
+        weights = question_weights(self.records, more)
+        self.items = [self._items(record, turns, weights) for record in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
+    def _items(self, record: dict, turns: str, weights: dict[str, float]) -> list[Item]:
+        said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
+        types = record.get("families", [""] * (len(said) // 2))
+        asked = list(zip(said[::2], said[1::2], types, strict=True))
+        asked = [turn for turn in asked if weights.get(turn[2], 1.0) > 0] or asked[:1]
+        pairs = [self._tokens(question, answer) for question, answer, _ in asked]
+        if turns == "pack":
+            return [self._item(pairs, 1.0)]
+        return [self._item([pair], weights.get(turn[2]) or 1.0) for pair, turn in zip(pairs, asked, strict=True)]
+
+    def _tokens(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        prompt = [self.user, *self.encoding.encode_ordinary(question), self.assistant]
+        return prompt, [*self.encoding.encode_ordinary(answer), self.end]
+
+    def _item(self, turns: list[tuple[list[int], list[int]]], weight: float) -> Item:
+        tokens, labels, prompt = pack(turns)
+        self.cut += len(tokens) > MAX_LENGTH
+        numbers = [t - NUMBER_BASE for t in turns[0][1] if 0 <= t - NUMBER_BASE < NUMBERS and self.has_numbers]
+        numbers = [(number + 0.5) / NUMBERS for number in numbers[:N_NUMBERS]]
+        return Item(tokens[:MAX_LENGTH], labels[:MAX_LENGTH], min(prompt, MAX_LENGTH), numbers, weight)
+
     def pictures(self, rows) -> Tensor:
         """Record numbers -> uint8 (B, 3, S, S)."""
-        S = self.image_size
-        grey = np.full((S, S, 3), GREY, np.uint8)
-        out = [
-            read_picture(self.root / self.records[r]["image"], S) if "image" in self.records[r] else grey for r in rows
-        ]
-        return torch.from_numpy(np.stack(out).transpose(0, 3, 1, 2).copy())
+        names = [self.records[row].get("image") for row in rows]
+        size = self.image_size
+        return to_tensor([read_picture(self.root / name, size) if name else grey_picture(size) for name in names])
 
     def draw(self, rows, rng, per_picture: int, contact: float, grounding: float) -> list[Item]:
         """`per_picture` questions for each record, row by row.
@@ -245,94 +369,108 @@ class Conversations:
         any of its questions will do.
         """
         chosen = []
-        for r in rows:
-            sorts = [[], [], []]
-            for item in self.items[r]:
-                sorts[0 if len(item.numbers) == N_NUMBERS else 1 if item.numbers else 2].append(item)
+        for row in rows:
+            items = self.items[row]
+            contacts = [item for item in items if len(item.numbers) == N_NUMBERS]
+            grounded = [item for item in items if 0 < len(item.numbers) < N_NUMBERS]
+            words = [item for item in items if not item.numbers]
+            sorts = (contacts, grounded, words)
             for _ in range(per_picture):
                 wanted = np.searchsorted([contact, contact + grounding], rng.random(), side="right")
-                left = sorts[wanted] or [i for s in sorts for i in s] or self.items[r]
+                left = sorts[wanted] or contacts + grounded + words or items
                 weights = np.array([item.weight for item in left])
-                chosen.append(left[rng.choice(len(left), p=weights / weights.sum())])
-                for s in sorts:  # no question twice, as long as there are others
-                    s[:] = [i for i in s if i is not chosen[-1]]
+                item = left[rng.choice(len(left), p=weights / weights.sum())]
+                chosen.append(item)
+                for sort in sorts:  # no question twice, as long as there are others
+                    sort[:] = [other for other in sort if other is not item]
         return chosen
 
-    def collate(self, rows, items) -> Batch:
+    def collate(self, items: list[Item]) -> Batch:
         tokens, labels, lengths, prompts = pad(items, self.end)
         numbers = torch.full((len(items), N_NUMBERS), float("nan"))
         for k, item in enumerate(items):
             numbers[k, : len(item.numbers)] = torch.tensor(item.numbers)
-        return Batch(np.asarray(rows), tokens, lengths, labels, prompts, numbers)
+        return Batch(tokens, lengths, labels, prompts, numbers)
 
 
-def load_manipulation(file) -> list[dict]:
-    """manipulation.jsonl as written by data/build.py; a bad line is named with its number and field."""
-    out = []
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); `python -m data.build` makes one") from None
-    lengths = {"u": (), "v": (), "approach": (3,), "rotation6d": (6,)}
-    for number, line in enumerate(lines, 1):
-        try:
-            sample = json.loads(line)
-            fields = {key: sample[key] for key in ("image", "instruction", *lengths)}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}, line {number}: not a JSON object with {error}") from None
-        for key, value in fields.items():
-            if key not in lengths:
-                good = isinstance(value, str) and value.strip()
-            else:
-                numbers = value if isinstance(value, list) else [value]
-                good = (
-                    all(type(x) in (int, float) and np.isfinite(x) for x in numbers) and np.shape(value) == lengths[key]
-                )
-            if not good:
-                raise ValueError(f"{file}, line {number}: field {key!r} is {value!r}")
-        if Path(sample["image"]).is_absolute() or ".." in Path(sample["image"]).parts:
-            raise ValueError(f"{file}, line {number}: image {sample['image']!r} leaves the folder of the file")
-        out.append(sample)
-    if not out:
-        raise ValueError(f"{file}: no samples")
-    return out
+# ---- cached visual tokens --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def visual_tokens(vision, folder, names: list[str], world, batch: int = 64) -> np.ndarray:
-    """Visual tokens (n, P, W) float16 of picture files `names` under `folder`, computed once per encoder and kept on
-    disk.
+def visual_tokens(vision, folder, names: list[str], processes, cache: str = "", out: str = "") -> np.ndarray:
+    """Visual tokens (n, P, W) float16 of picture files `names` under `folder`; "" is the grey picture.
 
-    The file's name holds a digest of the encoder's weights and of the list, so another encoder never reads these.
+    Computed once and kept on disk. The cache's name is a digest of the encoder and of name, size and time of change of
+    every picture, so other weights or other pictures never read it; a checksum at its end shows that it is whole.
     Several processes share the work. Memory-mapped: only the rows that are used are read.
+
+    Args: cache: folder of the file; default `folder`, or `out` where nothing can be written there.
     """
-    digest = hashlib.sha256("\n".join(names).encode())
-    for key, value in sorted(vision.state_dict().items()):
-        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-    path = Path(folder) / f"tokens-{digest.hexdigest()[:16]}.npy"
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        if world.first:
-            np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
-        world.barrier()
-        out = np.lib.format.open_memmap(partial, "r+")
-        for start in range(world.rank * batch, len(names), world.size * batch):
-            part = [
-                read_picture(Path(folder) / n, cfg.image_size)
-                if n
-                else np.full((cfg.image_size,) * 2 + (3,), GREY, np.uint8)
-                for n in names[start : start + batch]
-            ]
-            pictures = torch.from_numpy(np.stack(part).transpose(0, 3, 1, 2).copy()).to(world.device)
-            out[start : start + batch] = vision(pictures).half().cpu().numpy()
-        out.flush()
-        world.barrier()
-        if world.first:
-            partial.rename(path)
-        world.barrier()
+    file = f"tokens-{_pictures_digest(vision, folder, names)[:16]}.npy"
+    path = Path(cache or folder) / file
+    if not cache and out and not path.exists() and not os.access(folder, os.W_OK):
+        path = Path(out) / file
+    if processes.first_says(not _is_whole(path, shape)):
+        blocks = _encode(vision, folder, names, processes)
+        if processes.first:
+            write_atomically(path, lambda temporary: _write_tokens(temporary, shape, blocks))
+        else:
+            for _ in blocks:
+                pass
+        processes.barrier()
     return np.load(path, mmap_mode="r")
+
+
+def _pictures_digest(vision, folder, names: list[str]) -> str:
+    h = hashlib.sha256(digest(vision).encode())
+    h.update(json.dumps(dataclasses.asdict(vision.cfg)).encode())
+    for name in names:
+        stat = os.stat(Path(folder, name)) if name else None
+        h.update(f"{name}\n{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return h.hexdigest()
+
+
+def _encode(vision, folder, names: list[str], processes, batch: int = 64) -> Iterator[np.ndarray]:
+    """Blocks of visual tokens in the order of `names`; every process encodes its part of each block."""
+    size = vision.cfg.image_size
+    step = batch * processes.size
+    for start in range(0, len(names), step):
+        first = start + processes.rank * batch
+        part = names[first : first + batch]
+        images = [read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part]
+        if processes.size > 1:  # gather wants equal shapes
+            images += [grey_picture(size)] * (batch - len(part))
+        tokens = processes.gather(vision(to_tensor(images).to(processes.device)).half())
+        yield tokens[: len(names) - start].cpu().numpy()
+
+
+def _write_tokens(path: str, shape: tuple, blocks: Iterator[np.ndarray]) -> None:
+    """An .npy file, then the CRC-32 of its numbers. Written with a file: on a full disk a memory map ends in SIGBUS."""
+    checksum = 0
+    with open(path, "wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            checksum = zlib.crc32(block.tobytes(), checksum)
+            file.write(block.tobytes())
+        file.write(checksum.to_bytes(4, "big"))
+
+
+def _is_whole(path: Path, shape: tuple) -> bool:
+    try:
+        tokens = np.load(path, mmap_mode="r")
+        if tokens.shape != shape or tokens.dtype != np.float16:
+            return False
+        checksum = 0
+        for start in range(0, len(tokens), 1024):
+            checksum = zlib.crc32(tokens[start : start + 1024].tobytes(), checksum)
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return int.from_bytes(file.read(), "big") == checksum
+    except (OSError, ValueError, EOFError):  # none there, or cut
+        return False
 
 
 def main() -> None:
@@ -342,7 +480,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         records = load_records(args.file, args.images)
-    except ValueError as error:
+    except ValueError as error:  # a line for each bad record, which run_main would join
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{args.file}: {len(records)} records, {sum(len(r['conversations']) // 2 for r in records)} turns, all good")

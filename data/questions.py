@@ -1,12 +1,12 @@
 """Questions and answers about one rendered picture, written from what the simulator knows about it (numpy only).
 
     facts (a dict, one per picture, from data/build.py)
-      |-- turns(facts, rng)             questions of every family         -> [Turn, ...] -> to_llava -> LLaVA's JSON
+      |-- turns(facts, rng)             questions of every type           -> [Turn, ...] -> to_llava -> LLaVA's JSON
       |-- turns(facts, rng, "general")  only: what is it, its colour, a caption, is there a cabinet
       '-- dialogue(facts, rng)          3-5 turns that read well in a demonstration
     instruction -> contact_question -> (the model) -> parse_contact       the robot's question and its answer
 
-| family   | asks                                      | answers                                                     |
+| type     | asks                                      | answers                                                     |
 |----------|-------------------------------------------|-------------------------------------------------------------|
 | object   | what it is                                | "a cabinet"                                                 |
 | caption  | for a description                         | "a brown cabinet", "a brown cabinet with two drawers"       |
@@ -30,18 +30,17 @@
 Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question.
 No question gives away the answer of another one: those about "this object" come first, then those that name a part,
 half of them without the object's noun. An ANSWER still helps the turns after it: evaluation asks each question alone.
-The robot's families are RoboVQA's six: planning, success, possible (discriminative affordance), contact (generative
-affordance), past and future. Success and past are asked of pictures taken after somebody tried (facts["event"]).
+The robot's question types are RoboVQA's six: planning, success, possible (discriminative affordance), contact
+(generative affordance), past and future. Success and past are asked of pictures after an attempt (facts["event"]).
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
 no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
 
-Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 and RoboVQA (arXiv 2311.00899) for the families;
+Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 and RoboVQA (arXiv 2311.00899) for the question types;
 LLaVA (arXiv 2304.08485) for the layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from
 templates, not from people; one picture, not a video.
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,9 +48,6 @@ import numpy as np
 
 from data.prompts import contact_answer, contact_question, number
 from sim.objects import GADGET, NOUNS, PART_KINDS, SEEN, UNSEEN, make_object
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
 
 MIN_VISIBLE = 0.001  # share of the picture's pixels below which a part is not asked about (16 pixels at 128 x 128)
 CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks closed; the start jitter is 0.08
@@ -61,13 +57,8 @@ ABSENT_COUNT = 0.3  # share of "how many drawers" that is asked where there is n
 CLOSE_CLOSED = 0.15  # share of "no" that asks to close what is closed: as frequent as "close", "yes" in opened scenes
 CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of its part words is counted
 
-SIZES = (
-    (0.50, "small"),
-    (0.56, ""),
-    (0.66, "medium"),
-    (0.72, ""),
-    (9, "large"),
-)  # longer side of the box, of the frame
+# Longer side of the box as a share of the frame, up to: word; near a limit nothing is asked.
+SIZES = ((0.50, "small"), (0.56, ""), (0.66, "medium"), (0.72, ""), (9, "large"))
 LARGER = 1.6  # ratio of pixels from which one part is plainly larger than another
 ASIDE = 0.08  # of the frame, from which something is plainly to the left of, or above, something else
 FIVE = 5  # steps of a long plan that are asked for at once
@@ -148,26 +139,18 @@ INSTRUCTIONS_PLAIN = ("{act} of the object", "{act} of this object", "{act}", "{
 class Turn:
     """One question and its answer. part: label or kind of the part it names (two: "a and b"); None = whole object."""
 
-    family: str
+    question_type: str
     question: str
     answer: str
     part: str | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def a(words: str) -> str:
-    """With "a" or "an", by SOUND: "an orange box", "a USB stick", "an LED", "a unit", "an hour"."""
-    word = words.split()[0]
-    if len(word) > 1 and word.isupper():  # spelled letter by letter
-        vowel = word[0] in "AEFHILMNORSX"
-    elif re.match(r"hour|honest|honou?r|heir", word.lower()):
-        vowel = True
-    else:
-        vowel = word[0] in "aeiouAEIOU" and not re.match(r"uni([^mn]|$)|us[aeiu]|eu|on(e|ce)\b|ut[ei]", word.lower())
-    return f"{'an' if vowel else 'a'} {words}"
+def with_article(words: str) -> str:
+    """ "an orange box", "a lamp", "a USB stick" (said letter by letter)."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def plural(noun: str) -> str:
@@ -178,39 +161,43 @@ def count_word(n: int) -> str:
     return COUNT_WORDS[n] if n < len(COUNT_WORDS) else str(n)
 
 
-def join(items: Sequence[str]) -> str:
+def join_words(items: Sequence[str]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]
 
 
-def act(verb: str, thing: str) -> str:
+def action_words(verb: str, thing: str) -> str:
     """ "pull off the cap", but a pronoun goes inside: "pull it off"."""
     first, *rest = verb.split()
     return " ".join([first, thing, *rest] if thing == "it" else [verb, thing])
 
 
-def pick(rng: np.random.Generator, options: Sequence):
+def draw_one(rng: np.random.Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
-def clear(noun: str, label: str) -> bool:
+def draw_weighted(rng: np.random.Generator, weights: Mapping):
+    """A key of `weights`, as often as its weight says; None if there is none."""
+    if not weights:
+        return None
+    p = np.array(list(weights.values()))
+    return list(weights)[int(rng.choice(len(p), p=p / p.sum()))]
+
+
+def fit_together(noun: str, label: str) -> bool:
     """May noun and label stand together? Not "the door of the door", "the lamp head of the lamp"."""
     return not set(noun.split()) & set(label.split())
 
 
-def named(label: str, noun: str, rng: np.random.Generator) -> str:
+def name_part(label: str, noun: str, rng: np.random.Generator) -> str:
     """Half of the time "the top drawer", else "the top drawer of the cabinet"."""
-    with_noun = rng.random() < 0.5 and clear(noun, label)
+    with_noun = rng.random() < 0.5 and fit_together(noun, label)
     return f"the {label} of the {noun.removeprefix('pair of ')}" if with_noun else f"the {label}"
 
 
-def point(values: Sequence[float], size: float) -> str:
+def write_pixels(values: Sequence[float], size: float) -> str:
     """Pixels as text, without spaces because a space is a token of its own: (12.8, 64) of 128 -> "(10,50)"."""
     return f"({','.join(number(value, size) for value in values)})"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The robot's question: the instruction, and the contact as text
 
 
 def instruction(part, noun: str, rng: np.random.Generator) -> str:
@@ -219,13 +206,12 @@ def instruction(part, noun: str, rng: np.random.Generator) -> str:
     part: an entry of facts["parts"], or anything with the attributes `verb` and `label` (objects.Part).
     """
     verb, label = (part["verb"], part["label"]) if isinstance(part, Mapping) else (part.verb, part.label)
-    with_noun = rng.random() < 0.5 and clear(noun, label)
-    wording = pick(rng, INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN)
-    return wording.format(act=act(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
+    with_noun = rng.random() < 0.5 and fit_together(noun, label)
+    wording = draw_one(rng, INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN)
+    return wording.format(act=action_words(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking into the facts
+# ---- what the facts say ----------------------------------------------------------------------------------------------
 
 
 def listing_order(part: Mapping) -> tuple:
@@ -239,14 +225,14 @@ def visible_parts(facts: Mapping) -> list[dict]:
     return sorted((p for p in facts["parts"] if p["pixels"] >= least and p["centre"] and p["box"]), key=listing_order)
 
 
-def state(part: Mapping) -> str | None:
+def part_state(part: Mapping) -> str | None:
     """ "open", "closed", or None where these are no words for it or the picture does not decide."""
     if part["kind"] not in CLOSABLE_KINDS or CLOSED_UP_TO < part["openness"] < OPEN_FROM:
         return None
     return "open" if part["openness"] >= OPEN_FROM else "closed"
 
 
-def ready(part: Mapping) -> bool:
+def is_at_start(part: Mapping) -> bool:
     return part["openness"] <= CLOSED_UP_TO
 
 
@@ -273,136 +259,128 @@ def vocabulary(shares: tuple[tuple[str, float], ...]) -> tuple[dict[str, float],
     return nouns, parts
 
 
-def draw(rng: np.random.Generator, weights: Mapping):
-    """A key of `weights`, as often as its weight says; None if there is none."""
-    if not weights:
-        return None
-    p = np.array(list(weights.values()))
-    return list(weights)[int(rng.choice(len(p), p=p / p.sum()))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The families
-
-
 def caption(facts: Mapping, parts: Sequence[Mapping] = ()) -> str:
     """ "a brown cabinet"; with parts: "a brown cabinet with two drawers and a door"."""
     groups: dict[str, list[str]] = {}
     for part in parts:
         groups.setdefault(part["kind"], []).append(part["label"])
-    words = [a(g[0]) if len(g) == 1 else f"{count_word(len(g))} {plural(kind)}" for kind, g in groups.items()]
-    return a(f"{facts['colour']} {NOUNS[facts['category']]}") + (f" with {join(words)}" if words else "")
+    words = [f"{count_word(len(g))} {plural(kind)}" if len(g) > 1 else with_article(g[0]) for kind, g in groups.items()]
+    whole = with_article(f"{facts['colour']} {NOUNS[facts['category']]}")
+    return whole + (f" with {join_words(words)}" if words else "")
 
 
-def steps(part: Mapping) -> list[str]:
+def list_steps(part: Mapping) -> list[str]:
     """What the gripper does: a pull needs a grip, a push only a touch."""
     opening = "pull it out" if part["joint"] == "prismatic" else "swing it open"
-    last = opening if part["verb"] == "open" else act(part["verb"], "it")
+    last = opening if part["verb"] == "open" else action_words(part["verb"], "it")
     return [f"move to the {part['label']}", "grip it" if part["primitive"] == "pull" else "touch it", last]
 
 
-def ask(rng: np.random.Generator, family: str, answer: str, kind=None, part=None, **slots) -> Turn:
-    """A turn with one of the wordings of ASK[kind], or of ASK[family]."""
-    return Turn(family, pick(rng, ASK[kind or family]).format(**slots), answer, part)
+# ---- questions about the whole ---------------------------------------------------------------------------------------
+
+
+def draw_turn(rng: np.random.Generator, question_type: str, answer: str, wording=None, part=None, **slots) -> Turn:
+    """A turn with one of the wordings of ASK[wording], or of ASK[question_type]."""
+    return Turn(question_type, draw_one(rng, ASK[wording or question_type]).format(**slots), answer, part)
 
 
 def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Generator) -> tuple[list, list]:
     """(turns about "this object", turns that name a thing), not a word about parts: as in any set of pictures."""
     noun = NOUNS[facts["category"]]
     whole = [
-        ask(rng, "object", a(noun)),
-        ask(rng, "caption", caption(facts)),
-        ask(rng, "colour", facts["colour"]),
+        draw_turn(rng, "object", with_article(noun)),
+        draw_turn(rng, "caption", caption(facts)),
+        draw_turn(rng, "colour", facts["colour"]),
     ]
     if facts["box"]:
         x0, y0, x1, y1 = np.array(facts["box"]) / facts["image_size"]
         if looks := next(word for limit, word in SIZES if max(x1 - x0, y1 - y0) < limit):
-            whole.append(ask(rng, "size", looks))
+            whole.append(draw_turn(rng, "size", looks))
         if abs(aside := (x0 + x1) / 2 - 0.5) > ASIDE:
-            whole.append(ask(rng, "relation", "left" if aside < 0 else "right", "side"))
+            whole.append(draw_turn(rng, "relation", "left" if aside < 0 else "right", "side"))
     # Not "is there a door?" - "no" where the object has a door without being a Door
-    others = {n: w for n, w in nouns.items() if n != noun and all(clear(n, p["label"]) for p in facts["parts"])}
-    if (other := draw(rng, others)) is None:
+    others = {n: w for n, w in nouns.items() if n != noun and all(fit_together(n, p["label"]) for p in facts["parts"])}
+    other = draw_weighted(rng, others)
+    if other is None:
         return whole, []
     yes = rng.random() < 0.5
-    return whole, [ask(rng, "presence", "yes" if yes else "no", a=a(noun if yes else other))]
+    asked = with_article(noun if yes else other)
+    return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=asked)]
+
+
+def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """How many parts, which, and what can be done with them, of "this object": no part is named."""
+    found = [draw_turn(rng, "count", count_word(len(parts)))]
+    if parts:
+        found.append(draw_turn(rng, "caption", caption(facts, parts), "full caption"))
+        found.append(draw_turn(rng, "parts", join_words([f"the {p['label']}" for p in parts])))
+    if parts and all(is_decided(p) for p in parts):
+        actions = [action_words(p["verb"], f"the {p['label']}") for p in parts if part_state(p) != "open"]
+        answer = join_words(actions or ["nothing, everything is already open"])
+        found.append(draw_turn(rng, "plan", answer, "actions"))
+    return found
+
+
+# ---- questions that name a part --------------------------------------------------------------------------------------
+
+
+def is_decided(part: Mapping) -> bool:
+    """Does the picture tell what can be done with it now?"""
+    return is_at_start(part) or part_state(part) == "open"
 
 
 def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[list, list]:
     """(turns about the parts of "this object" that name none of them, turns that name a part)."""
-    noun, size, parts = NOUNS[facts["category"]], facts["image_size"], visible_parts(facts)
-    decided = [p for p in parts if ready(p) or state(p) == "open"]
-
-    whole = [ask(rng, "count", count_word(len(parts)))]
-    if parts:
-        whole.append(ask(rng, "caption", caption(facts, parts), "full caption"))
-        whole.append(ask(rng, "parts", join([f"the {p['label']}" for p in parts])))
-    if parts and len(decided) == len(parts):
-        actions = [act(p["verb"], f"the {p['label']}") for p in parts if state(p) != "open"]
-        whole.append(ask(rng, "plan", join(actions or ["nothing, everything is already open"]), "actions"))
-
-    # Every part: where it is, and where to touch it if that is known. One part: its colour, state and box.
-    naming = [ask(rng, "box", point(facts["box"], size), the="this object")] if facts["box"] else []
-    for part in parts:
-        the, label = named(part["label"], noun, rng), part["label"]
-        naming.append(ask(rng, "where", point(part["centre"], size), None, label, the=the))
-        if part["contact"]:
-            question = contact_question(instruction(part, noun, rng))
-            naming.append(Turn("contact", question, contact_answer(part["contact"], size), label))
-    stated = [p for p in parts if state(p)]
-    if not any(state(p) == "open" for p in stated) and rng.random() >= STATE_CLOSED:
-        stated = []
-    for kind, options in (("part colour", parts), ("state", stated), ("box", parts)):
-        for part in [pick(rng, options)] if options else []:
-            answer = {"part colour": part["colour"], "state": state(part), "box": point(part["box"], size)}[kind]
-            the = named(part["label"], noun, rng)
-            naming.append(ask(rng, kind.removeprefix("part "), answer, kind, part["label"], the=the))
-
-    if len(parts) > 1:
-        naming += pair_turns(parts, size, rng)
-
-    # What is there and what is not. Where only one answer could be given nothing is asked, which keeps the balance.
-    kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
-    absent: dict[str, float] = {}
-    for (_, label), weight in words.items():
-        if (kind := label.split()[-1]) not in {p["kind"] for p in facts["parts"]}:
-            absent[kind] = absent.get(kind, 0) + weight
-    other = draw(rng, absent)
-    if kinds and other:
-        yes = rng.random() < 0.5
-        kind = pick(rng, kinds) if yes else other
-        naming.append(ask(rng, "presence", "yes" if yes else "no", None, kind, a=a(kind)))
-        kind = other if rng.random() < ABSENT_COUNT else pick(rng, kinds)
-        n = sum(p["kind"] == kind for p in parts)
-        naming.append(ask(rng, "count", count_word(n), "count kind", kind, kinds=plural(kind)))
-
-    # What could be done, and how
-    if move := possible(facts, words, rng):
-        verb, label, answer = move
-        naming.append(ask(rng, "possible", answer, None, label, act=act(verb, named(label, noun, rng))))
-    if decided:
-        part = pick(rng, decided)
-        todo, is_open, kind = steps(part), state(part) == "open", pick(rng, ("plan", "next"))
-        n_done = int(rng.integers(len(todo) + 1)) if kind == "next" and not is_open else 0
-        answer = ", ".join(todo) if kind == "plan" else (*todo, "done")[n_done]
-        if is_open:
-            answer = f"nothing, the {part['label']} is already open"
-        goal, done = act(part["verb"], named(part["label"], noun, rng)), ", ".join(todo[:n_done]) or "nothing"
-        naming.append(ask(rng, "plan", answer, kind, part["label"], act=goal, done=done))
-        naming.append(long_plan(decided, rng))
-
-    # What a pull or a push will do, and, after an attempt, what was done
-    movable = [p for p in decided if p["verb"] == "open" or p["verb"] in FUTURE]
-    movable = [p for p in movable if p["primitive"] == "pull" or state(p) != "open"]
-    if movable:
-        part = pick(rng, movable)
-        push = part["primitive"] == "push" or (state(part) is not None and rng.random() < 0.4)
-        the = named(part["label"], noun, rng)
-        naming.append(ask(rng, "future", future(part, push), "future push" if push else None, part["label"], the=the))
+    noun, parts = NOUNS[facts["category"]], visible_parts(facts)
+    decided = [p for p in parts if is_decided(p)]
+    whole = overview_turns(parts, facts, rng)
+    naming = place_turns(parts, facts, rng)
+    naming += look_turns(parts, facts, rng)
+    naming += pair_turns(parts, facts["image_size"], rng)
+    naming += presence_turns(parts, facts, words, rng)
+    naming += possible_turns(facts, words, rng)
+    naming += plan_turns(decided, noun, rng)
+    naming += future_turns(decided, noun, rng)
     if event := facts.get("event"):
         whole_event, naming_event = event_turns(event, parts, noun, rng)
-        whole, naming = whole + whole_event, naming + naming_event
+        whole += whole_event
+        naming += naming_event
     return whole, naming
+
+
+def place_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """The object's box; of every part where it is, and where to touch it if that is known."""
+    noun, size = NOUNS[facts["category"]], facts["image_size"]
+    box = facts["box"]
+    found = [draw_turn(rng, "box", write_pixels(box, size), the="this object")] if box else []
+    for part in parts:
+        label = part["label"]
+        the = name_part(label, noun, rng)
+        found.append(draw_turn(rng, "where", write_pixels(part["centre"], size), None, label, the=the))
+        if part["contact"]:
+            question = contact_question(instruction(part, noun, rng))
+            found.append(Turn("contact", question, contact_answer(part["contact"], size), label))
+    return found
+
+
+def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """The colour of one part, the state of one and the box of one."""
+    stated = [p for p in parts if part_state(p)]
+    if not any(part_state(p) == "open" for p in stated) and rng.random() >= STATE_CLOSED:
+        stated = []
+    answers = {
+        "part colour": (parts, lambda part: part["colour"]),
+        "state": (stated, part_state),
+        "box": (parts, lambda part: write_pixels(part["box"], facts["image_size"])),
+    }
+    found = []
+    for wording, (options, answer) in answers.items():
+        if options:
+            part = draw_one(rng, options)
+            the = name_part(part["label"], NOUNS[facts["category"]], rng)
+            question_type = wording.removeprefix("part ")
+            found.append(draw_turn(rng, question_type, answer(part), wording, part["label"], the=the))
+    return found
 
 
 def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) -> list[Turn]:
@@ -410,40 +388,136 @@ def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) ->
 
     Not asked of parts whose names tell it ("above or below: the top drawer, the bottom drawer").
     """
+    if len(parts) < 2:
+        return []
     first, second = (parts[i] for i in rng.permutation(len(parts))[:2])
-    a, b = (f"the {part['label']}" for part in (first, second))
-    both, out = f"{first['label']} and {second['label']}", []
-    if max(ratio := first["pixels"] / second["pixels"], 1 / ratio) > LARGER:
-        out.append(ask(rng, "size", a if ratio > 1 else b, "larger", both, a=a, b=b))
-    (x, y), told = (np.array(first["centre"]) - second["centre"]) / size, set(f"{a} {b}".split()) & set(SIDES)
-    if told:
-        return out
+    both = f"{first['label']} and {second['label']}"
+    names = {"a": f"the {first['label']}", "b": f"the {second['label']}"}
+    ratio = first["pixels"] / second["pixels"]
+    found = []
+    if max(ratio, 1 / ratio) > LARGER:
+        found.append(draw_turn(rng, "size", names["a" if ratio > 1 else "b"], "larger", both, **names))
+    if set(both.split()) & set(SIDES):
+        return found
+    x, y = (np.array(first["centre"]) - second["centre"]) / size
     if abs(x) > ASIDE:
-        out.append(ask(rng, "relation", "left" if x < 0 else "right", "left right", both, a=a, b=b))
+        found.append(draw_turn(rng, "relation", "left" if x < 0 else "right", "left right", both, **names))
     if abs(y) > ASIDE:
-        out.append(ask(rng, "relation", "above" if y < 0 else "below", "above below", both, a=a, b=b))
-    return out
+        found.append(draw_turn(rng, "relation", "above" if y < 0 else "below", "above below", both, **names))
+    return found
 
 
-def long_plan(decided: Sequence[Mapping], rng: np.random.Generator) -> Turn:
+def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """Is there a part of this kind, and how many. Where only one answer could be given nothing is asked: balance."""
+    kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
+    absent: dict[str, float] = {}
+    for (_, label), weight in words.items():
+        if (kind := label.split()[-1]) not in {p["kind"] for p in facts["parts"]}:
+            absent[kind] = absent.get(kind, 0) + weight
+    other = draw_weighted(rng, absent)
+    if not kinds or not other:
+        return []
+    yes = rng.random() < 0.5
+    kind = draw_one(rng, kinds) if yes else other
+    found = [draw_turn(rng, "presence", "yes" if yes else "no", None, kind, a=with_article(kind))]
+    kind = other if rng.random() < ABSENT_COUNT else draw_one(rng, kinds)
+    n = sum(p["kind"] == kind for p in parts)
+    return [*found, draw_turn(rng, "count", count_word(n), "count kind", kind, kinds=plural(kind))]
+
+
+# ---- the robot's questions -------------------------------------------------------------------------------------------
+
+
+def possible_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> list[Turn]:
+    """Can this be done now? At most one turn."""
+    drawn = draw_possible(facts, words, rng)
+    if drawn is None:
+        return []
+    verb, label, answer = drawn
+    action = action_words(verb, name_part(label, NOUNS[facts["category"]], rng))
+    return [draw_turn(rng, "possible", answer, None, label, act=action)]
+
+
+def draw_possible(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[str, str, str] | None:
+    """(verb, label, answer) of an action that may or may not be possible. The answer is drawn first, one half each.
+
+    Something is absent when its name is no part's name with words added or dropped: where there is a "top left drawer"
+    nobody asks for a "top drawer", but "the middle drawer" of two drawers is a fair question.
+    """
+    plain = [p for p in visible_parts(facts) if p["kind"] in PLAIN_KINDS]
+    opened = [p for p in plain if part_state(p) == "open"]
+    closed = [p for p in plain if is_at_start(p)]
+    names = [set(p["label"].split()) for p in facts["parts"]]
+    absent = {}
+    for (verb, label), weight in words.items():
+        asked = set(label.split())
+        if not any(asked <= name or name <= asked for name in names):
+            absent[verb, label] = weight
+    other = draw_weighted(rng, absent)
+    if not other or not (opened or closed):
+        return None
+    if rng.random() < 0.5:
+        part = draw_one(rng, opened + closed)
+        return "close" if part_state(part) == "open" else part["verb"], part["label"], "yes"
+    if opened and rng.random() < 0.5:
+        part = draw_one(rng, opened)
+        return part["verb"], part["label"], f"no, the {part['label']} is already open"
+    closable = [p for p in closed if part_state(p)]
+    if closable and rng.random() < CLOSE_CLOSED:
+        label = draw_one(rng, closable)["label"]
+        return "close", label, f"no, the {label} is already closed"
+    return *other, f"no, there is no {other[1]}"
+
+
+def plan_turns(decided: Sequence[Mapping], noun: str, rng: np.random.Generator) -> list[Turn]:
+    """How to work one part, or what comes next; and the next five steps of everything."""
+    if not decided:
+        return []
+    part = draw_one(rng, decided)
+    steps = list_steps(part)
+    wording = draw_one(rng, ("plan", "next"))
+    is_open = part_state(part) == "open"
+    n_done = int(rng.integers(len(steps) + 1)) if wording == "next" and not is_open else 0
+    answer = ", ".join(steps) if wording == "plan" else (*steps, "done")[n_done]
+    if is_open:
+        answer = f"nothing, the {part['label']} is already open"
+    goal = action_words(part["verb"], name_part(part["label"], noun, rng))
+    done = ", ".join(steps[:n_done]) or "nothing"
+    plan = draw_turn(rng, "plan", answer, wording, part["label"], act=goal, done=done)
+    return [plan, five_steps_turn(decided, rng)]
+
+
+def five_steps_turn(decided: Sequence[Mapping], rng: np.random.Generator) -> Turn:
     """The next five steps towards working every part that is still closed, with or without some of them done."""
-    todo = [step for p in decided if state(p) != "open" for step in (*steps(p), "let go")]
-    wording = pick(rng, ASK["five"])
-    n_done = int(rng.integers(min(len(todo), 3) + 1)) if "{done}" in wording else 0
-    answer = ", ".join(todo[n_done : n_done + FIVE]) or "nothing, everything is already open"
-    goal = "use every part that is still closed" if len(decided) > 1 else act(decided[0]["verb"], "the part that moves")
+    steps = [step for p in decided if part_state(p) != "open" for step in (*list_steps(p), "let go")]
+    wording = draw_one(rng, ASK["five"])
+    n_done = int(rng.integers(min(len(steps), 3) + 1)) if "{done}" in wording else 0
+    answer = ", ".join(steps[n_done : n_done + FIVE]) or "nothing, everything is already open"
+    goal = "use every part that is still closed"
+    if len(decided) == 1:
+        goal = action_words(decided[0]["verb"], "the part that moves")
     names = " and ".join(p["label"] for p in decided)
-    return Turn("plan", wording.format(act=goal, done=", ".join(todo[:n_done]) or "nothing"), answer, names)
+    return Turn("plan", wording.format(act=goal, done=", ".join(steps[:n_done]) or "nothing"), answer, names)
 
 
-def future(part: Mapping, push: bool) -> str:
+def future_turns(decided: Sequence[Mapping], noun: str, rng: np.random.Generator) -> list[Turn]:
+    """What a pull or a push will do to one part."""
+    movable = [p for p in decided if p["verb"] == "open" or p["verb"] in FUTURE]
+    movable = [p for p in movable if p["primitive"] == "pull" or part_state(p) != "open"]
+    if not movable:
+        return []
+    part = draw_one(rng, movable)
+    push = part["primitive"] == "push" or (part_state(part) is not None and rng.random() < 0.4)
+    the = name_part(part["label"], noun, rng)
+    wording = "future push" if push else None
+    return [draw_turn(rng, "future", tell_future(part, push), wording, part["label"], the=the)]
+
+
+def tell_future(part: Mapping, push: bool) -> str:
     """What a pull at a part, or a push against it, will do to it as it stands."""
     if push and part["primitive"] == "pull":
-        return (
-            f"the {part['label']} closes"
-            if state(part) == "open"
-            else f"nothing, the {part['label']} is already closed"
-        )
+        closes = part_state(part) == "open"
+        return f"the {part['label']} closes" if closes else f"nothing, the {part['label']} is already closed"
     opens = "slides out" if part["joint"] == "prismatic" else "swings open"
     return f"the {part['label']} {FUTURE.get(part['verb'], opens)}"
 
@@ -453,54 +527,20 @@ def event_turns(event: Mapping, parts: Sequence[Mapping], noun: str, rng: np.ran
     now = {p["label"]: p for p in parts}
     goal, acted = now.get(event["goal"]), now.get(event["acted"])
     whole, naming = [], []
-    if acted and state(acted):
+    if acted and part_state(acted):
         did = f"{PAST[acted['verb']]} the {acted['label']}"
-        whole.append(ask(rng, "past", did if state(acted) == "open" else "nothing, the attempt failed"))
-    if goal and state(goal) and event["success"] == (state(goal) == "open"):
-        goal_act = act(goal["verb"], named(goal["label"], noun, rng))
-        naming.append(ask(rng, "success", "yes" if event["success"] else "no", None, goal["label"], act=goal_act))
+        whole.append(draw_turn(rng, "past", did if part_state(acted) == "open" else "nothing, the attempt failed"))
+    if goal and part_state(goal) and event["success"] == (part_state(goal) == "open"):
+        action = action_words(goal["verb"], name_part(goal["label"], noun, rng))
+        naming.append(draw_turn(rng, "success", "yes" if event["success"] else "no", None, goal["label"], act=action))
     return whole, naming
 
 
-def possible(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[str, str, str] | None:
-    """(verb, label, answer) of an action that may or may not be possible. The answer is drawn first, one half each.
-
-    Something is absent when its name is no part's name with words added or dropped: where there is a "top left drawer"
-    nobody asks for a "top drawer", but "the middle drawer" of two drawers is a fair question.
-    """
-    plain = [p for p in visible_parts(facts) if p["kind"] in PLAIN_KINDS]
-    opened, closed = [p for p in plain if state(p) == "open"], [p for p in plain if ready(p)]
-    names = [set(p["label"].split()) for p in facts["parts"]]
-    absent = {}
-    for (verb, label), weight in words.items():
-        asked = set(label.split())
-        if not any(asked <= name or name <= asked for name in names):
-            absent[verb, label] = weight
-    other = draw(rng, absent)
-    if not other or not (opened or closed):
-        return None
-    if rng.random() < 0.5:
-        part = pick(rng, opened + closed)
-        return "close" if state(part) == "open" else part["verb"], part["label"], "yes"
-    if opened and rng.random() < 0.5:
-        part = pick(rng, opened)
-        return part["verb"], part["label"], f"no, the {part['label']} is already open"
-    closable = [p for p in closed if state(p)]
-    if closable and rng.random() < CLOSE_CLOSED:
-        label = pick(rng, closable)["label"]
-        return "close", label, f"no, the {label} is already closed"
-    return *other, f"no, there is no {other[1]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 def turns(
-    facts: Mapping,
-    rng: np.random.Generator,
-    allowed: str = "all",
-    shares: Mapping[str, float] | None = None,
+    facts: Mapping, rng: np.random.Generator, allowed: str = "all", shares: Mapping[str, float] | None = None
 ) -> list[Turn]:
     """All questions about one picture; the same facts and the same state of rng give the same turns.
 
@@ -521,8 +561,9 @@ def turns(
     nouns, words = vocabulary(tuple((shares or dict.fromkeys((*SEEN, GADGET), 1.0)).items()))
     whole, naming = general_turns(facts, nouns, rng)
     if allowed == "all":
-        for group, more in zip((whole, naming), part_turns(facts, words, rng), strict=True):
-            group += more
+        more_whole, more_naming = part_turns(facts, words, rng)
+        whole += more_whole
+        naming += more_naming
     found: dict[str, Turn] = {}
     for turn in [group[i] for group in (whole, naming) for i in rng.permutation(len(group))]:
         found.setdefault(turn.question, turn)  # "Is there a door?" can come up twice: for the object and for a part
@@ -533,21 +574,17 @@ def dialogue(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
     """Three to five turns in a natural order: what it is, its colour, its parts, what is possible, a plan."""
     found: dict[str, Turn] = {}
     for turn in turns(facts, rng):
-        named_part = turn.family in ("state", "possible", "plan")
-        if (turn.part is not None) == named_part:
-            found.setdefault(turn.family, turn)
+        names_part = turn.question_type in ("state", "possible", "plan")
+        if (turn.part is not None) == names_part:
+            found.setdefault(turn.question_type, turn)
     if "state" in found and "possible" in found:
-        del found[pick(rng, ("state", "possible"))]
-    out = [found[family] for family in ("object", "colour", "parts", "state", "possible", "plan") if family in found]
-    return out if len(out) >= 3 else [*out, found["caption"]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LLaVA's layout
+        del found[draw_one(rng, ("state", "possible"))]
+    said = [found[name] for name in ("object", "colour", "parts", "state", "possible", "plan") if name in found]
+    return said if len(said) >= 3 else [*said, found["caption"]]
 
 
 def to_llava(record_id: str, image: str | None, turns: Sequence[Turn]) -> dict:
-    """{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", "value": ..}, ..]}.
+    """LLaVA's {"id", "image", "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", ..}]}.
 
     image: path relative to the data folder, or None for text alone. ValueError without turns.
     """

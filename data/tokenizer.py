@@ -3,7 +3,6 @@
     ranks = train_ranks(texts, size=768)            # learn merges on our own questions and answers
     write_ranks("data/vocab.tiktoken", ranks)       # tiktoken's file format: base64(token) rank, one a line
     encoding = load_encoding("data/vocab.tiktoken") # a tiktoken.Encoding
-    encoding = read_tokenizer_json("mamba-130m-hf/tokenizer.json")  # the published models' own 50,277 tokens, too
     python -m data.tokenizer "open the top drawer: (37,52)" [data/vocab.tiktoken]     # look at the pieces
 
 How the ids are laid out (R = number of ranks):
@@ -20,23 +19,23 @@ Longer numbers fall into pairs from the left ("2024" = "20" "24"; "123" = "12" "
 Text that people wrote goes through `encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
 Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
 Differs: RoboMamba uses GPT-NeoX's 50,280 tokens; a laptop-sized model cannot afford to learn that embedding. Whoever
-starts from published weights gets exactly those tokens (`read_tokenizer_json`), without the number tokens above.
+starts from published weights gets exactly those tokens (common/published.py), without the number tokens above.
 """
 
 import base64
 import binascii
 import collections
 import heapq
-import json
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
 import tiktoken
 
-from common.files import write_text
+from common import published
+from common.files import read_json, write_json, write_text
+from common.published import PublishedEncoding
 
 # two digits | a lone digit | a word, with the space before it | one mark, with the space before it | one white space.
 # Every character falls into some branch: tiktoken silently DROPS text that its pattern does not match.
@@ -44,12 +43,11 @@ PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
 
 NUMBER_BASE = 256  # id of "00"; number n is NUMBER_BASE + n
 NUMBERS = 100
+MAX_ID = 2**20  # ids of any tokenizer lie below
 END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (END, USER, ASSISTANT)  # ids R, R+1, R+2
 
-# The published models cut text with GPT-2's pattern; "special_tokens.json" beside a ranks file says that it is theirs.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPECIAL_FILE = "special_tokens.json"
+SPECIAL_FILE = "special_tokens.json"  # beside a ranks file: the tokenizer is a published one (PublishedEncoding)
 
 
 def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
@@ -170,143 +168,49 @@ def load_encoding(path: str | Path) -> tiktoken.Encoding:
     """
     extra = Path(path).with_name(SPECIAL_FILE)
     if extra.is_file():
-        try:
-            special, added = (json.loads(extra.read_text())[key] for key in ("special", "added"))
-            return PublishedEncoding(read_ranks(path, ours=False), special, added)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{extra}: not written by this project ({error})") from None
+        return read_published(path, extra)
     ranks = read_ranks(path)
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
     return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_published(path: str | Path, extra: Path) -> PublishedEncoding:
+    """A published tokenizer from the two files that `write_encoding` made of it."""
+    ranks = read_ranks(path, ours=False)
+    tables = read_json(extra, dict)
+    taken = set(ranks.values())
+    for key in ("special", "added"):
+        table = tables.get(key)
+        if not isinstance(table, dict):
+            raise ValueError(f"{extra}: {key!r} is not a table of tokens and ids")
+        for token, i in table.items():
+            if type(i) is not int or not 0 <= i < MAX_ID or i in taken or not token:
+                raise ValueError(f"{extra}: {key} token {token!r} has the id {i!r}; expected a free one below {MAX_ID}")
+            taken.add(i)
+    missing = set(SPECIAL_TOKENS) - set(tables["special"])
+    if missing or not ranks:
+        raise ValueError(f"{extra}: no token {', '.join(sorted(missing))}, or no ranks in {Path(path).name}")
+    return PublishedEncoding(ranks, tables["special"], tables["added"])
 
 
 def write_encoding(path: str | Path, encoding: tiktoken.Encoding) -> None:
     """Write the ranks to `path` and, for a published tokenizer, the rest to SPECIAL_FILE beside it."""
     extra = Path(path).with_name(SPECIAL_FILE)
     if isinstance(encoding, PublishedEncoding):
-        write_text(extra, json.dumps({"special": encoding.special, "added": encoding.added}, indent=1) + "\n")
+        write_json(extra, {"special": encoding.special, "added": encoding.added})
     else:
         extra.unlink(missing_ok=True)  # of another model that lay here
     write_ranks(path, encoding._mergeable_ranks)
 
 
+def read_tokenizer_json(path: str | Path) -> PublishedEncoding:
+    """A published models' tokenizer.json, with USER and ASSISTANT behind its own ids (common/published.py)."""
+    return published.read_tokenizer_json(path, END, (USER, ASSISTANT))
+
+
 def has_number_tokens(encoding: tiktoken.Encoding) -> bool:
     """Whether ids NUMBER_BASE .. NUMBER_BASE + 99 are the numbers 00 .. 99, as in our own vocabulary."""
     return not isinstance(encoding, PublishedEncoding)
-
-
-# ---- published tokenizers --------------------------------------------------------------------------------------------
-
-
-class PublishedEncoding(tiktoken.Encoding):
-    """The tokenizer of published Mamba weights (GPT-NeoX-20b's) as a tiktoken.Encoding.
-
-    Args     ranks: token -> id. special: name -> id, never made from typed text. added: text -> id, cut out of the text
-             before the merges (GPT-NeoX: runs of 2 .. 24 spaces), the longest first.
-    Text is put into Unicode's composed form (NFC) first, as the published models do (by Python's tables; marks younger
-    than the tables of the `tokenizers` package may be ordered otherwise there).
-    """
-
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], added: dict[str, int]):
-        self.special, self.added = special, added
-        longest_first = sorted(map(regex.escape, added), key=len, reverse=True)
-        self._cut = regex.compile(f"({'|'.join(longest_first)})" if added else r"(\b\B)")  # or what never matches
-        super().__init__("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special | added)
-
-    def _pieces(self, text: str, encode: Callable) -> list[int]:
-        ids = []
-        for i, part in enumerate(self._cut.split(unicodedata.normalize("NFC", text))):
-            ids += [self.added[part]] if i % 2 else encode(part)
-        return ids
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self._pieces(text, super().encode_ordinary)
-
-    def encode(self, text: str, **options) -> list[int]:
-        plain = super().encode
-        return self._pieces(text, lambda part: plain(part, **options))
-
-
-def alphabet() -> dict[str, int]:
-    """Character -> byte in tokenizer.json: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
-    printable = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-def merged(token: bytes, order: dict[tuple[bytes, bytes], int]) -> tuple[list[bytes], int]:
-    """Byte-pair encoding by a list of merges: the pieces of `token`, and the number of the last merge (-1: none)."""
-    pieces, last = [bytes([b]) for b in token], -1
-    while found := [(order[p], i) for i, p in enumerate(zip(pieces, pieces[1:], strict=False)) if p in order]:
-        last, i = min(found)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces, last
-
-
-def read_tokenizer_json(path: str | Path) -> PublishedEncoding:
-    """A published `tokenizer.json` (byte-level BPE, the layout of GPT-NeoX-20b) with its own ids.
-
-    USER and ASSISTANT get the first ids after the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
-    published embedding of 50,280.
-
-    Merges to ranks: such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours
-    whose SPELLING has an id, lowest id first. Both cut every text alike if each token, encoded alone by the listed
-    merges, comes out whole, and if ids grow with the merge that completes their token: then no pair spells a token in a
-    way that is not listed (it would have shown when the token was encoded alone), and the order is the same. Both are
-    checked here.
-
-    Raises   ValueError naming the file and what in it is missing, or would need another encoder.
-    """
-    path = Path(path)
-    try:
-        file = json.loads(path.read_text(encoding="utf-8"))
-        model, extra = file["model"], file["added_tokens"]
-        byte_of, added_names = alphabet(), {t["content"] for t in extra}
-        ids = {
-            bytes(byte_of[c] for c in token): int(i)
-            for token, i in model["vocab"].items()
-            if token not in added_names and all(c in byte_of for c in token)
-        }
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        order = {tuple(bytes(byte_of[c] for c in part) for part in pair): i for i, pair in enumerate(pairs)}
-        expected = {"model.type": (model["type"], "BPE"), "pre_tokenizer": (file["pre_tokenizer"]["type"], "ByteLevel")}
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-            expected[f"model.{key}"] = (model.get(key) or None, None)
-        for key in ("byte_fallback", "ignore_merges"):
-            expected[f"model.{key}"] = (model.get(key, False), False)
-        expected["pre_tokenizer.add_prefix_space"] = (file["pre_tokenizer"].get("add_prefix_space", True), False)
-        expected["pre_tokenizer.use_regex"] = (file["pre_tokenizer"].get("use_regex", True), True)
-        expected["normalizer"] = ((file.get("normalizer") or {}).get("type", "NFC"), "NFC")
-        for token in extra:
-            for key in ("single_word", "lstrip", "rstrip"):
-                expected[f"added_tokens {token['content']!r}.{key}"] = (token.get(key, False), False)
-        special = {t["content"]: int(t["id"]) for t in extra if t.get("special")}
-        added = {t["content"]: int(t["id"]) for t in extra if not t.get("special")}
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); published Mamba -hf folders hold one") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    for key, (found, wanted) in expected.items():
-        if found != wanted:
-            raise ValueError(f"{path}: {key} is {found!r}, this encoder knows {wanted!r} only")
-    if END not in special:
-        raise ValueError(f"{path}: no special token {END!r}, which ends every answer")
-
-    completed = {}  # token -> the merge that completes it
-    for token in ids:
-        pieces, completed[token] = merged(token, order)
-        if len(pieces) > 1:
-            raise ValueError(f"{path}: no merges make the token {token!r}")
-    learned = sorted((t for t in ids if len(t) > 1), key=ids.__getitem__)
-    for a, b in zip(learned, learned[1:], strict=False):
-        if completed[a] > completed[b]:
-            raise ValueError(f"{path}: the ids of {a!r} and {b!r} do not grow with their merges")
-    taken = [*ids.values(), *special.values(), *added.values()]
-    if len(set(taken)) != len(taken) or min(taken) < 0 or max(taken) >= 2**20:
-        raise ValueError(f"{path}: an id is used twice or lies outside 0 .. {2**20}")
-    for name in (USER, ASSISTANT):
-        special.setdefault(name, max(*taken, *special.values()) + 1)
-    return PublishedEncoding(ids, special, added)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Assignment mode, for teachers: eight exercises, a student's tree without their solutions, a grader.
+"""Assignments, for teachers: eight exercises, a student's tree without their solutions, a grader.
 
     python -m extras.assignments --student OUT                     # this repository, solutions left out
     python -m extras.assignments --student OUT --exercises 1,2,3   # the others stay solved
@@ -8,32 +8,40 @@ A solution stands between two comment lines, `# exercise N: what` and `# end of 
 several such places. In the student's tree NotImplementedError stands there; docstrings, tests and all else stay. Files
 that give answers away are left out (TEACHER_ONLY). Students run `pytest -m exN`.
 
-The grader runs `pytest -m exN` with ITS OWN copy of tests/test_exercises.py, no conftest and no plugins; of the tree's
-tests it uses adapters.py alone. Data comes from another seed than the student's (--seed, kept in the score). An
-exercise gives its points in proportion to its passed tests. Each runs in a process of its own, stopped after --seconds
-of CPU time or ten times that on the clock, so a syntax error, a crash or an endless loop costs only the exercises that
-it touches. It is no sandbox: a student's code may do all that the teacher's account may, so grade strangers in a
-container. Linux and macOS.
+The grader runs the same checks (tests/test_exercises.py), in its own process and on data from another seed. A student's
+process only returns numbers: the check draws inputs, sends them, and compares what comes back, so a submission earns
+points by right numbers alone. (One number is a count that a submission could understate: what autograd keeps in
+exercise 3; results and gradients must be right as well.) An exercise gives points in proportion to its passed checks.
+
+Each submission runs on a copy of its .py files, with limits on time, memory, file size and no further processes. Where
+`unshare` is allowed (Linux), it has a root directory of its own, which holds Python and that copy only, no network, and
+ends with all that it started. Where it is not, the grader says so: then grade strangers in a container each.
 """
 
 import argparse
 import contextlib
-import gc
-import importlib
+import ctypes
+import importlib.util
 import json
 import os
 import re
-import resource
+import secrets
+import select
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common.files import write_text
+import numpy as np
 
-ROOT = Path(__file__).parent.parent
+from common.files import write_json
+from common.scripts import run_main
+
+ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = {  # in teaching order: title, points
     1: ("discretisation", 10),
     2: ("the reference scan", 10),
@@ -44,35 +52,18 @@ EXERCISES = {  # in teaching order: title, points
     7: ("6D rotation and geodesic loss", 10),
     8: ("back-projection of a pixel", 10),
 }
-SHIPPED = (
-    "*.py",
-    "*.md",
-    "*.toml",
-    "*.txt",
-    "*.cff",
-    "LICENSE",
-    "Makefile",
-    ".gitignore",
-    ".ci/*",
-    "data/*.*",
-    "sim/*.*",
-    "common/*.*",
-    "extras/*.*",
-)
-SHIPPED += ("data/figures/*", "data/pretrained/**/*", "data/results/*", "tests/*.py")
+SHIPPED = ("*.*", "LICENSE", "Makefile", ".gitignore", ".ci/*", "tests/*.py", "common/*.py", "extras/*.*", "sim/*.*")
+SHIPPED += ("data/*.*", "data/figures/*", "data/results/*", "data/pretrained/**/*")
 TEACHER_ONLY = {
-    "tests/test_assignments.py": "holds the wrong answers",
+    "tests/test_extras_assignments.py": "holds the wrong answers",
     "tests/test_scan.py": "writes the recurrence out, and its bugs",
 }
-PRELOAD = (
-    "pytest",
-    "torch",
-    "PIL.Image",
-    "safetensors.torch",
-    "tiktoken",
-    "regex",
-)  # once, not in each process of the grader
 BEGIN, END = re.compile(r"( *)# exercise (\d+): (.+)"), re.compile(r" *# end of exercise (\d+)")
+SOURCE_BYTES, SOURCE_FILES = 2**20, 1000  # of a submission; larger files, and more of them, are not copied
+REPLY_BYTES, START_SECONDS = 2**22, 120  # the longest answer; how long loading torch may take
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")  # what Python stands on
+NOBODY = 65534
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1"}
 
 
 # ---- a student's tree ------------------------------------------------------------------------------------------------
@@ -83,17 +74,20 @@ def solutions(text: str, file: str) -> list[tuple[int, int, int]]:
 
     Raises: ValueError naming the file and line of a marker without its partner, or of an unknown exercise.
     """
-    found, open_at = [], None  # (exercise, line)
+    found = []
+    opened = None  # (exercise, line)
     for i, line in enumerate(text.splitlines()):
-        begin, end = BEGIN.fullmatch(line), END.fullmatch(line)
-        number = int((begin and begin[2]) or (end and end[1]) or 0)
-        if (begin and (open_at or number not in EXERCISES)) or (end and (not open_at or open_at[0] != number)):
+        begin = BEGIN.fullmatch(line)
+        end = END.fullmatch(line)
+        if begin and not opened and int(begin[2]) in EXERCISES:
+            opened = (int(begin[2]), i)
+        elif end and opened and int(end[1]) == opened[0]:
+            found.append((opened[0], opened[1] + 1, i))
+            opened = None
+        elif begin or end:
             raise ValueError(f"{file}:{i + 1}: {line.strip()!r} has no partner, or there is no such exercise")
-        if end:
-            found.append((number, open_at[1] + 1, i))
-        open_at = (number, i) if begin else None if end else open_at
-    if open_at:
-        raise ValueError(f"{file}:{open_at[1] + 1}: exercise {open_at[0]} has no `# end of exercise {open_at[0]}`")
+    if opened:
+        raise ValueError(f"{file}:{opened[1] + 1}: exercise {opened[0]} has no `# end of exercise {opened[0]}`")
     return found
 
 
@@ -103,8 +97,7 @@ def stub(text: str, file: str, exercises=tuple(EXERCISES)) -> str:
     for number, first, end in reversed(solutions(text, file)):
         if number in exercises:
             indent, _, what = BEGIN.fullmatch(lines[first - 1]).groups()
-            error = f'raise NotImplementedError("exercise {number}, {what}: {file}")'
-            lines[first:end] = [indent + error]
+            lines[first:end] = [f'{indent}raise NotImplementedError("exercise {number}, {what}: {file}")']
     return "\n".join(lines) + "\n"
 
 
@@ -113,7 +106,8 @@ def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
 
     Raises: ValueError where `out` exists, or an exercise is marked nowhere.
     """
-    out, places = Path(out), {}
+    out = Path(out)
+    places = {}
     if out.exists():
         raise ValueError(f"{out}: exists; name a new folder")
     partial = Path(f"{out}.tmp{os.getpid()}")
@@ -125,11 +119,11 @@ def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, partial / file)
             if path.suffix == ".py":
-                text = stub(path.read_text(), file, exercises)
+                text = stub(path.read_text("utf-8"), file, exercises)
                 for number, first, _ in solutions(text, file):
                     if number in exercises:
                         places.setdefault(number, []).append(f"{file}:{first + 1}")
-                (partial / file).write_text(text)
+                (partial / file).write_text(text, "utf-8")
         missing = [number for number in exercises if number not in places]
         if missing:
             raise ValueError(f"{ROOT}: no marked solution of exercise {missing[0]}")
@@ -141,150 +135,245 @@ def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
     return dict(sorted(places.items()))
 
 
+# ---- a student's process ---------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """What the student's code raised."""
+
+
+class Ended(Exception):
+    """How the student's process ended before it answered."""
+
+
+def copy_sources(tree: Path, out: Path) -> None:
+    """The .py files of a submission but its tests. No links and pipes: they may lead to what is not its own."""
+    copied = 0
+    for folder, folders, files in os.walk(tree):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "site-packages")
+        for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):
+            regular = path.is_file() and not path.is_symlink() and path.stat().st_size <= SOURCE_BYTES
+            if regular and not path.name.startswith("test_") and copied < SOURCE_FILES:
+                (out / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, out / path.relative_to(tree))
+                copied += 1
+
+
+def new_root(root: Path, visible: list, hidden: list) -> str:
+    """A shell script that makes a root directory of read-only places and goes there; the next line is run in it."""
+    lines = ["set -e", f"mount -t tmpfs -o size=64m none {root}", f"mkdir -m 1777 {root}/tmp"]
+
+    def show(place):
+        inside = shlex.quote(f"{root}{place}")
+        made = f"mkdir -p {inside}" if Path(place).is_dir() else f"mkdir -p $(dirname {inside}); touch {inside}"
+        lines.append(f"{made}; mount --bind {shlex.quote(str(place))} {inside}; mount -o remount,bind,ro {inside}")
+
+    for place in filter(os.path.exists, SYSTEM):
+        show(place)
+    for inside in (shlex.quote(f"{root}{place}") for place in hidden):  # where a tree lies within /usr
+        lines.append(f"if [ -d {inside} ]; then mount -t tmpfs none {inside}; fi")
+    for place in visible:
+        show(place)
+    lines += [
+        f"mkdir {root}/old",
+        f"cd {root}",
+        "pivot_root . old",
+        "cd /",
+        "mkdir proc",
+        "mount -t proc none proc",
+        "umount -l old",
+    ]
+    return "\n".join(lines)
+
+
+def isolations(work: Path, root: Path, hidden: list):
+    """(command before Python's, options of Popen, what it is), the strictest first."""
+    python = dict.fromkeys([Path(sys.base_prefix), Path(sys.prefix), work])  # in this order, without repetition
+    drop = "exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all"
+    unshare = ["unshare", "--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child"]
+    other = os.geteuid() == 0
+    if other:
+        drop += f" --reuid={NOBODY} --regid={NOBODY} --clear-groups"
+    else:
+        unshare += ["--user", "--map-root-user"]
+    script = new_root(root, list(python), hidden) + f'\n{drop} "$@"'
+    if shutil.which("unshare"):
+        yield [*unshare, "sh", "-c", script, "sh"], {}, "a root directory of its own, no network"
+    if other:
+        options = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        yield [], options, "another account, but no namespaces: it can read what everybody can"
+    yield [], {}, "the teacher's account and no namespaces: use a container for each submission"
+
+
+def children() -> set[int]:
+    """Processes whose parent is this one (Linux)."""
+    with contextlib.suppress(OSError):
+        return {int(pid) for pid in Path("/proc/thread-self/children").read_text().split()}
+    return set()
+
+
+class Student:
+    """A submission's process, started when it is first asked and again after it has died."""
+
+    def __init__(self, folder: Path, tree: Path, hidden: list, seconds: int):
+        """folder: an empty one, for the copy of `tree`; seconds: CPU time in all."""
+        self.work = folder / "work"
+        self.root = folder / "root"
+        self.seconds = seconds
+        self.process = None
+        self.before = children()
+        self.root.mkdir()
+        copy_sources(tree, self.work / "tree")
+        shutil.copyfile(ROOT / "tests/exercise_calls.py", self.work / "exercise_calls.py")
+        os.chmod(folder, 0o755)
+        path = [str(self.work), *(p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix)))]
+        serve = f"import sys; sys.path[:] = {path}; import exercise_calls; exercise_calls.serve"
+        python = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c"]
+        for before, options, isolation in isolations(self.work, self.root, hidden):
+            self.command = [*before, *python, f"{serve}({str(self.work / 'tree')!r}, {seconds})"]
+            self.options = options
+            self.isolation = isolation
+            test = [*before, *python, f"import sys; sys.path[:] = {path}; import numpy"]
+            with contextlib.suppress(OSError):
+                if subprocess.run(test, capture_output=True, env=ENVIRONMENT, **options).returncode == 0:
+                    break
+        self.end = 0.0  # time.monotonic() at which the next answer must be there
+
+    def call(self, name: str, *arguments, weights=None, count=False) -> dict:
+        """`exercise_calls.answer` in the student's process. Raises: Failed, Ended."""
+        if self.process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self.process = subprocess.Popen(
+                self.command,
+                env=ENVIRONMENT,
+                start_new_session=True,
+                pipesize=2**20,
+                bufsize=0,
+                **pipes,
+                **self.options,
+            )
+            left = self.end - time.monotonic()
+            self.read(time.monotonic() + START_SECONDS)
+            self.end = time.monotonic() + left
+        asked = {"name": name, "arguments": arguments, "weights": weights, "count": count}
+        with contextlib.suppress(BrokenPipeError):  # then it has ended, which `read` finds
+            self.process.stdin.write(json.dumps(asked, default=np.ndarray.tolist).encode() + b"\n")
+        reply = self.read(self.end)
+        if "error" in reply:
+            raise Failed(reply["error"])
+        return reply
+
+    def read(self, end: float) -> dict:
+        pipe = self.process.stdout
+        text = b""
+        while not text.endswith(b"\n"):
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                raise Ended("was stopped, out of time")
+            part = os.read(pipe.fileno(), 2**16)
+            text += part
+            if not part or len(text) > REPLY_BYTES:
+                raise Ended("ended" if not part else "was stopped, its answer is too long")
+        try:
+            reply = json.loads(text)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise Ended("was stopped, its answer is not readable")
+        return reply
+
+    def stop(self) -> None:
+        """Kill the process and, one generation after the other, whatever it has left behind."""
+        if self.process is None:
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+        while left := children() - self.before:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+
 # ---- the grader ------------------------------------------------------------------------------------------------------
 
 
-class Record:
-    """A pytest plugin: one JSON line for all that happens, so that a process which dies leaves what it knew."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a", buffering=1)
-
-    def pytest_sessionstart(self):  # not before: pytest itself is loaded from where its bytecode is
-        sys.pycache_prefix = str(Path(self.file.name).parent / "bytecode")  # nothing is written into the tree
-
-    def note(self, **event):
-        self.file.write(json.dumps(event) + "\n")
-
-    def pytest_collection_finish(self, session):
-        self.note(collected=[item.name for item in session.items])
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            lines = [line[1:].strip() for line in str(report.longrepr).splitlines() if line.startswith("E")]
-            self.note(error=" ".join(lines)[-500:])
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or not report.passed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = " ".join((crash.message if crash else str(report.longrepr or "")).split())
-            message = re.sub(r"^AssertionError: |^Failed: ", "", message)[:500]
-            if crash and Path(crash.path).name != "test_exercises.py":
-                message += f" ({os.path.relpath(crash.path)}:{crash.lineno})"
-            self.note(test=report.nodeid.split("::")[-1], passed=report.outcome == "passed", message=message)
-
-    def pytest_sessionfinish(self):
-        self.note(finished=True)
+def load_checks():
+    """The module tests/test_exercises.py of this repository."""
+    path = ROOT / "tests/test_exercises.py"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; grade from a checkout of the repository")
+    spec = importlib.util.spec_from_file_location("exercises_of_the_grader", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _run_pytest(tree: Path, exercise: int, seed: int, folder: Path) -> None:
-    """In a process of its own: `pytest -m exN` on `folder`/test_exercises.py with the code of `tree`."""
-    import pytest
-    import torch
-
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    gc.freeze()  # what is loaded already need not be looked through again; that is half of a run's time
-    torch.set_num_threads(1)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("data", "sim", "common", "extras")]:
-        del sys.modules[name]  # ours; the tree has its own
-    # What the tree lacks must not come from us: neither by a path, nor by pip's finder of an editable installation.
-    sys.path[:] = [str(tree / "tests"), str(tree), *(p for p in sys.path if not Path(p, "selective_scan.py").exists())]
-    sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-    os.environ |= {"EXERCISE_SEED": str(seed), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    os.chdir(tree)
-    options = ["--noconftest", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "-p", "no:cacheprovider"]
-    options += ["-q", "--tb=short", "-m", f"ex{exercise}", str(folder / "test_exercises.py")]
-    pytest.main(options, plugins=[Record(folder / f"ex{exercise}.jsonl")])
+def said(error) -> str:
+    """One printable line about an error, never empty."""
+    text = "".join(c if c.isprintable() else " " for c in f"{error}"[:600])
+    return " ".join(text.split()) or type(error).__name__
 
 
-def _in_a_process(seconds: int, function, *args) -> str:
-    """Run `function` in a fork of this process; how it ended: "" by itself, else why not."""
-    child = os.fork()
-    if not child:
-        os.setpgid(0, 0)  # so that it can be stopped with all that it starts
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # its own time: others may be busy too
-        with contextlib.suppress(BaseException):
-            function(*args)
-        os._exit(0)
-    code, end = None, time.monotonic() + 10 * seconds
-    try:
-        while code is None and time.monotonic() < end:
-            time.sleep(0.01)
-            done, status = os.waitpid(child, os.WNOHANG)
-            code = os.waitstatus_to_exitcode(status) if done else None
-    finally:
-        with contextlib.suppress(OSError):
-            os.killpg(child, signal.SIGKILL)
-        if code is None:
-            os.waitpid(child, 0)
-    if code in (None, -signal.SIGXCPU):
-        return f"was stopped after {seconds} s"
-    return "" if code == 0 else f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-
-
-def grade_exercise(tree: Path, exercise: int, seed: int, seconds: int, folder: Path) -> dict:
-    """One exercise: {points, max_points, title, passed: [test], failed: {test: message}, message}."""
-    ended = _in_a_process(seconds, _run_pytest, tree, exercise, seed, folder)
-    record, events = folder / f"ex{exercise}.jsonl", []
-    for line in record.read_text().splitlines() if record.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a process that was stopped
-            events.append(json.loads(line))
-    tests = next((e["collected"] for e in events if "collected" in e), [])
-    results = {e["test"]: e for e in events if "test" in e}
-    message = next((e["error"] for e in events if "error" in e), "")
-    if not any("finished" in e for e in events):
-        running = next((test for test in tests if test not in results), "loading the tests")
-        message = f"the process {ended or 'ended by itself'} in {running}"
-    passed = [test for test in tests if test in results and results[test]["passed"]]
-    failed = {test: results[test]["message"] if test in results else "not run" for test in tests if test not in passed}
+def grade_exercise(student: Student, exercise: int, checks, seed: int, seconds: int) -> dict:
+    """One exercise: {points, max_points, title, passed: [check], failed: {check: message}, message}."""
     title, most = EXERCISES[exercise]
-    points = round(most * len(passed) / len(tests), 1) if tests else 0.0
-    score = {"points": points, "max_points": most, "title": title, "passed": passed, "failed": failed}
-    return score | {"message": message}
+    names = [name for name, (number, _) in checks.CHECKS.items() if number == exercise]
+    passed = []
+    failed = {}
+    message = ""
+    student.end = time.monotonic() + seconds
+    for name in names:
+        try:
+            if message:
+                raise Failed("not run")
+            checks.run(name, student.call, seed)
+            passed.append(name)
+        except Ended as ended:
+            message = f"the process {ended}, in {name}"
+            failed[name] = message
+            student.stop()
+        except Exception as error:  # a check that cannot even use what came back has failed too
+            failed[name] = said(error)
+    points = round(most * len(passed) / len(names), 1)
+    score = {"points": points, "max_points": most, "title": title, "passed": passed}
+    return score | {"failed": failed, "message": message}
 
 
-def grade(tree, exercises=tuple(EXERCISES), seed: int = 1, seconds: int = 60) -> dict:
-    """The score of a tree: {points, max_points, message, exercises: {number: as `grade_exercise` says}}.
+def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int = 20, hidden=()) -> dict:
+    """The score of a tree: {points, max_points, message, isolation, exercises: {number: as `grade_exercise` says}}.
 
+    Args: seconds, of one exercise; hidden, folders that the student's process must not see.
     Raises: ValueError where `tree` is no folder. Whatever is wrong inside it is a result.
     """
     tree = Path(tree).resolve()
     if not tree.is_dir():
         raise ValueError(f"{tree}: no such folder; name the root of a student's tree")
-    there = (tree / "tests/adapters.py").is_file()
-    message = "" if there else "tests/adapters.py: no such file, so nothing could be tested"
-    scores = {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        shutil.copy(ROOT / "tests/test_exercises.py", folder)
-        (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = ignore\n")
-        for number in exercises:
-            if there:
-                scores[number] = grade_exercise(tree, number, seed, seconds, folder)
-            else:
-                title, most = EXERCISES[number]
-                scores[number] = {"points": 0.0, "max_points": most, "title": title, "passed": [], "failed": {}}
-                scores[number]["message"] = message
+    with tempfile.TemporaryDirectory(prefix="grading-") as folder:
+        student = Student(Path(folder), tree, [ROOT, tree, *hidden], seconds * len(exercises))
+        there = (student.work / "tree/tests/adapters.py").is_file()
+        message = "" if there else "tests/adapters.py: no such file, so nothing could be tested"
+        try:
+            scores = {n: grade_exercise(student, n, checks, seed, seconds) for n in exercises}
+        finally:
+            student.stop()
     totals = {key: round(sum(s[key] for s in scores.values()), 1) for key in ("points", "max_points")}
-    return totals | {"message": message, "exercises": scores}
+    return totals | {"message": message, "isolation": student.isolation, "exercises": scores}
 
 
 def summary(tree, score: dict) -> str:
-    """A score for people: a line an exercise, then a line for each way in which its tests failed."""
-    lines = [f"{tree}: {score['points']:g} of {score['max_points']:g} points", "  exercise  points   tests"]
+    """A score for people: a line an exercise, then a line for each way in which its checks failed."""
+    lines = [f"{tree}: {score['points']:g} of {score['max_points']:g} points", "  exercise  points   checks"]
     for number, s in score["exercises"].items():
-        points, tests = (
-            f"{s['points']:g}/{s['max_points']:g}",
-            f"{len(s['passed'])}/{len(s['passed'] + list(s['failed']))}",
-        )
-        lines.append(f"  {number:>8}  {points:8} {tests:6} {s['title']}")
-        lines += [f"            {s['message']}"] if s["message"] and s["message"] != score["message"] else []
+        points = f"{s['points']:g}/{s['max_points']:g}"
+        share = f"{len(s['passed'])}/{len(s['passed']) + len(s['failed'])}"
+        lines.append(f"  {number:>8}  {points:8} {share:6}  {s['title']}")
         for message in dict.fromkeys(s["failed"].values()):
-            tests = [test for test, said in s["failed"].items() if said == message]
-            lines.append(f"            {', '.join(tests)}: {message}")
-    return "\n".join(lines + ([f"  {score['message']}"] if score["message"] else []))
+            names = [name for name, text in s["failed"].items() if text == message]
+            lines.append(f"            {'; '.join(names)}: {message}")
+    return "\n".join(lines + [f"  {score['message']}"] * bool(score["message"]))
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -294,10 +383,10 @@ def read_numbers(text: str) -> tuple[int, ...]:
     """'1,2,3' -> (1, 2, 3)"""
     known = ", ".join(map(str, EXERCISES))
     try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        numbers = {int(part) for part in text.split(",")}
     except ValueError:
         raise ValueError(f"--exercises {text}: expected numbers with commas, of {known}") from None
-    if not set(numbers) <= set(EXERCISES):
+    if not numbers <= set(EXERCISES):
         raise ValueError(f"--exercises {text}: there are {known}")
     return tuple(sorted(numbers))
 
@@ -309,32 +398,28 @@ def main() -> None:
     task.add_argument("--grade", metavar="TREE", nargs="+", help="grade these trees")
     parser.add_argument("--exercises", default=",".join(map(str, EXERCISES)), help="only these (default: all)")
     parser.add_argument("--out", default="score.json", help="with --grade: the scores (default: score.json)")
-    parser.add_argument("--seed", type=int, default=1, help="with --grade: of the tests' data (default: 1)")
-    parser.add_argument("--seconds", type=int, default=60, help="with --grade: CPU time of an exercise (default: 60)")
+    parser.add_argument("--seed", type=int, help="with --grade: of the data (default: drawn, and kept in the scores)")
+    parser.add_argument("--seconds", type=int, default=20, help="with --grade: time of one exercise (default: 20)")
     args = parser.parse_args()
-    try:
-        exercises = read_numbers(args.exercises)
-        if args.student:
-            for number, places in write_student(args.student, exercises).items():
-                title, points = EXERCISES[number]
-                print(f"exercise {number}  {points:2} points  {title}: {', '.join(places)}")
-            print(f"wrote {args.student}, without {', '.join(TEACHER_ONLY)}")
-            return
-        if args.seed < 0 or args.seconds < 1:
-            raise ValueError(f"--seed {args.seed} must be 0 or more, --seconds {args.seconds} must be 1 or more")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        for name in PRELOAD:
-            importlib.import_module(name)
-        scores, start = {}, time.monotonic()
-        for done, tree in enumerate(args.grade, 1):
-            scores[tree] = grade(tree, exercises, args.seed, args.seconds)
-            left = (time.monotonic() - start) / done * (len(args.grade) - done)
-            print(summary(tree, scores[tree]) + (f"\n({left:.0f} s left)" if left else ""), flush=True)
-            write_text(Path(args.out), json.dumps({"seed": args.seed, "trees": scores}, indent=1) + "\n")
-    except (ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    exercises = read_numbers(args.exercises)
+    if args.student:
+        for number, places in write_student(args.student, exercises).items():
+            title, points = EXERCISES[number]
+            print(f"exercise {number}  {points:2} points  {title}: {', '.join(places)}")
+        print(f"wrote {args.student}, without {', '.join(TEACHER_ONLY)}")
+        return
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    if seed < 0 or args.seconds < 1:
+        raise ValueError(f"--seed {seed} must be 0 or more, --seconds {args.seconds} must be 1 or more")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a submission leaves behind becomes our child
+    checks = load_checks()
+    scores = {}
+    for tree in args.grade:
+        scores[tree] = grade(tree, checks, exercises, seed, args.seconds, map(os.path.abspath, args.grade))
+        print(f"{summary(tree, scores[tree])}\n  isolation: {scores[tree]['isolation']}", flush=True)
+        write_json(args.out, {"seed": seed, "trees": scores})
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,10 +12,8 @@ code as if it had been written that way.
 import argparse
 import contextlib
 import io
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +23,8 @@ import numpy as np
 import torch
 
 import selective_scan as scan
-from common.files import write_text
+from common.files import write_json, write_text
+from common.scripts import run_main
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
 ROOT = Path(__file__).parent.parent
@@ -120,10 +119,7 @@ def forgotten_convolution(robomamba):
 
 
 def read_at_the_padding(robomamba):
-    def wrong(self, images, tokens, lengths, owner=None):
-        return self.hidden(images, tokens, owner)[:, -1]
-
-    return patch.object(robomamba.RoboMamba, "pooled", wrong)
+    return patch.object(robomamba.RoboMamba, "pool", lambda self, states, lengths: states[:, -1])
 
 
 def row_for_column(robomamba):
@@ -320,28 +316,22 @@ def main() -> None:
     import robomamba
 
     torch.set_num_threads(1)
-    try:
-        model = robomamba.RoboMamba.from_pretrained(args.checkpoint)
-        scenes = samples(model.config.vision.image_size)
-        table = rows(model, scenes, robomamba)
-        caught = prove(robomamba) if args.prove else {}
-        for row in table:
-            row |= {"caught": caught[row["mistake"]]} if caught else {}
-        print(markdown(table))
-        if args.out:
-            write_text(
-                Path(args.out) / "mistakes.json", json.dumps({"scenes": len(scenes), "rows": table}, indent=1) + "\n"
-            )
-            write_text(Path(args.out) / "mistakes.md", markdown(table))
-        missed = [name for name, failed in caught.items() if not failed]
-        if missed:
-            raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")
-        if caught:
-            print(f"{len(caught)} mistakes planted, {len(caught)} caught by the tests named.")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    model = robomamba.RoboMamba.from_pretrained(args.checkpoint)
+    scenes = samples(model.config.vision.image_size)
+    table = rows(model, scenes, robomamba)
+    caught = prove(robomamba) if args.prove else {}
+    for row in table:
+        row |= {"caught": caught[row["mistake"]]} if caught else {}
+    print(markdown(table))
+    if args.out:
+        write_json(Path(args.out) / "mistakes.json", {"scenes": len(scenes), "rows": table})
+        write_text(Path(args.out) / "mistakes.md", markdown(table))
+    missed = [name for name, failed in caught.items() if not failed]
+    if missed:
+        raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")
+    if caught:
+        print(f"{len(caught)} mistakes planted, {len(caught)} caught by the tests named.")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,25 +1,25 @@
-"""The reasoning examination: what does a model say about pictures it has never seen, in words, decoded for real?
+"""Reasoning evaluation: greedy-decoded answers to questions about pictures the model was not trained on.
 
     python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen          # seconds
     python -m data.build --scenes 200 --split test-unseen --out data/cache/test-unseen
     python -m extras.reasoning_eval --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 
-    folder -> read_questions -> answer (greedy, a batch at a time) -> score -> OUT/reasoning.json, reasoning.md (report)
+    folder -> read_questions -> decode (a batch at a time) -> score -> OUT/reasoning.json, reasoning.md (common/report)
                                                                   `-> OUT/answers.jsonl, every answer, to look at
 
-Four answer every question: the model; the same model in front of a grey picture ("image-blind": what the wording gives
-away); "majority", the most frequent answer of the family in the training questions, or for coordinates the median of
-every number; and "copy", which says the question again (a floor for BLEU). What is reported of each:
+Four answer every question: the model; the same model in front of a grey picture ("image-blind", the vision-free
+baseline); "majority", the most frequent answer of the question type in the training data, or for coordinates the median
+of every number; and "copy", which repeats the question (a baseline for BLEU). What is reported of each:
 
     words         exact match after stripping, k/n with Wilson's 95 % interval
-    coordinates   where, contact: median distance in pixels, contact also the median angle of the direction in degrees;
-                  box: median IoU. An answer that is no such tuple counts as infinitely far, 180 degrees, IoU 0
-    presence      POPE: accuracy, precision, recall, F1 with "yes" as the positive, share of yes; the answer's first
-                  word counts, and what is neither yes nor no is wrong
+    coordinates   visual grounding and contact: where, contact: median distance in pixels, contact also the median angle
+                  of the direction in degrees; box: median IoU. What is no such tuple counts as infinitely far, 180
+                  degrees, IoU 0
+    presence      object hallucination (POPE): accuracy, precision, recall, F1 with "yes" as the positive, fraction of
+                  yes; the answer's first word counts, and what is neither yes nor no is wrong
     ROBOT_TYPES together: exact match and corpus BLEU-1 to 4; GENERAL_TYPES together: exact match
     categories    exact match of all answers in words, by the category of the object
 
-Not a stage of train.py: none of its flags means anything here.
 Sources: POPE, arXiv 2305.10355; BLEU, Papineni et al. 2002; Table 1 of RoboMamba (arXiv 2406.04339) for what is asked.
 """
 
@@ -38,9 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import write_text
+from common.files import write_json, write_text
 from common.report import paper_table1, reasoning_details, reasoning_report, wilson
-from common.scripts import cli, commit, flag, hardware, progress
+from common.scripts import check_flags, cli, commit, flag, hardware, progress, run_main
 from data.dataset import GREY, load_records
 from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
 
@@ -48,13 +48,13 @@ ANSWERERS = ("model", "image-blind", "majority", "copy")
 
 
 @dataclass
-class BenchmarkConfig:
+class ReasoningConfig:
     checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder written by save_pretrained")
     data: str = flag("data/cache/test-seen,data/cache/test-unseen", "folders made by data.build, comma separated")
-    train: str = flag("data/cache/train", "whose most frequent answers are the majority floor")
+    train: str = flag("data/cache/train", "data.build folder of the majority baseline")
     out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")
-    pictures: int = flag(0, "first so many of each folder; 0 = all")
-    batch_size: int = flag(8, "pictures at a time, with all of their questions")
+    pictures: int = flag(0, "first so many of each folder; 0 = all", low=0)
+    batch_size: int = flag(8, "pictures at a time, with all of their questions", low=1)
     device: str = flag("auto", "auto | cpu | cuda")
 
 
@@ -122,19 +122,19 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return overlap / max(sum(areas) - overlap, 1e-9)
 
 
-def place_scores(family: str, said: Sequence[str], true: Sequence[str], size: int) -> dict:
-    """Scores of a family of COORDINATE_TYPES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
+def place_scores(question_type: str, said: Sequence[str], true: Sequence[str], size: int) -> dict:
+    """Scores of one of COORDINATE_TYPES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
 
     A median that is not finite (more than half of the answers are no tuples) is None.
     """
-    n = COORDINATE_TYPES[family]
+    n = COORDINATE_TYPES[question_type]
     pairs = [(coordinates(s, n), coordinates(t, n)) for s, t in zip(said, true, strict=True)]
     out = {"n": len(pairs), "read": wilson(sum(s is not None for s, _ in pairs), len(pairs))}
-    if family == "box":
+    if question_type == "box":
         return out | {"iou": round(float(np.median([iou(s, t) if s else 0.0 for s, t in pairs])), 4)}
     px = float(np.median([size * math.dist(s[:2], t[:2]) if s else math.inf for s, t in pairs]))
     out["px"] = round(px, 2) if math.isfinite(px) else None
-    if family == "contact":
+    if question_type == "contact":
         directions = [(parse_contact(s), parse_contact(t)[2]) for s, t in zip(said, true, strict=True)]
         cosines = np.array([np.clip(s[2] @ t, -1, 1) if s else -1.0 for s, t in directions])
         out["degrees"] = round(float(np.median(np.degrees(np.arccos(cosines)))), 2)
@@ -154,7 +154,7 @@ class Question:
 
     image: str  # file
     category: str  # of the object, "" where there is no facts.jsonl
-    family: str
+    question_type: str
     question: str
     answer: str
 
@@ -186,13 +186,13 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
 
 
 def majority(questions: Sequence[Question]) -> dict[str, str]:
-    """{family: its most frequent answer; for coordinates the median of every number}. Ties: the first in the alphabet.
+    """{question type: its most frequent answer; for coordinates the median of every number}.
 
-    The median is the stronger floor there: any one tuple is rare.
+    Ties: the first in the alphabet. The median is the stronger baseline there: any one tuple is rare.
     """
     groups: dict[str, list[str]] = {}
     for q in questions:
-        groups.setdefault(q.family, []).append(q.answer)
+        groups.setdefault(q.question_type, []).append(q.answer)
     out = {}
     for family, answers in groups.items():
         if n := COORDINATE_TYPES.get(family):
@@ -203,57 +203,62 @@ def majority(questions: Sequence[Question]) -> dict[str, str]:
     return out
 
 
-def answer(model, questions: Sequence[Question], pictures: int) -> tuple[list[str], list[str], float]:
-    """Greedy answers with the picture and with a grey one, and tokens per second of the former (pictures included)."""
+def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[str], list[str], float]:
+    """Greedy answers with the picture and with a grey one, and tokens per second of the former (prefill included)."""
     side = model.config.vision.image_size
     grey = np.full((side, side, 3), GREY, np.uint8)
     images = list(dict.fromkeys(q.image for q in questions))
-    order: dict[str, list[int]] = {image: [] for image in images}
+    of_image: dict[str, list[int]] = {image: [] for image in images}
     for i, q in enumerate(questions):
-        order[q.image].append(i)
-    said, blind, seen, tokens, seconds = [""] * len(questions), [""] * len(questions), {}, 0, 0.0
-    groups, start = range(0, len(images), pictures), time.monotonic()
+        of_image[q.image].append(i)
+    said = [""] * len(questions)
+    blind: dict[str, str] = {}  # question: the answer without a picture, one a wording
+    tokens = 0
+    seconds = 0.0
+    groups = range(0, len(images), pictures)
+    start = time.monotonic()
     for k, first in enumerate(groups):
-        rows = [i for image in images[first : first + pictures] for i in order[image]]
+        rows = [i for image in images[first : first + pictures] for i in of_image[image]]
         began = time.monotonic()
         ids = model.generate_ids([questions[i].image for i in rows], [questions[i].question for i in rows])
-        seconds, tokens = seconds + time.monotonic() - began, tokens + sum(map(len, ids))
-        new = list(dict.fromkeys(questions[i].question for i in rows if questions[i].question not in seen))
-        seen |= zip(new, model.generate(grey, new), strict=True)  # a grey picture gets one answer a wording
+        seconds += time.monotonic() - began
+        tokens += sum(map(len, ids))
         for i, answer in zip(rows, ids, strict=True):
-            said[i], blind[i] = model.text(answer), seen[questions[i].question]
+            said[i] = model.text(answer)
+        new = list(dict.fromkeys(questions[i].question for i in rows if questions[i].question not in blind))
+        blind |= zip(new, model.generate(grey, new), strict=True)
         progress(k + 1, len(groups), start, f"batches of {pictures} pictures")
-    return said, blind, round(tokens / max(seconds, 1e-9), 1)
+    return said, [blind[q.question] for q in questions], round(tokens / max(seconds, 1e-9), 1)
 
 
 def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict:
     """All scores of one answerer on one folder; groups without a question are left out.
 
-    Returns {"families": {family: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact matches,
-    "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
+    Returns {"families": {question type: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact
+    matches, "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
     """
     order = [*GENERAL_TYPES, *ROBOT_TYPES, *COORDINATE_TYPES]
-    present = {q.family for q in questions}
+    present = {q.question_type for q in questions}
     names = [*(f for f in order if f in present), *sorted(present - set(order))]
-    families = {name: [i for i, q in enumerate(questions) if q.family == name] for name in names}
+    types = {name: [i for i, q in enumerate(questions) if q.question_type == name] for name in names}
 
     def texts(rows) -> tuple[list[str], list[str]]:
         return [said[i] for i in rows], [questions[i].answer for i in rows]
 
     out: dict = {"families": {}}
-    for family, rows in families.items():
-        place = family in COORDINATE_TYPES
-        out["families"][family] = place_scores(family, *texts(rows), size) if place else exact(*texts(rows))
-    in_words = [i for i, q in enumerate(questions) if q.family not in COORDINATE_TYPES]
+    for name, rows in types.items():
+        place = name in COORDINATE_TYPES
+        out["families"][name] = place_scores(name, *texts(rows), size) if place else exact(*texts(rows))
+    in_words = [i for i, q in enumerate(questions) if q.question_type not in COORDINATE_TYPES]
     groups = {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": None}
     for name, wanted in groups.items():
-        rows = [i for i in in_words if wanted is None or questions[i].family in wanted]
+        rows = [i for i in in_words if wanted is None or questions[i].question_type in wanted]
         if rows:
             out[name] = exact(*texts(rows))
             if name == "robot":
                 out["bleu"] = bleu(*texts(rows))
-    if "presence" in families:
-        out["pope"] = pope(*texts(families["presence"]))
+    if "presence" in types:
+        out["pope"] = pope(*texts(types["presence"]))
     categories = sorted({questions[i].category for i in in_words} - {""})
     out["categories"] = {c: exact(*texts([i for i in in_words if questions[i].category == c])) for c in categories}
     return out
@@ -273,19 +278,18 @@ def split_name(folder: Path) -> tuple[str, dict]:
         raise ValueError(f"{folder / 'manifest.json'}: not what data.build writes ({error!r})") from None
 
 
-def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]]:
+def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]:
     """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
-    from common.scripts import Processes
+    from common.training import Processes
     from robomamba import RoboMamba, count
 
     start, folders = time.monotonic(), [Path(name) for name in cfg.data.split(",")]
-    if cfg.pictures < 0 or cfg.batch_size < 1:
-        raise ValueError(f"--pictures {cfg.pictures} must be at least 0, --batch-size {cfg.batch_size} at least 1")
+    check_flags(cfg)
     named = [split_name(folder) for folder in folders]
     if len({name for name, _ in named}) < len(named):
         raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
     asked = [read_questions(folder, cfg.pictures) for folder in folders]  # all that can be wrong is named here
-    floor = majority(read_questions(cfg.train))
+    most_frequent = majority(read_questions(cfg.train))
     model = RoboMamba.from_pretrained(cfg.checkpoint, device=Processes(cfg.device).device)
     results = {
         "checkpoint": cfg.checkpoint,
@@ -296,14 +300,19 @@ def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]
         | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
         "hardware": hardware(),
         "decoding": "greedy",
-        "majority": floor,
+        "majority": most_frequent,
         "splits": {},
     }
     rows = []
     for folder, (name, build), questions in zip(folders, named, asked, strict=True):
         print(f"{name}: {len(questions)} questions on {len({q.image for q in questions})} pictures of {folder}")
-        said, blind, speed = answer(model, questions, cfg.batch_size)
-        answers = [said, blind, [floor.get(q.family, "") for q in questions], [q.question for q in questions]]
+        said, blind, speed = decode(model, questions, cfg.batch_size)
+        answers = [
+            said,
+            blind,
+            [most_frequent.get(q.question_type, "") for q in questions],
+            [q.question for q in questions],
+        ]
         size = model.config.vision.image_size
         results["splits"][name] = {
             "folder": str(folder),
@@ -320,22 +329,18 @@ def benchmark(cfg: BenchmarkConfig, command: str = "") -> tuple[dict, list[dict]
 
 
 def main() -> None:
-    cfg = cli(BenchmarkConfig, __doc__)
-    try:
-        out = Path(cfg.out)
-        write_text(out / ".probe", "")  # a folder that cannot be written is named before the work
-        (out / ".probe").unlink()
-        results, rows = benchmark(cfg, shlex.join(["python", "-m", "extras.reasoning_eval", *sys.argv[1:]]))
-        text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])
-        write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_text(out / "reasoning.json", json.dumps(results, indent=1) + "\n")
-        write_text(out / "reasoning.md", text)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    cfg = cli(ReasoningConfig, __doc__)
+    out = Path(cfg.out)
+    write_text(out / ".probe", "")  # a folder that cannot be written is named before the work
+    (out / ".probe").unlink()
+    results, rows = evaluate(cfg, shlex.join(["python", "-m", "extras.reasoning_eval", *sys.argv[1:]]))
+    text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])
+    write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(out / "reasoning.json", results)
+    write_text(out / "reasoning.md", text)
     print(f"\n{reasoning_report(results)}")
-    print(f"{results['seconds']} s. Written:", *(out / f"{name}" for name in ("reasoning.json", "reasoning.md")))
+    print(f"{results['seconds']} s. Written:", *(out / name for name in ("reasoning.json", "reasoning.md")))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

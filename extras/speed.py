@@ -1,6 +1,6 @@
 """How long a prediction takes: head or text, Mamba or a Transformer of the same size, a short or a long past.
 
-    python sim_eval.py --speed --out runs/speed      # under two minutes on one core, then the GPU if any
+    python -m extras.speed --out runs/speed      # under two minutes on one core, then the GPU if any
 
 Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; what is
 compared is called in turn, so that a machine that slows down slows all of it.
@@ -11,42 +11,39 @@ compared is called in turn, so that a machine that slows down slows all of it.
     text              the same pass, then the action token by token, as many tokens as a contact and its end have
     context           random tokens read before picture and prompt: what a robot remembers of earlier steps
     state             bytes of all that is kept of the context, without a cache's spare room (up to as much again)
-    closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: "going on" from
-                      the state they left, or "reading all again": what a model does that keeps no state. Earlier
-                      pictures cost their language-model tokens only, as if their encodings were kept
+    closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: stateful
+                      ("going on" from the state they left), or recomputed ("reading all again"), as a model without a
+                      state must. Earlier pictures cost their language-model tokens only, as if a cache had them
 
 The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
 """
 
-import dataclasses
-import importlib.metadata
-import json
-import platform
+import shlex
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import write_atomically, write_text
+from common.files import write_atomically, write_json, write_text
 from common.plots import draw_lines
 from common.report import SPEED_NOTES, speed_table
-from common.scripts import progress
+from common.scripts import cli, environment, flag, progress, run_main
 from data.prompts import contact_question
+from extras.transformer import parameter_matched
 from robomamba import RoboMamba, count
 
+CHECKPOINT = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
-SENTENCE, ANSWER = "open the top drawer", "37 52 05 71 93"
+SENTENCE = "open the top drawer"
+ANSWER = "37 52 05 71 93"
 STEP = 8  # of the closed loop
-WARM, ROUNDS = 2, 5  # rounds that are not counted; the fewest that are
+WARM = 2  # rounds that are not counted
+ROUNDS = 5  # the fewest that are
 RUN = 32  # tokens generated in a row for the time of one
-
-
-def twin(model: RoboMamba) -> RoboMamba:
-    """The same model around a Transformer of the same size, random weights."""
-    lm = dataclasses.replace(model.config.lm, mixer="attention")
-    return RoboMamba(dataclasses.replace(model.config, lm=lm), model.encoding).eval()
 
 
 def clock(calls: dict, seconds: float, device: torch.device) -> dict:
@@ -96,12 +93,17 @@ class Subject:
         h, states = self.backbone(x, states)
         return h[:, -1], states
 
+    def prefill(self, states: list | None = None) -> tuple[Tensor, list]:
+        """Picture and prompt: the states (1, T, D) of the prompt's tokens, and what is kept of both."""
+        h, states = self.backbone(self.model.sequence(self.picture, self.ids), states)
+        return h[:, -self.ids.shape[1] :], states
+
     def head(self, states: list | None = None) -> None:
-        h, _ = self.model.read(self.picture, self.ids, states=states)
+        h, _ = self.prefill(states)
         self.model.head(self.model.pool(h, torch.tensor([self.ids.shape[1]], device=self.device)))
 
     def text(self) -> None:
-        h, states = self.model.read(self.picture, self.ids)
+        h, states = self.prefill()
         generate(self.model, h[:, -1], states, self.answer - 1)  # the last token is not fed back
         self.model.lm.lm_head(h[:, -1]).argmax()
 
@@ -119,7 +121,7 @@ class Subject:
 @torch.inference_mode()
 def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: float = 3.0, tick=lambda: None) -> dict:
     """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
-    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", twin(model)))}
+    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", parameter_matched(model)))}
     functions = {(row, name): f for name, s in subjects.items() for row, f in s.predictions().items()}
     times, predictions = clock(functions, 2 * seconds, device), {}
     for (row, name), value in times.items():
@@ -147,40 +149,43 @@ def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: fl
     return {"predictions": predictions, "contexts": contexts}
 
 
-def run(checkpoint: str, out: Path, facts: dict, lengths=LENGTHS, seconds: float = 3.0) -> dict:
-    """Measure on the CPU and, where there is one, the GPU; write OUT/speed.json, .md and .png. Returns the results.
-
-    facts: what the caller knows of this run (command, commit, hardware), put into the results as it is.
-    """
-    start, threads = time.monotonic(), torch.get_num_threads()
+def run(checkpoint: str, out: Path, command: str = "", lengths=LENGTHS, seconds: float = 3.0) -> dict:
+    """Measure on the CPU and, where there is one, the GPU; write OUT/speed.json, .md and .png. Returns the results."""
+    start = time.monotonic()
+    threads = torch.get_num_threads()
     model = RoboMamba.from_pretrained(checkpoint)
     devices = {"CPU, one thread": torch.device("cpu")}
     if torch.cuda.is_available():
         devices[torch.cuda.get_device_name()] = torch.device("cuda")
-    done, total = 0, len(devices) * (1 + 2 * len(lengths))
+    done = 0
+    total = len(devices) * (1 + 2 * len(lengths))
 
     def tick():
         nonlocal done
         done += 1
         progress(done, total, start, "measurements")
 
-    versions = {"python": platform.python_version()} | {k: importlib.metadata.version(k) for k in ("torch", "numpy")}
-    results = facts | {"versions": versions, "checkpoint": str(checkpoint), "closed_loop_step": STEP, "run": RUN}
+    results = {"command": command, **environment(), "checkpoint": str(checkpoint)}
+    results |= {"closed_loop_step": STEP, "run": RUN}
     torch.manual_seed(0)
     torch.set_num_threads(1)
     try:
         results["models"] = {
             name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
-            for name, m in (("mamba", model), ("attention", twin(model)))
+            for name, m in (("mamba", model), ("attention", parameter_matched(model)))
         }
         subject = Subject(model, torch.device("cpu"))
-        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1]}
-        results["tokens"] |= {"text": subject.answer, "past of the closed loop": subject.past.shape[1]}
+        results["tokens"] = {
+            "picture": subject.picture_tokens,
+            "prompt": subject.ids.shape[1],
+            "text": subject.answer,
+            "past of the closed loop": subject.past.shape[1],
+        }
         results["devices"] = {name: measure(model, device, lengths, seconds, tick) for name, device in devices.items()}
     finally:
         torch.set_num_threads(threads)
     results["seconds"] = round(time.monotonic() - start, 1)
-    write_text(out / "speed.json", json.dumps(results, indent=1) + "\n")
+    write_json(out / "speed.json", results)
     write_text(out / "speed.md", f"{speed_table(results)}\n{SPEED_NOTES}")
     write_atomically(out / "speed.png", lambda tmp: draw_lines(panels(results)).save(tmp, "PNG"))
     return results
@@ -198,3 +203,24 @@ def panels(results: dict) -> dict:
         ):
             out[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in results["models"]}
     return out
+
+
+@dataclass
+class SpeedConfig:
+    checkpoint: str = flag(str(CHECKPOINT), "folder of the model")
+    out: str = flag("runs/speed", "folder for speed.json, speed.md and speed.png")
+    seconds: float = flag(3.0, "of every comparison", low=0.001, high=3600)
+    longest: int = flag(LENGTHS[-1], "tokens of context", low=LENGTHS[0], high=LENGTHS[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = cli(SpeedConfig, __doc__, argv)
+    lengths = tuple(n for n in LENGTHS if n <= cfg.longest)
+    command = shlex.join(["python", "-m", "extras.speed", *argv])
+    results = run(cfg.checkpoint, Path(cfg.out), command, lengths, cfg.seconds)
+    print(f"\n{speed_table(results)}\nWritten: {cfg.out}/speed.json, .md, .png")
+
+
+if __name__ == "__main__":
+    run_main(main)

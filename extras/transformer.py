@@ -1,9 +1,10 @@
-"""The Transformer that Mamba is compared with: LMConfig(mixer="attention"), the same size, the same interface.
+"""The Transformer that Mamba is compared with: as many parameters, the same interface.
 
+    other = parameter_matched(model)      # a RoboMamba whose language model is a Transformer
     x (B, L, D), state -> TransformerBlock -> x (B, L, D), state        state: keys and values of every token so far
 
 Where a Mamba block remembers a fixed number of values, this one remembers the whole past; extras/speed.py measures what
-that costs. Nothing else uses it.
+that costs.
 """
 
 import math
@@ -12,6 +13,31 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from robomamba import LMConfig, RoboMamba, init_weights
+
+
+def parameter_matched(model: RoboMamba) -> RoboMamba:
+    """A model of the same shapes around a Transformer of as many parameters; all weights are random.
+
+    As in the Mamba paper (section 3.4), one Transformer block stands for two Mamba blocks. It runs like any RoboMamba;
+    a checkpoint folder cannot hold it.
+    """
+    other = RoboMamba(model.config, model.encoding)
+    other.lm.backbone.layers = transformer_blocks(model.config.lm)
+    return other.eval()
+
+
+def transformer_blocks(cfg: LMConfig) -> nn.ModuleList:
+    """ceil(n_layer / 2) blocks with as many parameters as n_layer Mamba blocks, initialised as in robomamba.py."""
+    n = math.ceil(cfg.n_layer / 2)
+    blocks = nn.ModuleList(TransformerBlock(cfg, cfg.n_layer / n) for _ in range(n))
+    init_weights(blocks)
+    with torch.no_grad():
+        for block in blocks:
+            for last in (block.mixer.out_proj, block.mlp[2]):  # the residual stream does not grow with depth
+                last.weight /= math.sqrt(cfg.n_layer)
+    return blocks
 
 
 class KeyValues(NamedTuple):
@@ -44,7 +70,7 @@ class CausalAttention(nn.Module):
     No position code: the causal mask alone tells order (arXiv 2305.19466), and it is the fastest choice.
     """
 
-    def __init__(self, cfg):  # cfg: robomamba.LMConfig
+    def __init__(self, cfg: LMConfig):
         super().__init__()
         self.width = math.gcd(cfg.d_model, 64)  # of a head
         self.in_proj = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
@@ -66,25 +92,27 @@ class CausalAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm: x + attention(norm x), then x + mlp(norm x); the same interface as MambaBlock.
 
-    Same size: as in the Mamba paper (section 3.4), one such block stands for two Mamba blocks; the MLP is as wide as
-    makes their parameters equal, but for rounding (`tiny`: 4.6 times the width of the model).
+    The MLP is as wide as gives the block the parameters of `stands_for` Mamba blocks, but for rounding (`tiny`: 4.6
+    times the width of the model).
     """
 
-    def __init__(self, cfg):  # cfg: robomamba.LMConfig
+    def __init__(self, cfg: LMConfig, stands_for: float = 2):
         super().__init__()
-        D, E = cfg.d_model, cfg.d_inner
+        D = cfg.d_model
+        E = cfg.d_inner
         mamba = E * (3 * D + 2 * cfg.rank + 3 * cfg.d_state + cfg.d_conv + 3) + D  # parameters of a MambaBlock
-        left = mamba * cfg.n_layer / cfg.n_block - 4 * D * D - 2 * D  # for the MLP
+        left = mamba * stands_for - 4 * D * D - 2 * D  # for the MLP
         hidden = max(8, 8 * round(left / (2 * D) / 8))
-        self.norm, self.mlp_norm = (nn.RMSNorm(D, eps=cfg.norm_eps) for _ in range(2))
+        self.norm = nn.RMSNorm(D, eps=cfg.norm_eps)
+        self.mlp_norm = nn.RMSNorm(D, eps=cfg.norm_eps)
         self.mixer = CausalAttention(cfg)
         self.mlp = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
 
     def forward(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        one_token = x.ndim == 2  # (B, D)
+        if one_token:
+            x = x[:, None]
         y, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x.to(self.norm.weight.dtype))), state
-
-    def step(self, x: Tensor, state: KeyValues) -> tuple[Tensor, KeyValues]:
-        y, state = self.forward(x[:, None], state)
-        return y[:, 0], state
+        x = x + self.mlp(self.mlp_norm(x.to(self.norm.weight.dtype)))
+        return (x[:, 0] if one_token else x), state

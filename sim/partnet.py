@@ -14,17 +14,16 @@ The layout's pitfalls, and what happens to each:
 * no masses                                        -> 1 kg and 0.02 kg m^2 for every part, as in the catalogue
 * collision hulls fill a cabinet's inside          -> the visible mesh itself is the collision shape (concave)
 * colours are in the .mtl files                    -> loaded with URDF_USE_MATERIAL_COLORS_FROM_MTL
-* a joint on a part that moves itself (the handle of a door) is held fixed: one motion a part. Joints without range are
-  fixed too; a "continuous" joint gets one turn and may move either way.
+* a joint on a part that moves itself (the handle of a door) is held fixed: one motion a part. So is one with hardly any
+  range. A "continuous" joint gets one turn and may move either way.
 A joint's lower limit is its closed state and positive motion opens it, as in ManipLLM's data (arXiv 2312.16217).
 
-Whatever is wrong with a folder is said in one ValueError that names file and field: a mesh path that leaves the folder,
-a face without its vertex (which would crash the simulator), a link that nothing carries, no movable joint.
-Tested on hand-made folders in this layout; PartNet-Mobility itself may not be redistributed.
+Whatever is wrong with a folder is said in one ValueError that names file and field. Vertices that no face uses do not
+count. Tested on hand-made folders in this layout; PartNet-Mobility itself may not be redistributed.
 """
 
-import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
@@ -32,21 +31,24 @@ from pathlib import Path
 
 import numpy as np
 
-from sim.objects import ObjectSpec, Part, Shape, rotation
+from common.files import read_json, read_text
+from sim import objects
+from sim.objects import ObjectSpec, Part, Shape, roll_pitch_yaw, rotation
 from sim.scene import Scene, p
 
 PREFIX = "objects/"  # of an object's name where the catalogue's categories are named too
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
+LEAST_RANGE = 0.02  # rad, or m after scaling: a joint that moves less cannot succeed and is held fixed
+MAX_PARTS = 127  # PyBullet keeps the state of no more links of one body
 TURN = rotation((0.0, 0.0, math.pi))  # the front faces -x in the file and +x in the world
 GREY = (0.5, 0.5, 0.5)
 JOINT_TYPES = ("revolute", "prismatic", "continuous", "fixed")
+NAME = re.compile(r"[\w .&'()-]{1,60}", re.ASCII)  # of a category: it is printed in tables
 # words of semantics.txt -> verb of the instruction; the rest is opened
 VERBS = {"button": "press down", "key": "press down"} | dict.fromkeys(("knob", "lever", "switch", "wheel"), "turn")
 APART = 0.1  # two parts are told apart by "top" or "left" when they lie so far apart, as a share of the diagonal
-DOWN, RIGHT = (
-    {2: ("top", "bottom"), 3: ("top", "middle", "bottom")},
-    {2: ("left", "right"), 3: ("left", "middle", "right")},
-)
+DOWN = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
+RIGHT = {2: ("left", "right"), 3: ("left", "middle", "right")}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
@@ -67,16 +69,21 @@ class UserObject:
 
     spec: ObjectSpec
     meshes: list[list[Mesh]]
-    held: int = 0  # joints that could move but are fixed, because what carries them moves
+    held: int = 0  # joints that could move but are fixed: what carries them moves, or they move too little
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def read_obj(path: Path) -> np.ndarray:
-    """Vertices (n, 3) of an .obj file. Raises: ValueError naming file and line, also for a face without its vertex."""
-    vertices, counts, corners = [], {"v": 0, "vt": 0, "vn": 0}, []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    """The vertices (n, 3) that the faces of an .obj file use, in the file's order.
+
+    Raises: ValueError naming file and line, also for a face without its vertex and for faces without area.
+    """
+    vertices, faces = [], []
+    counts = {"v": 0, "vt": 0, "vn": 0}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         word, *rest = line.split() or [""]
         try:
             if word == "v":
@@ -86,22 +93,27 @@ def read_obj(path: Path) -> np.ndarray:
             if word in counts:
                 counts[word] += 1
             elif word == "f":
-                if len(rest) < 3:
-                    raise ValueError("a face needs three corners")
-                indices = [[int(index) if index else None for index in corner.split("/")] for corner in rest]
-                if any(corner[0] is None or len(corner) > 3 for corner in indices):
-                    raise ValueError("a corner is v, v/vt, v//vn or v/vt/vn")
-                so_far = dict(counts)
-                corners += [(number, corner, so_far) for corner in indices]
+                corners = [[int(index) if index else None for index in corner.split("/")] for corner in rest]
+                if len(rest) < 3 or any(corner[0] is None or len(corner) > 3 for corner in corners):
+                    raise ValueError("a face needs three corners, each v, v/vt, v//vn or v/vt/vn")
+                faces.append((number, corners, dict(counts)))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-    for number, corner, so_far in corners:
-        for kind, index in zip(counts, corner, strict=False):  # a negative index counts back from the line it is in
-            if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
-                raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
-    if not corners:
+    if not faces:
         raise ValueError(f"{path}: no faces")
-    return np.array(vertices)
+    triangles = []
+    for number, corners, so_far in faces:
+        for corner in corners:
+            for kind, index in zip(counts, corner, strict=False):  # a negative index counts back from its line
+                if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
+                    raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
+        first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)
+        triangles += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
+    points = np.array(vertices)
+    a, b, c = points[np.array(triangles).T]
+    if not np.cross(b - a, c - a).any():
+        raise ValueError(f"{path}: the faces have no area")
+    return points[np.unique(triangles)]
 
 
 def _numbers(element, name: str, default: str, count: int, where: str) -> np.ndarray:
@@ -112,35 +124,28 @@ def _numbers(element, name: str, default: str, count: int, where: str) -> np.nda
     except ValueError:
         values = np.array([])
     if len(values) != count or not np.isfinite(values).all():
-        raise ValueError(f"{where}: {name}={text!r} must be {count} finite numbers")
+        raise ValueError(f"{where}: {name}={text[:80]!r} must be {count} finite numbers")
     return values
 
 
 def _origin(element, where: str) -> np.ndarray:
     """(4, 4) pose of an element's <origin>."""
-    origin, pose = element.find("origin"), np.eye(4)
+    origin = element.find("origin")
+    pose = np.eye(4)
     pose[:3, :3] = rotation(_numbers(origin, "rpy", "0 0 0", 3, where))
     pose[:3, 3] = _numbers(origin, "xyz", "0 0 0", 3, where)
     return pose
 
 
-def _attribute(element, tag: str, name: str, where: str) -> str:
-    child = element.find(tag)
-    if child is None or not child.get(name):
-        raise ValueError(f"{where}: <{tag} {name}=...> is missing")
-    return child.get(name)
-
-
 def read_semantics(path: Path) -> dict[str, str]:
     """Link name -> what people call it ("rotation_door" -> "door"), from semantics.txt; {} where there is none."""
     names = {}
-    if path.exists():
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            words = line.split()
-            if words and len(words) != 3:
-                raise ValueError(f"{path}, line {number}: expected LINK JOINT NAME, got {line!r}")
-            if words:
-                names[words[0]] = (words[2].replace("_", " ").split() or ["part"])[-1].lower()
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else (), 1):
+        words = line.split()
+        if words and (len(words) != 3 or not NAME.fullmatch(words[2])):
+            raise ValueError(f"{path}, line {number}: expected LINK JOINT NAME, got {line[:80]!r}")
+        if words:
+            names[words[0]] = (words[2].replace("_", " ").split() or ["part"])[-1].lower()
     return names
 
 
@@ -148,94 +153,95 @@ def read_category(path: Path) -> str:
     """ "model_cat" of meta.json; "Object" where there is none."""
     if not path.exists():
         return "Object"
-    try:
-        return str(json.loads(path.read_text())["model_cat"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path}: not JSON with "model_cat"') from None
+    name = read_json(path, dict).get("model_cat")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f'{path}: "model_cat" must be a name of at most 60 letters, digits, spaces and -_.')
+    return name
 
 
-# ------------------------------------------------------------------------------------------------------------- objects
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects
 
 
 def read_object(folder: Path) -> UserObject:
     """The object in `folder`, in the world's terms. Raises: ValueError naming the file and what is wrong with it."""
     path = folder / "mobility.urdf"
     try:
-        robot = ElementTree.parse(path).getroot()
-        names, category = read_semantics(folder / "semantics.txt"), read_category(folder / "meta.json")
-    except ElementTree.ParseError as error:
+        robot = ElementTree.fromstring(read_text(path))
+        names = read_semantics(folder / "semantics.txt")
+        category = read_category(folder / "meta.json")
+    except (ElementTree.ParseError, RecursionError) as error:
         raise ValueError(f"{path}: not XML ({error})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be read ({error})") from None
     links = {link.get("name"): link for link in robot.findall("link")}
-    joints, children = {}, defaultdict(list)  # child link -> its joint; link -> those it carries
+    joints = _joints(robot, links, path)
+    order = _outwards(links, joints, path)
+    pose = {order[0]: np.eye(4)}  # of every link at joint value 0
+    pose[order[0]][:3, :3] = TURN
+    for name in order[1:]:
+        parent, joint, where = joints[name]
+        pose[name] = pose[parent] @ _origin(joint, where)
+    meshes = {name: _meshes(links[name], pose[name], folder) for name in order}
+    size = _fit([mesh for group in meshes.values() for mesh in group], pose, path)
+
+    # Which part a link belongs to (-1: the base). One motion a part: a joint on what moves itself is held fixed.
+    owner = {order[0]: -1}
+    groups = [meshes[order[0]]]
+    parts, held = [], 0
+    for name in order[1:]:
+        parent, joint, where = joints[name]
+        owner[name] = owner[parent]
+        limits = _limits(joint, size, where)
+        if limits and owner[parent] == -1 and limits[1] - limits[0] >= LEAST_RANGE:
+            owner[name] = len(parts)
+            parts.append(_part(joint, pose[name], limits, where))
+            groups.append([])
+        elif limits:
+            held += 1
+        if owner[name] >= 0 and name in names:
+            parts[owner[name]].label = parts[owner[name]].label or names[name]
+        groups[1 + owner[name]] += meshes[name]
+    kept = [i for i in range(len(parts)) if groups[1 + i]]  # a joint that carries nothing visible is no part
+    if not kept:
+        least = f" that moves at least {LEAST_RANGE} rad or m" if held else ""
+        raise ValueError(f"{path}: no movable joint" + (" with a mesh" if parts else least))
+    if len(kept) > MAX_PARTS:
+        raise ValueError(f"{path}: {len(kept)} movable parts; PyBullet takes at most {MAX_PARTS}")
+    groups = [groups[0], *(groups[1 + i] for i in kept)]
+    return UserObject(_spec(category, [parts[i] for i in kept], groups), groups, held)
+
+
+def _joints(robot, links: dict, path: Path) -> dict[str, tuple]:
+    """Child link -> (parent link, joint, how an error names it)."""
+    joints = {}
     for joint in robot.findall("joint"):
         where = f"{path}, joint {joint.get('name')}"
-        child, parent = _attribute(joint, "child", "link", where), _attribute(joint, "parent", "link", where)
-        if child not in links or parent not in links:
-            raise ValueError(f"{where}: there is no link {child if child not in links else parent}")
+        parent, child = (getattr(joint.find(tag), "attrib", {}).get("link") for tag in ("parent", "child"))
+        for name in (parent, child):
+            if name not in links:
+                raise ValueError(f"{where}: there is no link {name}")
         if child in joints:
             raise ValueError(f"{where}: link {child} has two parents")
         if joint.get("type") not in JOINT_TYPES:
             raise ValueError(f"{where}: type {joint.get('type')!r} is none of {', '.join(JOINT_TYPES)}")
-        joints[child] = joint
+        joints[child] = (parent, joint, where)
+    return joints
+
+
+def _outwards(links: dict, joints: dict[str, tuple], path: Path) -> list[str]:
+    """The links from the root outwards."""
+    children = defaultdict(list)
+    for child, (parent, _, _) in joints.items():
         children[parent].append(child)
-    roots = [name for name in links if name not in joints]
-    if len(roots) != 1:
-        raise ValueError(f"{path}: {len(roots)} links without a parent; there must be one")
-
-    # From the root outwards: the pose of every link at joint value 0, and which part it belongs to (-1: the base).
-    pose, owner, owned = {roots[0]: np.eye(4)}, {roots[0]: -1}, [[roots[0]]]
-    pose[roots[0]][:3, :3] = TURN
-    movable, held, queue = [], 0, [*roots]
-    while queue:
-        parent = queue.pop(0)
-        for child in children[parent]:
-            joint = joints[child]
-            where = f"{path}, joint {joint.get('name')}"
-            pose[child], owner[child] = pose[parent] @ _origin(joint, where), owner[parent]
-            limits = _limits(joint, where)
-            if limits and owner[parent] == -1:
-                owner[child] = len(movable)
-                axis = pose[child][:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", 3, where)
-                if np.linalg.norm(axis) < 1e-6:
-                    raise ValueError(f"{where}: the axis has no length")
-                movable.append((joint.get("type"), pose[child][:3, 3], axis / np.linalg.norm(axis), limits))
-                owned.append([])
-            elif limits:
-                held += 1
-            owned[1 + owner[child]].append(child)
-            queue.append(child)
-    if len(pose) < len(links):
-        raise ValueError(f"{path}: the link {next(name for name in links if name not in pose)} hangs on itself")
-
-    meshes = [[mesh for name in group for mesh in _meshes(links[name], pose[name], folder)] for group in owned]
-    kept = [i for i in range(len(movable)) if meshes[1 + i]]  # a joint that carries nothing visible is no part
-    if not kept:
-        raise ValueError(f"{path}: no movable joint" + (" with a mesh" if movable else ""))
-    movable, owned = [movable[i] for i in kept], [owned[1 + i] for i in kept]
-    meshes = [meshes[0], *(meshes[1 + i] for i in kept)]
-    kinds = [
-        next((names[name] for name in group if name in names), _kind(joint[0], joint[2]))
-        for group, joint in zip(owned, movable, strict=True)
-    ]
-    thing = _fit(category, movable, kinds, meshes, path)
-    thing.held = held
-    return thing
-
-
-def _limits(joint, where: str) -> tuple[float, float] | None:
-    """(lower, upper) in the file's units; None for a joint that does not move."""
-    if joint.get("type") == "fixed":
-        return None
-    if joint.get("type") == "continuous":
-        return -math.pi, math.pi
-    if joint.find("limit") is None:
-        raise ValueError(f"{where}: a {joint.get('type')} joint needs a <limit>")
-    lower, upper = (float(_numbers(joint.find("limit"), name, "0", 1, where)[0]) for name in ("lower", "upper"))
-    if lower > upper:
-        raise ValueError(f"{where}: its lower limit {lower:g} is above its upper limit {upper:g}")
-    return (lower, upper) if upper > lower else None
+    order = [name for name in links if name not in joints]
+    if len(order) != 1:
+        raise ValueError(f"{path}: {len(order)} links without a parent; there must be one")
+    for name in order:  # grows while it is read
+        order += children[name]
+    if len(order) < len(links):
+        raise ValueError(f"{path}: the link {next(name for name in links if name not in order)} hangs on itself")
+    return order
 
 
 def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
@@ -245,50 +251,97 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
         mesh = visual.find("geometry/mesh")
         if mesh is None or not mesh.get("filename"):
             raise ValueError(f"{where}: only <mesh filename=...> can be read")
-        path = (folder / mesh.get("filename")).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise ValueError(f"{where}: the mesh {mesh.get('filename')} is outside {folder}")
-        if path.suffix.lower() != ".obj" or not path.is_file():
-            raise ValueError(f"{where}: the mesh {mesh.get('filename')} is missing or not an .obj file")
-        placed, scale = pose @ _origin(visual, where), _numbers(mesh, "scale", "1 1 1", 3, where)
+        name = mesh.get("filename")[:200]
+        try:
+            path = (folder / mesh.get("filename")).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise ValueError(f"{where}: the mesh {name} is outside {folder}")
+            if path.suffix.lower() != ".obj" or not path.is_file():
+                raise ValueError(f"{where}: the mesh {name} is missing or not an .obj file")
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
+            raise ValueError(f"{where}: the mesh {name} cannot be read ({type(error).__name__})") from None
+        placed = pose @ _origin(visual, where)
+        scale = _numbers(mesh, "scale", "1 1 1", 3, where)
         points = (read_obj(path) * scale) @ placed[:3, :3].T + placed[:3, 3]
         meshes.append(Mesh(path, scale, placed[:3, :3], placed[:3, 3], points))
     return meshes
 
 
-def _fit(category: str, movable: list[tuple], kinds: list[str], meshes: list[list[Mesh]], path: Path) -> UserObject:
-    """Moves the object to the middle of the world and scales it; names its parts; boxes around its meshes."""
-    points = np.concatenate([mesh.points for group in meshes for mesh in group])
+def _fit(meshes: list[Mesh], pose: dict[str, np.ndarray], path: Path) -> float:
+    """Moves meshes and poses to the middle of the world and scales them to its size; returns the factor."""
+    if not meshes:
+        raise ValueError(f"{path}: no meshes")
+    points = np.concatenate([mesh.points for mesh in meshes])
     low, high = points.min(0), points.max(0)
     if np.linalg.norm(high - low) < 1e-9:
         raise ValueError(f"{path}: the meshes have no size")
-    size, middle = DIAGONAL_M / np.linalg.norm(high - low), (low + high) / 2
-    origins = [np.zeros(3), *(size * (origin - middle) for _, origin, _, _ in movable)]
+    size = DIAGONAL_M / np.linalg.norm(high - low)
+    middle = (low + high) / 2
+    for mesh in meshes:
+        mesh.points = size * (mesh.points - middle)
+        mesh.offset = size * (mesh.offset - middle)
+        mesh.scale = size * mesh.scale
+    for place in pose.values():
+        place[:3, 3] = size * (place[:3, 3] - middle)
+    return float(size)
+
+
+def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
+    """(lower, upper), rad or m after scaling; None for a joint that does not move."""
+    if joint.get("type") == "fixed":
+        return None
+    if joint.get("type") == "continuous":
+        return -math.pi, math.pi
+    if joint.find("limit") is None:
+        raise ValueError(f"{where}: a {joint.get('type')} joint needs a <limit>")
+    factor = size if joint.get("type") == "prismatic" else 1.0
+    lower, upper = (
+        factor * float(_numbers(joint.find("limit"), name, "0", 1, where)[0]) for name in ("lower", "upper")
+    )
+    if lower > upper:
+        raise ValueError(f"{where}: its lower limit {lower:g} is above its upper limit {upper:g}")
+    return (lower, upper) if upper > lower else None
+
+
+def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> Part:
+    """A part that this joint moves, still without label, verb and shapes."""
+    axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", 3, where)
+    if np.linalg.norm(axis) < 1e-6:
+        raise ValueError(f"{where}: the axis has no length")
+    axis = tuple((axis / np.linalg.norm(axis)).tolist())
+    kind = "prismatic" if joint.get("type") == "prismatic" else "revolute"
+    part = Part("", "", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
+    part.both_ways = joint.get("type") == "continuous"
+    return part
+
+
+def _spec(category: str, parts: list[Part], groups: list[list[Mesh]]) -> ObjectSpec:
+    """Names the parts, puts their meshes into their frames, and boxes around the meshes."""
     shapes, centres = [], []
-    for group, origin in zip(meshes, origins, strict=True):
-        for mesh in group:
-            mesh.points = size * (mesh.points - middle)
-            mesh.offset, mesh.scale = size * (mesh.offset - middle) - origin, size * mesh.scale
+    for group, origin in zip(groups, [np.zeros(3), *(np.array(part.origin) for part in parts)], strict=True):
         boxes = [(mesh.points.min(0), mesh.points.max(0)) for mesh in group]
-        shapes.append(
-            [Shape("box", tuple(b - a), tuple((a + b) / 2 - origin), (0.0, 0.0, 0.0), GREY) for a, b in boxes]
-        )
-        centres.append(np.mean([(a + b) / 2 for a, b in boxes], 0) if boxes else np.zeros(3))
-    parts = []
-    for i, (label, (joint, _, axis, limits)) in enumerate(zip(labels(kinds, centres[1:]), movable, strict=True)):
-        slides, verb = joint == "prismatic", VERBS.get(kinds[i], "open")
-        lower, upper = (size * limit if slides else limit for limit in limits)
-        origin, axis, kind = tuple(origins[1 + i].tolist()), tuple(axis.tolist()), "prismatic" if slides else "revolute"
-        part = Part(f"part_{i}", label, kind, origin, axis, lower, upper, shapes[1 + i], verb)
-        part.primitive = "push" if verb == "press down" else "pull"
-        part.both_ways = joint == "continuous" or verb == "turn"
-        parts.append(part)
-    return UserObject(ObjectSpec(category, shapes[0], parts), meshes)
+        middles = [(low + high) / 2 for low, high in boxes]
+        own = [(tuple((high - low).tolist()), tuple(((low + high) / 2 - origin).tolist())) for low, high in boxes]
+        shapes.append([Shape("box", size, middle, (0.0, 0.0, 0.0), GREY) for size, middle in own])
+        centres.append(np.mean(middles, 0) if boxes else np.zeros(3))
+        for mesh in group:
+            mesh.offset = mesh.offset - origin
+    kinds = [part.label or _usual_name(part) for part in parts]
+    for i, (part, label) in enumerate(zip(parts, labels(kinds, centres[1:]), strict=True)):
+        part.name = f"part_{i}"
+        part.label = label
+        part.shapes = shapes[1 + i]
+        part.verb = VERBS.get(kinds[i], "open")
+        part.primitive = "push" if part.verb == "press down" else "pull"
+        part.both_ways = part.both_ways or part.verb == "turn"
+    return ObjectSpec(category, shapes[0], parts)
 
 
-def _kind(joint: str, axis: np.ndarray) -> str:
+def _usual_name(part: Part) -> str:
     """A name for a part that semantics.txt does not know: what such a joint mostly is."""
-    return "drawer" if joint == "prismatic" else "door" if abs(axis[2]) > math.sqrt(0.5) else "lid"
+    if part.joint == "prismatic":
+        return "drawer"
+    return "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"
 
 
 def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
@@ -315,67 +368,52 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
 
 
 def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
-    """URDF text: a fixed base and one link a part, in order; mass in kg, inertia in kg m^2 as in sim/objects.py."""
-
-    def link(name: str, meshes: list[Mesh], shapes: list[Shape], link_mass: float) -> list[str]:
-        x, y, z = np.mean([shape.xyz for shape in shapes], axis=0) if link_mass else (0.0, 0.0, 0.0)
-        lines = [
-            f'<link name="{name}"><inertial><origin xyz="{x:.6f} {y:.6f} {z:.6f}"/><mass value="{link_mass:g}"/>'
-            f'<inertia ixx="{inertia:g}" iyy="{inertia:g}" izz="{inertia:g}" ixy="0" ixz="0" iyz="0"/></inertial>'
-        ]
-        for mesh in meshes:
-            element = ElementTree.Element(
-                "mesh", filename=str(mesh.path), scale=" ".join(f"{s:.9g}" for s in mesh.scale)
-            )
-            place = '<origin xyz="{:.9g} {:.9g} {:.9g}" rpy="{:.9g} {:.9g} {:.9g}"/>'.format(
-                *mesh.offset, *roll_pitch_yaw(mesh.turn)
-            )
-            body = f"{place}<geometry>{ElementTree.tostring(element, encoding='unicode')}</geometry>"
-            lines += [f"<visual>{body}</visual>", f'<collision concave="yes">{body}</collision>']
-        return [*lines, "</link>"]
-
-    lines = ['<robot name="object">', *link("base", thing.meshes[0], thing.spec.base, 0.0)]
-    for part, meshes in zip(thing.spec.parts, thing.meshes[1:], strict=True):
-        lines += link(part.name, meshes, part.shapes, mass)
-        lines += [
-            f'<joint name="joint_{part.name}" type="{part.joint}"><parent link="base"/><child link="{part.name}"/>',
-            '<origin xyz="{:.9g} {:.9g} {:.9g}"/>'.format(*part.origin),
-            '<axis xyz="{:.9g} {:.9g} {:.9g}"/>'.format(*part.axis),
-            f'<limit lower="{part.lower:.9g}" upper="{part.upper:.9g}" effort="1000" velocity="10"/></joint>',
-        ]
-    return "\n".join([*lines, "</robot>"])
+    """URDF text as of sim.objects.to_urdf, with the meshes themselves as visible and collision shapes."""
+    bodies = []
+    for group in thing.meshes:
+        bodies.append([])
+        for mesh in group:
+            scale = " ".join(f"{s:.9g}" for s in mesh.scale)
+            element = ElementTree.Element("mesh", filename=str(mesh.path), scale=scale)
+            at = " ".join(f"{x:.9g}" for x in mesh.offset)
+            rpy = " ".join(f"{angle:.9g}" for angle in roll_pitch_yaw(mesh.turn))
+            shape = ElementTree.tostring(element, encoding="unicode")
+            body = f'<origin xyz="{at}" rpy="{rpy}"/><geometry>{shape}</geometry>'
+            bodies[-1] += [f"<visual>{body}</visual>", f'<collision concave="yes">{body}</collision>']
+    return objects.to_urdf(thing.spec, mass, inertia, bodies)
 
 
-def roll_pitch_yaw(m: np.ndarray) -> tuple[float, float, float]:
-    """Radians, URDF convention, of a rotation (3, 3): the inverse of sim.objects.rotation."""
-    pitch = math.asin(np.clip(-m[2, 0], -1, 1))
-    if math.hypot(m[0, 0], m[1, 0]) < 1e-6:  # +-90 degrees: roll and yaw turn about the same axis
-        return math.atan2(-m[1, 2], m[1, 1]), pitch, 0.0
-    return math.atan2(m[2, 1], m[2, 2]), pitch, math.atan2(m[1, 0], m[0, 0])
+# ---------------------------------------------------------------------------------------------------------------------
+# World
 
 
-# --------------------------------------------------------------------------------------------------------------- world
+def _folders(directory: str) -> dict[str, Path]:
+    """Name -> folder: `directory` holds one folder an object, or is itself the folder of one."""
+    top = Path(directory)
+    try:
+        folders = [top] if (top / "mobility.urdf").exists() else sorted(d for d in top.iterdir() if d.is_dir())
+    except OSError as error:
+        raise ValueError(f"--objects {directory}: {error.strerror}") from None
+    return {PREFIX + folder.name: folder for folder in folders}
 
 
 def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Names for ObjectScene.spawn of what can be used in `directory`; {folder: what is wrong} of the rest; and
     {name: how many of its joints are held fixed} of those that have such joints.
 
-    `directory` holds one folder an object, or is itself the folder of one. Raises: ValueError when nothing is usable.
+    Raises: ValueError when nothing is usable.
     """
-    top, good, bad, held = Path(directory), [], {}, {}
-    try:
-        folders = [top] if (top / "mobility.urdf").exists() else sorted(d for d in top.iterdir() if d.is_dir())
-    except OSError as error:
-        raise ValueError(f"--objects {directory}: {error.strerror}") from None
-    for folder in folders:
+    good, bad, held = [], {}, {}
+    folders = _folders(directory)
+    for name, folder in folders.items():
         try:
             thing = read_object(folder)
-            good.append(PREFIX + folder.name)
-            if thing.held:
-                held[good[-1]] = thing.held
         except ValueError as error:
             bad[folder.name] = str(error)
+            continue
+        good.append(name)
+        if thing.held:
+            held[name] = thing.held
     if not good:
         why = "; ".join(bad.values()) or "it has no folders"
         raise ValueError(f"--objects {directory}: none of {len(folders)} objects can be used: {why}")
@@ -389,8 +427,7 @@ class ObjectScene(Scene):
     """
 
     def __init__(self, directory: str, image_size: int = 128):
-        top = Path(directory)
-        self._folders = {PREFIX + d.name: d for d in ([top] if (top / "mobility.urdf").exists() else top.iterdir())}
+        self._folders = _folders(directory)
         self._read: dict[str, UserObject] = {}
         super().__init__(image_size)
 
@@ -417,7 +454,7 @@ class ObjectScene(Scene):
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""
         try:
             super().spawn(category, seed, part)
-        except p.error as error:
+        except (p.error, RuntimeError) as error:
             raise ValueError(f"{category}: PyBullet cannot load it ({error})") from None
         self.object, self.category = category, self.spec.category
         return self

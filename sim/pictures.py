@@ -1,24 +1,36 @@
 """Pictures of the world and of what policies do in it.
 
-draw_strips        what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF
-contact_sheet      `--sheet FILE`: one scene of every category
-affordance_sheet   `--affordance NAMES`: where on a part does a pull work?
+    python -m sim.pictures --sheet categories.png                      # one scene of every category
+    python -m sim.pictures --affordance Door,Microwave --out runs/maps # where on a part does a pull work?
+
+draw_strips is what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common.files import write_atomically
+from common.scripts import cli, flag, run_main
 from sim import objects
 from sim.scene import BACKGROUND, Scene, View
 
-ZOOM, FRAMES, CAPTION_PX, EVERY = 2, 5, 16, 4  # enlargement; pictures of a strip after the first; a frame every 4 steps
+ZOOM = 2  # enlargement
+FRAMES = 5  # pictures of a strip after the first
+CAPTION_PX = 16
+EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
-GIF_COLOURS, GIF_MS, GIF_HOLD = 64, 60, 8  # colours; milliseconds a frame; how many the first and last stay
+GIF_COLOURS = 64
+GIF_MS = 60  # a frame
+GIF_HOLD = 8  # frames that the first and the last picture stay
 SHEET_COLOURS = 128  # of strips.png
-RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
+RED = (220, 30, 30)
+GREEN = (20, 160, 60)
+BLUE = (30, 90, 220)
+SEEN_FROM = 20_000_000  # scenes of the affordance maps: the test seeds of seen categories, as in sim_eval.py
 
 
 def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Image.Image:
@@ -36,7 +48,7 @@ def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
     scene.spawn(record.get("object", record["category"]), record["seed"]).render()
     colour = GREEN if record["initial"] else RED
     if None in (record["u"], record["v"], *record["approach"]):
-        return [Image.fromarray(scene.rgb).resize((ZOOM * scene.image_size,) * 2)], "not a number"
+        return [Image.fromarray(scene.rgb).resize((ZOOM * scene.image_size,) * 2)], f"failed: {record['reason']}"
     approach = scene.camera_rotation.T @ np.array(record["approach"])
     point = scene.backproject(record["u"], record["v"])
     if point is None:  # beside the object: drawn at the object's distance
@@ -108,39 +120,55 @@ def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path
     return paths
 
 
-def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7):
-    """Draws one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
+def save(path: str, sheet: Image.Image) -> None:
+    """A picture of the kind that its name ends in. Raises: ValueError naming the file."""
+    try:
+        kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    except KeyError:
+        raise ValueError(f"{path}: not the name of a picture, such as sheet.png") from None
+    write_atomically(path, lambda temporary: sheet.save(temporary, kind))
+
+
+def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7) -> None:
+    """Draw one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
     names = names or [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET]
     scene = Scene(image_size=192, view=view)
-    S, caption = scene.image_size, 14
+    S = scene.image_size
+    caption = 14
     sheet = Image.new("RGB", (columns * S, -(-len(names) // columns) * (S + caption)), "white")
     for i, name in enumerate(names):
-        x, y = i % columns * S, i // columns * (S + caption)
+        x = i % columns * S
+        y = i // columns * (S + caption)
         sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
-        kind = " (unseen)" if name in objects.UNSEEN else " (spare)" if name in objects.SPARE else ""
+        kind = ""
+        if name in objects.UNSEEN:
+            kind = " (unseen)"
+        if name in objects.SPARE:
+            kind = " (spare)"
         ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
     scene.close()
-    sheet.save(path)
+    save(path, sheet)
 
 
-def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4):
+def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4) -> None:
     """Where on a part does a pull work? Above the pictures of `names`, below how far a pull gets at each pixel.
 
     Every 4th pixel of the target is tried with the TRUE direction of motion there. Red: nothing moved; yellow: half of
     the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
     """
-    scene, caption = Scene(image_size), 14
+    scene = Scene(image_size)
+    caption = 14
     sheet = Image.new("RGB", (len(names) * image_size, 2 * image_size + caption), "white")
     for i, name in enumerate(names):
         rgb = scene.spawn(name, seed).render()
-        part, faded = scene.links == scene.target, rgb // 2 + 96
+        part = scene.links == scene.target
+        faded = rgb // 2 + 96
         heat = faded.copy()
         for row, column in np.argwhere(part):
             if row % every == 0 and column % every == 0:
-                approach, moved = scene.true_approach(scene.backproject(column, row), scene.target), 0.0
-                if approach is not None:
-                    moved = scene.act(column, row, approach).moved
+                approach = scene.true_approach(scene.backproject(column, row), scene.target)
+                moved = 0.0 if approach is None else scene.act(column, row, approach).moved
                 share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
                 colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
                 heat[row : row + every, column : column + every] = colour
@@ -149,4 +177,33 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
         text = f"{name}: {scene.spec.parts[scene.target].label}"
         ImageDraw.Draw(sheet).text((i * image_size + 3, 2 * image_size + 1), text, fill="black")
     scene.close()
-    sheet.save(path)
+    save(path, sheet)
+
+
+@dataclass
+class PicturesConfig:
+    sheet: str = flag("", "FILE: draw one scene of every category there")
+    affordance: str = flag("", "categories, separated by commas: draw OUT/affordance.png")
+    out: str = flag("runs/maps", "folder of affordance.png")
+    seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = cli(PicturesConfig, __doc__, argv)
+    if not cfg.sheet and not cfg.affordance:
+        raise ValueError("nothing to draw: --sheet FILE or --affordance CATEGORIES")
+    names = [name for name in cfg.affordance.split(",") if name]
+    for name in names:
+        if name not in objects.NOUNS:
+            raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(objects.NOUNS)}")
+    if cfg.sheet:
+        contact_sheet(cfg.sheet, cfg.seed)
+        print(cfg.sheet)
+    if names:
+        path = Path(cfg.out) / "affordance.png"
+        affordance_sheet(str(path), names, SEEN_FROM + cfg.seed)
+        print(path)
+
+
+if __name__ == "__main__":
+    run_main(main)

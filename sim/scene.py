@@ -1,11 +1,12 @@
-"""The world: procedural articulated objects in PyBullet, one camera, one suction gripper, an expert that knows them.
+"""The world: one articulated object in PyBullet, one camera, one suction gripper.
 
-    sim/objects.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
+    sim/catalogue.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
                                                                                               | pixel (u, v), approach
     Outcome(moved, initial, long, reason) <- Scene.interact <- Scene.backproject <------------'
 
-Reading order: Physics (what the gripper can do) -> Scene.spawn (object, joints, camera, light) -> Scene.render and
-Scene.backproject (pixel <-> point) -> Scene.interact (what a pull does) -> Scene.expert (a label that works).
+Reading order: Physics (what the gripper can do) -> Scene.spawn (object, joints, camera) -> Scene.render and
+Scene.backproject (pixel <-> point) -> Scene.interact (what a pull does). How it looks: sim/appearance.py. Contacts that
+work, and labels: sim/expert.py.
 
 Success is a formula. With q the joint of the NAMED part and q0 its start value, `moved = q - q0` in radians or metres,
 counted in the instructed sense (|q - q0| where either sense will do):
@@ -21,31 +22,44 @@ three force limits. The limits are what makes the benchmark honest: with an unli
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from sim import objects
+from sim import appearance, catalogue, objects
+from sim.objects import BACKGROUND, BASE, Part
 
-_stderr = os.dup(2)
-try:  # PyBullet writes its build time to stderr as it loads, which would be the first line of every message
-    with open(os.devnull, "w") as _nowhere:
-        os.dup2(_nowhere.fileno(), 2)
-    import pybullet as p
-finally:
-    os.dup2(_stderr, 2)
-    os.close(_stderr)
+
+@contextlib.contextmanager
+def _no_stderr():
+    """PyBullet writes its build time from C as it loads, which would be the first line of every message."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+try:
+    with _no_stderr():
+        import pybullet as p
+except ImportError:
+    raise ImportError(
+        "the simulator needs PyBullet: `pip install pybullet` (wheels: Linux x86_64, Python 3.11 or older); "
+        "reading, training and asking work without it"
+    ) from None
 
 # Letters: S image side (pixels) · u, v pixel column and row · f, cx, cy intrinsics (pixels) · q joint value (rad or m).
 # Frames: world (x = object front, z = up, metres) and camera (OpenCV: x right, y down, z forward).
-
-BACKGROUND, BASE = -2, -1  # values of Scene.links where no part is; part j has value j
-# Dense targets: raster side; unit of relative depth; a part names a cell when it fills more than 0.6 x what is left.
-GRID, DEPTH_UNIT_M, EMPTY_WEIGHT = 16, 0.3, 0.6
 
 
 @dataclass(frozen=True)
@@ -109,22 +123,19 @@ class View:
     border: float = 0.025  # of the frame, does not count as inside
 
 
-TEXTURES = ("plain", "stripes", "plain", "grain", "plain", "checks", "plain", "speckle")  # of a body; half are plain
-TEXTURE_M, TEXTURE_AMPLITUDE = (0.06, 0.16), (0.03, 0.08)  # wavelength, metres; share by which the brightness varies
-OWN_TEXTURE = 0.3  # chance that a part has a texture of its own, not its body's
+class Camera(NamedTuple):
+    """Where the camera stands, seen from the middle of the object, and where that middle lies in the picture."""
+
+    azimuth_deg: float
+    elevation_deg: float
+    distance: float  # x the diagonal of the object's bounding box
+    roll_deg: float
+    shift_u: float  # of the frame, to the right and down
+    shift_v: float
+
 
 INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the range that is left
 INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a cylinder, nearly inside a sphere
-MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
-# expert
-EXPERT_PIXELS, EXPERT_TRIES = 160, 6
-EXPERT_LEVER, EXPERT_EDGE, EDGE_JUMP_M = (
-    0.8,
-    1 / 32,
-    0.02,
-)  # more lever, or more distance to an edge (of the frame), is no better
-EXPERT_REGION = 0.75  # pixels with at least this share of the best score form the region
-JITTER_FRAME, JITTER_DEG, JITTER_SHARE = 1 / 128, 8.0, 0.8  # pixel error (of the frame), angle; share to be survived
 
 
 @dataclass
@@ -136,15 +147,6 @@ class Outcome:
     long: bool
     reason: str
     joints: list[float] | None = None  # of all parts where the interaction left them; None: nothing was touched
-
-
-@dataclass
-class Label:
-    """A contact that works: pixel (u, v) and the unit direction, CAMERA frame, along which the gripper arrives."""
-
-    u: float
-    v: float
-    approach: np.ndarray
 
 
 def stream(category: str, seed: int, purpose: str) -> np.random.Generator:
@@ -160,19 +162,10 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
 
 
-def texture(rng: np.random.Generator):
-    """A random solid texture: a function of points (n, 3), metres -> change of brightness (n,), or None for plain."""
-    kind, direction, side = TEXTURES[rng.integers(len(TEXTURES))], *unit(rng.normal(size=(2, 3)))
-    wave, size, phase = 2 * math.pi / rng.uniform(*TEXTURE_M), rng.uniform(*TEXTURE_AMPLITUDE), rng.uniform(0, 6, 3)
-    cells = rng.uniform(-1, 1, (16, 16, 16))
-    patterns = {
-        "plain": None,
-        "stripes": lambda x: size * np.sign(np.sin(wave * x @ direction)),
-        "grain": lambda x: size * np.sin(wave * x @ direction + 2 * np.sin(0.4 * wave * x @ side)),  # bent, as in wood
-        "checks": lambda x: size * np.sign(np.sin(0.5 * wave * x + phase)).prod(1),
-        "speckle": lambda x: size * cells[tuple((np.floor(wave / 3 * x).astype(int) % 16).T)],
-    }
-    return patterns[kind]
+def tilt(direction: np.ndarray, angle_rad: float, rng: np.random.Generator) -> np.ndarray:
+    """`direction` (3,) turned by `angle_rad` about a random axis across it."""
+    across = unit(np.cross(direction, unit(rng.normal(size=3))))
+    return math.cos(angle_rad) * direction + math.sin(angle_rad) * across
 
 
 def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
@@ -206,7 +199,9 @@ class Scene:
     def __init__(self, image_size: int = 128, physics: Physics | None = None, view: View | None = None):
         if Scene._alive is not None or p.isConnected():
             raise RuntimeError("one Scene per process: a second connection mixes the worlds; close() the first")
-        self.image_size, self.physics, self.view = image_size, physics or Physics(), view or View()
+        self.image_size = image_size
+        self.physics = physics or Physics()
+        self.view = view or View()
         p.connect(p.DIRECT)
         Scene._alive = self
 
@@ -222,22 +217,15 @@ class Scene:
         Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
         """
         self.spec = self.make(category, seed)
-        self.category, self.seed, parts = category, seed, self.spec.parts
+        self.category = category
+        self.seed = seed
+        parts = self.spec.parts
         if part is not None and not 0 <= part < len(parts):
             raise ValueError(f"part={part}: this {category} has parts 0..{len(parts) - 1}")
         self._load()
-        rng, rng_friction = stream(category, seed, "joints"), stream(category, seed, "friction")
-        self.lever = []  # per part: largest distance from the joint's axis, metres (1 for a slide)
-        for j, movable in enumerate(parts):
-            self.lever.append(_largest_lever(movable))
-            hinge, draw = movable.joint == "revolute", rng_friction.uniform()
-            low, high = self.physics.hinge_friction if hinge else self.physics.slide_friction
-            friction = (low + (high - low) * draw) * self.physics.seal_tension * self.lever[j]
-            # A velocity motor with target 0 and limited force IS Coulomb friction in the joint.
-            p.setJointMotorControl2(self.body, j, p.VELOCITY_CONTROL, targetVelocity=0, force=friction)
-            p.changeDynamics(self.body, j, jointDamping=self.physics.joint_damping)
+        self._set_friction(stream(category, seed, "friction"))
+        rng = stream(category, seed, "joints")
         self.set_joints([m.start + self.physics.start_open * rng.uniform() * (m.upper - m.start) for m in parts])
-
         order = [part] if part is not None else stream(category, seed, "target").permutation(len(parts)).tolist()
         found = []
         for j in order:
@@ -252,7 +240,7 @@ class Scene:
 
     def make(self, category: str, seed: int) -> objects.ObjectSpec:
         """What `spawn` loads; sim/partnet.py brings the user's own objects here."""
-        return objects.make_object(category, stream(category, seed, "object"))
+        return catalogue.make_object(category, stream(category, seed, "object"))
 
     def urdf(self) -> str:
         return objects.to_urdf(self.spec, self.physics.mass_kg, self.physics.inertia)
@@ -274,6 +262,16 @@ class Scene:
         if (bodies, joints) != (1, len(self.spec.parts)):
             raise RuntimeError(f"{self.spec.category}: loaded {bodies} bodies and {joints} joints")
 
+    def _set_friction(self, rng: np.random.Generator):
+        """Sets .lever: per part the largest distance from the joint's axis, metres (1 for a slide)."""
+        self.lever = [_largest_lever(part) for part in self.spec.parts]
+        for j, part in enumerate(self.spec.parts):
+            low, high = self.physics.hinge_friction if part.joint == "revolute" else self.physics.slide_friction
+            friction = rng.uniform(low, high) * self.physics.seal_tension * self.lever[j]
+            # A velocity motor with target 0 and limited force IS Coulomb friction in the joint.
+            p.setJointMotorControl2(self.body, j, p.VELOCITY_CONTROL, targetVelocity=0, force=friction)
+            p.changeDynamics(self.body, j, jointDamping=self.physics.joint_damping)
+
     def set_joints(self, joints: list[float]):
         """Another start state (radians or metres, one value per part). Call before `render`.
 
@@ -294,7 +292,8 @@ class Scene:
 
     def motion(self, points: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
         """For points (n, 3) of `part`, world: unit direction (n, 3) as it opens; lever arm (n,), 1 = the largest."""
-        movable, axis = self.spec.parts[part], np.array(self.spec.parts[part].axis)
+        movable = self.spec.parts[part]
+        axis = np.array(movable.axis)
         if movable.joint == "prismatic":
             return np.broadcast_to(axis, points.shape), np.ones(len(points))
         sweep = np.cross(axis, points - np.array(movable.origin))
@@ -308,23 +307,21 @@ class Scene:
         half = self.image_size / 2
         return half / math.tan(math.radians(self.view.fov_deg) / 2), half, half - 1
 
-    def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, dict]:
+    def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, Camera]:
         """Draws cameras until one can see and work `part`; returns (workable share, camera), else the best one met."""
-        view, best = self.view, (-math.inf, {})
+        view = self.view
+        best = (-math.inf, None)
         points = self._points_of(part, view.part_points, rng)
-        sign = self._sense(part)
+        sign = self.sense(part)
         for _ in range(view.tries):
-            camera = {
-                name: rng.uniform(*getattr(view, name))
-                for name in ("azimuth_deg", "elevation_deg", "distance", "roll_deg")
-            }
-            camera["shift_u"], camera["shift_v"] = rng.uniform(*view.shift), rng.uniform(*view.shift)
+            ranges = (view.azimuth_deg, view.elevation_deg, view.distance, view.roll_deg, view.shift, view.shift)
+            camera = Camera(*(rng.uniform(*limits) for limits in ranges))
             self.look(camera)
             pixels = self.project(points) / self.image_size
             inside = ((pixels > view.border) & (pixels < 1 - view.border)).all(1)
             score = inside.mean() - 1  # below every camera that has the part in its frame
             if inside.mean() >= view.min_inside:
-                link, hit, normal = self._rays(self.eye, self.eye + 1.3 * (points - self.eye))
+                link, hit, normal = self.rays(self.eye, self.eye + 1.3 * (points - self.eye))
                 direction, lever = self.motion(hit, part)
                 along = (normal * direction).sum(1)
                 along = np.abs(along) if sign == 0 else sign * along
@@ -337,74 +334,44 @@ class Scene:
                 break
         return best
 
-    def look(self, camera: dict):
+    def look(self, camera: Camera):
         """Puts the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
         self.camera = camera
         boxes = np.array([p.getAABB(self.body, link) for link in range(-1, len(self.spec.parts))])  # (links, 2, 3)
         low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
-        azimuth, elevation, roll = np.radians([camera["azimuth_deg"], camera["elevation_deg"], camera["roll_deg"]])
+        azimuth, elevation, roll = np.radians([camera.azimuth_deg, camera.elevation_deg, camera.roll_deg])
         back = np.array(
             [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)]
         )
-        self.eye = (low + high) / 2 + camera["distance"] * np.linalg.norm(high - low) * back
+        self.eye = (low + high) / 2 + camera.distance * np.linalg.norm(high - low) * back
         right = unit(np.cross(-back, [0.0, 0.0, 1.0]))
         down = np.cross(-back, right)
         right, down = math.cos(roll) * right + math.sin(roll) * down, math.cos(roll) * down - math.sin(roll) * right
         # The object's centre now lies on the optical axis; turn the camera until it lies at the wanted place instead.
         tangent = 2 * math.tan(math.radians(self.view.fov_deg) / 2)
-        centre = rotation_from_approach(np.array([camera["shift_u"] * tangent, camera["shift_v"] * tangent, 1.0]))
+        centre = rotation_from_approach(np.array([camera.shift_u * tangent, camera.shift_v * tangent, 1.0]))
         self.camera_rotation = centre @ np.array([right, down, -back])
 
     def draw_light_and_background(self):
-        """Sets .light and .background (S, S, 3): functions of (category, seed)."""
-        rng = stream(self.category, self.seed, "light")
-        azimuth = math.radians(self.camera["azimuth_deg"] + rng.uniform(-75, 75))  # never from behind the object
-        self.light = {
-            "lightDirection": [2 * math.cos(azimuth), 2 * math.sin(azimuth), rng.uniform(1.0, 3.0)],
-            "lightColor": rng.uniform(0.85, 1.0, 3).tolist(),
-            "lightAmbientCoeff": rng.uniform(0.55, 0.7),
-            "lightDiffuseCoeff": rng.uniform(0.35, 0.5),
-            "lightSpecularCoeff": 0.1,
-            "shadow": 0,  # self-shadows come with stripes and cost two thirds of the time
-        }
-        rng = stream(self.category, self.seed, "background")
-        kind, colours = rng.choice(["plain", "gradient", "noise"], p=[0.45, 0.45, 0.1]), rng.uniform(0.2, 1.0, (2, 3))
-        first, second = (colours + colours.mean(1, keepdims=True)) / 2  # half as colourful: walls, not paint
-        ramp = (np.arange(self.image_size) + 0.5) / self.image_size
-        angle, cells = rng.uniform(0, 2 * math.pi), rng.uniform(-0.15, 0.15, (8, 8, 1))
-        if kind == "gradient":
-            share = 0.5 + (ramp[None, :] - 0.5) * math.cos(angle) / 1.5 + (ramp[:, None] - 0.5) * math.sin(angle) / 1.5
-            colour = first + share[..., None] * (second - first)
-        elif kind == "noise":
-            index = (ramp * 8).astype(int)
-            colour = first + cells[index][:, index]
-        else:
-            colour = np.broadcast_to(first, (self.image_size, self.image_size, 3))
-        self.background = (255 * np.clip(colour, 0, 1)).astype(np.uint8)  # (S, S, 3)
+        """Sets .light and .background (S, S, 3): functions of (category, seed) and of the camera's azimuth."""
+        self.light = appearance.light(stream(self.category, self.seed, "light"), self.camera.azimuth_deg)
+        self.background = appearance.background(stream(self.category, self.seed, "background"), self.image_size)
 
     def draw_textures(self):
         """Sets .textures, link -> function of points (n, 3) in the link's frame: a function of (category, seed)."""
-        rng = stream(self.category, self.seed, "texture")
-        body = texture(rng)
-        self.textures = {BASE: body}
-        for j in range(len(self.spec.parts)):
-            own = texture(rng)  # drawn always, so that one part's draw does not move the next one's
-            self.textures[j] = own if rng.random() < OWN_TEXTURE else body
+        self.textures = appearance.textures(stream(self.category, self.seed, "texture"), len(self.spec.parts))
 
     def _textured(self, rgb: np.ndarray, depth: np.ndarray, links: np.ndarray) -> np.ndarray:
-        """rgb with every pixel's brightness varied by the texture at its place on its link, which moves with the link.
-
-        The simulator's own textures need images and coordinates per mesh; a solid texture (Perlin 1985) needs neither.
-        """
+        """rgb with the brightness of each pixel varied by the texture at its place on its link, wherever that is."""
         rgb = rgb.astype(float)
         for link, pattern in self.textures.items():
             rows, columns = np.nonzero(links == link)
             if pattern is None or not len(rows):
                 continue
-            points = self._backproject_pixels(rows, columns, depth)
+            points = self.backproject_pixels(rows, columns, depth)
             if link != BASE:
-                *_, position, orientation = p.getLinkState(self.body, link, computeForwardKinematics=1)[:6]
-                points = (points - position) @ np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
+                position, turn = self._pose(link)
+                points = (points - position) @ turn
             rgb[rows, columns] *= 1 + pattern(points)[:, None]
         return rgb.clip(0, 255).astype(np.uint8)
 
@@ -420,7 +387,8 @@ class Scene:
             S, S, pose.T.ravel().tolist(), lens, renderer=p.ER_TINY_RENDERER, flags=flags, **self.light
         )
         rgb = np.reshape(rgb, (S, S, 4))[..., :3].astype(np.uint8)
-        segments, depth = np.reshape(segments, (S, S)), np.reshape(depth, (S, S)).astype(float)
+        segments = np.reshape(segments, (S, S))
+        depth = np.reshape(depth, (S, S)).astype(float)
         links = np.where(segments < 0, BACKGROUND, (segments >> 24) - 1).astype(np.int16)
         rgb = np.where(links[..., None] == BACKGROUND, self.background, rgb)
         depth = np.where(links == BACKGROUND, np.inf, near * far / (far - (far - near) * depth))
@@ -445,10 +413,10 @@ class Scene:
         column, row = math.floor(u + 0.5), math.floor(v + 0.5)
         if not (0 <= column < self.image_size and 0 <= row < self.image_size) or self.links[row, column] == BACKGROUND:
             return None
-        return self._backproject_pixels(np.array([row]), np.array([column]))[0]
+        return self.backproject_pixels(np.array([row]), np.array([column]))[0]
         # end of exercise 8
 
-    def _backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
+    def backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
         """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth.
 
         Depth is along the camera's z, .camera_rotation is world -> camera, and whole numbers of (u, v) are where
@@ -461,16 +429,21 @@ class Scene:
         return self.eye + (depth[rows, columns, None] * ray) @ self.camera_rotation
         # end of exercise 8
 
-    def _rays(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rays(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Casts rays (n, 3) -> (n, 3); returns links hit (n,) (BACKGROUND: none), hit points and normals (n, 3)."""
         hits = p.rayTestBatch(np.broadcast_to(start, end.shape).tolist(), end.tolist())
         link = np.array([hit[1] if hit[0] == self.body else BACKGROUND for hit in hits])
         return link, np.array([hit[3] for hit in hits]), np.array([hit[4] for hit in hits])
 
+    def normals(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is seen in the direction of points (n, 3), world: link (n,) (BACKGROUND: none), unit normal (n, 3)."""
+        link, _, normals = self.rays(self.eye, self.eye + 1.2 * (points - self.eye))
+        return link, normals
+
     def normal(self, point: np.ndarray) -> tuple[np.ndarray | None, int]:
-        """Unit normal (3,), world, and link of the surface seen in the direction of `point`; or (None, BACKGROUND)."""
-        link, _, normal = self._rays(self.eye, (self.eye + 1.2 * (point - self.eye))[None])
-        return (normal[0], int(link[0])) if link[0] != BACKGROUND else (None, BACKGROUND)
+        """As `normals` for one point (3,): normal (3,) and link; (None, BACKGROUND) where nothing is."""
+        link, normals = self.normals(point[None])
+        return (normals[0], int(link[0])) if link[0] != BACKGROUND else (None, BACKGROUND)
 
     def _points_of(self, part: int, count: int, rng: np.random.Generator) -> np.ndarray:
         """Random points (count, 3), world, inside the shapes of `part`, larger shapes more often."""
@@ -481,19 +454,25 @@ class Scene:
         shape = rng.choice(len(shapes), count, p=area / area.sum())
         within = rng.uniform(-INSCRIBED, INSCRIBED, (count, 3))
         local = corners.mean(1)[shape] + (within[:, None] @ half_axes[shape])[:, 0]
-        *_, position, orientation = p.getLinkState(self.body, part, computeForwardKinematics=1)[:6]
-        return local @ np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3)).T + np.array(position)
+        position, turn = self._pose(part)
+        return local @ turn.T + position
+
+    def _pose(self, link: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and rotation (3, 3), link -> world, of a part's frame now."""
+        *_, position, orientation = p.getLinkState(self.body, link, computeForwardKinematics=1)[:6]
+        return np.array(position), np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
 
     # ---- the gripper ------------------------------------------------------------------------------------------------
     def seal(self, point: np.ndarray, approach: np.ndarray, push: bool) -> tuple[np.ndarray, int, str]:
         """Brings the cup to `point` along `approach` (unit, world): surface normal, link, and why it failed or ""."""
         physics = self.physics
         side = unit(np.cross(approach, [0.0, 0.0, 1.0] if abs(approach[2]) < 0.9 else [1.0, 0.0, 0.0]))
-        other, angle = np.cross(approach, side), np.arange(8)[:, None] * (math.pi / 4)
+        other = np.cross(approach, side)
+        angle = np.arange(8)[:, None] * (math.pi / 4)
         ring = physics.cup_radius_m * (np.cos(angle) * side + np.sin(angle) * other)
         centres = point + np.concatenate([np.zeros((1, 3)), ring])
         past = 2 * physics.cup_depth_m
-        link, hit, normal = self._rays(centres - physics.clear_m * approach, centres + past * approach)
+        link, hit, normal = self.rays(centres - physics.clear_m * approach, centres + past * approach)
         depth = (hit - point) @ approach  # > 0: beyond the point
         if link[0] == BACKGROUND or abs(depth[0]) > physics.reach_m:
             return normal[0], BACKGROUND, "unreachable"  # something is in the way, or the point is seen from behind
@@ -517,8 +496,10 @@ class Scene:
         Returns: Outcome. Reasons of failure: "unreachable", "on body", "no seal", "wrong part", "seal broke (tension)",
             "seal broke (shear)", "slipped", "did not move".
         """
-        physics, target = self.physics, self.target if target is None else target
-        push, approach = self.spec.parts[target].primitive == "push", unit(approach)
+        physics = self.physics
+        target = self.target if target is None else target
+        push = self.spec.parts[target].primitive == "push"
+        approach = unit(approach)
         normal, link, reason = self.seal(point, approach, push)
         if reason:
             return Outcome(0.0, False, False, reason)
@@ -560,7 +541,11 @@ class Scene:
             on_frame(step + 1, place(p.getJointState(self.body, link)[0])[0])
         self.reset()  # so that rays and pictures between interactions always meet the start state
         initial = moved >= INITIAL
-        reason = "success" if initial else "wrong part" if link != target else reason or "did not move"
+        if initial:
+            reason = "success"
+        elif link != target:
+            reason = "wrong part"
+        reason = reason or "did not move"
         return Outcome(moved, initial, moved >= self.long_threshold(target), reason, joints)
 
     def openness(self, part: int) -> float:
@@ -577,52 +562,11 @@ class Scene:
         """How far (rad or m) `part` must move for the long success: 0.1, or half of what is left where that is less."""
         return min(LONG, LONG_SHARE * (self.spec.parts[part].upper - self.joints[part]))
 
-    def _sense(self, part: int) -> int:
+    def sense(self, part: int) -> int:
         """How the outward normal of a good contact points along the part's motion: +1 pull, -1 push, 0 either."""
-        return 0 if self.spec.parts[part].both_ways else -1 if self.spec.parts[part].primitive == "push" else 1
-
-    def true_approach(self, point: np.ndarray, part: int) -> np.ndarray | None:
-        """The direction (3,), camera frame, in which to work `part` at `point` (3,), world; None where it is hidden.
-
-        From outside in: against the motion for a pull, with it for a push; the surface says where either sense counts.
-        """
-        normal, link = self.normal(point)
-        direction = self.motion(point[None], part)[0][0]
-        if link != part:
-            return None
-        return self.camera_rotation @ (-(self._sense(part) or np.sign(normal @ direction)) * direction)
-
-    # ---- the expert -------------------------------------------------------------------------------------------------
-    def expert(self, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
-        """A contact on the rendered picture that works, for `part` (None: the target); None when none was found.
-
-        Knows what a policy does not: the joint, the mask, the collision shapes. Scores pixels by
-        alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, takes the middle pixel of the
-        best region and tries it; the direction is the true motion's. A label must also survive `jitters` disturbed
-        copies (pixel and direction), else the next candidate is tried.
-        """
-        part = self.target if part is None else part
-        mask = self.links == part
-        if mask.sum() < MIN_PART_PIXELS:
-            return None
-        rows, columns = np.nonzero(mask)
-        step = -(-len(rows) // EXPERT_PIXELS)
-        rows, columns = rows[::step], columns[::step]
-        points = self._backproject_pixels(rows, columns)
-        link, _, normals = self._rays(self.eye, self.eye + 1.2 * (points - self.eye))
-        direction, lever = self.motion(points, part)
-        along = (normals * direction).sum(1)
-        sense = np.sign(along) if self._sense(part) == 0 else np.full(len(along), self._sense(part))
-        edge = self._edge_distance(mask)[rows, columns]
-        score = np.where(link == part, sense * along, 0).clip(0) * lever.clip(0, EXPERT_LEVER) * edge
-        if score.max() <= 0:
-            return None
-        for i in _candidates(points, score):
-            # From outside in: against the motion for a pull, with it for a push. The sign of normal . motion does both.
-            label = Label(float(columns[i]), float(rows[i]), self.camera_rotation @ (-sense[i] * direction[i]))
-            if self._survives(label, part, rng, jitters):
-                return label
-        return None
+        if self.spec.parts[part].both_ways:
+            return 0
+        return -1 if self.spec.parts[part].primitive == "push" else 1
 
     def act(self, u: float, v: float, approach: np.ndarray, target: int | None = None, **options) -> Outcome:
         """`interact` at the pixel (u, v) with `approach` (3,) in the CAMERA frame; "off object" where nothing is."""
@@ -632,51 +576,19 @@ class Scene:
             return Outcome(0.0, False, False, "off object" if finite else "not a number")
         return self.interact(point, self.camera_rotation.T @ np.asarray(approach, float), target, **options)
 
-    def _survives(self, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
-        threshold = self.long_threshold(part)
-        if not self.act(label.u, label.v, label.approach, part, stop_at=threshold).long:
-            return False
-        survived = 0
-        for _ in range(jitters):
-            du, dv = rng.uniform(-1, 1, 2) * JITTER_FRAME * self.image_size
-            approach = tilt(label.approach, math.radians(JITTER_DEG), rng)
-            survived += self.act(label.u + du, label.v + dv, approach, part, stop_at=INITIAL).initial
-        return survived >= JITTER_SHARE * jitters
+    # To be removed: functions of sim/expert.py, for those who look for them here.
+    def expert(self, rng, part=None, jitters=1):
+        from sim.expert import expert
 
-    def _edge_distance(self, mask: np.ndarray) -> np.ndarray:
-        """Pixels from the nearest edge of `mask` (or jump in depth), as a share of the largest that counts, (S, S)."""
-        depth = np.pad(np.where(mask, self.depth, np.inf), 1, constant_values=np.inf)
-        inside, distance, most = mask.copy(), mask.astype(float), max(1, round(EXPERT_EDGE * self.image_size))
-        for rows, columns in (
-            (slice(2, None), slice(1, -1)),
-            (slice(0, -2), slice(1, -1)),
-            (slice(1, -1), slice(2, None)),
-            (slice(1, -1), slice(0, -2)),
-        ):
-            inside &= ~(np.abs(depth[rows, columns] - np.where(mask, self.depth, 0)) > EDGE_JUMP_M)
-        for _ in range(most - 1):
-            distance += inside
-            grown = np.pad(inside, 1)
-            inside = inside & grown[2:, 1:-1] & grown[:-2, 1:-1] & grown[1:-1, 2:] & grown[1:-1, :-2]
-        return distance / most
+        return expert(self, rng, part, jitters)
+
+    def true_approach(self, point, part):
+        from sim.expert import true_approach
+
+        return true_approach(self, point, part)
 
 
-def tilt(direction: np.ndarray, angle_rad: float, rng: np.random.Generator) -> np.ndarray:
-    """`direction` (3,) turned by `angle_rad` about a random axis across it."""
-    across = unit(np.cross(direction, unit(rng.normal(size=3))))
-    return math.cos(angle_rad) * direction + math.sin(angle_rad) * across
-
-
-def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
-    """Order in which the expert tries its pixels: the middle of the best region first, then others by score."""
-    region = np.flatnonzero(score >= EXPERT_REGION * score.max())
-    spread = np.linalg.norm(points[region, None] - points[None, region], axis=2).sum(1)
-    ranked = np.argsort(-score, kind="stable")[: max(1, (score > 0.3 * score.max()).sum())]
-    others = ranked[np.linspace(0, len(ranked) - 1, EXPERT_TRIES - 1).astype(int)]
-    return list(dict.fromkeys([int(region[spread.argmin()]), *others.tolist()]))
-
-
-def _largest_lever(part) -> float:
+def _largest_lever(part: Part) -> float:
     """Largest distance (metres) of the part from its hinge; 1 for a slide, whose friction is a plain force."""
     if part.joint == "prismatic":
         return 1.0
@@ -684,19 +596,20 @@ def _largest_lever(part) -> float:
     return float(np.linalg.norm(np.cross(corners, np.array(part.axis)), axis=1).max())
 
 
-def _path(part, q0: float, point: np.ndarray, normal: np.ndarray):
+def _about(axis: np.ndarray, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`vector` along `axis`, away from it and across both: turned by t it is along + away cos t + across sin t."""
+    along = axis * (axis @ vector)
+    return along, vector - along, np.cross(axis, vector)
+
+
+def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
     """How a contact moves with its part: a function q -> (contact (3,), d contact / d q (3,), normal (3,))."""
-    axis, origin = np.array(part.axis, float), np.array(part.origin, float)
+    axis = np.array(part.axis, float)
+    origin = np.array(part.origin, float)
     if part.joint == "prismatic":
         return lambda q: (point + axis * (q - q0), axis, normal)
-
-    def parts(
-        vector,
-    ):  # along the axis, away from it, and across both: the turned vector is along + cos away + sin across
-        along = axis * (axis @ vector)
-        return along, vector - along, np.cross(axis, vector)
-
-    (arm_along, arm_away, arm_across), (normal_along, normal_away, normal_across) = parts(point - origin), parts(normal)
+    arm_along, arm_away, arm_across = _about(axis, point - origin)
+    normal_along, normal_away, normal_across = _about(axis, normal)
     centre = origin + arm_along
 
     def place(q):
@@ -707,114 +620,10 @@ def _path(part, q0: float, point: np.ndarray, normal: np.ndarray):
     return place
 
 
-# ---- what happened ---------------------------------------------------------------------------------------------------
-def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
-    """Somebody tries to work the target, well or badly; the joints stay as they end. For pictures of afterwards.
+# To be removed: what moved to sim/expert.py, for those who look for it here.
+def __getattr__(name: str):
+    if name not in ("attempt", "dense_targets", "facts", "Label", "MIN_PART_PIXELS"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sim import expert
 
-    Three sixths of the attempts are the expert's, one works another part, two grip with the right point and a wrong
-    direction. Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long
-    threshold)}; None where the expert finds no contact, and then nothing has moved. Takes the picture of the start.
-    """
-    scene.render()
-    goal = acted = scene.target
-    others = [j for j in range(len(scene.joints)) if j != goal]
-    way = ("good", "good", "good", "other", "bad", "bad")[rng.integers(6)]
-    if way == "other" and others:
-        acted = others[rng.integers(len(others))]
-    label = scene.expert(rng, acted, jitters=0)
-    if label is None:
-        return None
-    approach = tilt(label.approach, rng.uniform(math.pi / 3, math.pi / 2), rng) if way == "bad" else label.approach
-    before = list(scene.joints)
-    outcome = scene.act(label.u, label.v, approach, acted)
-    ended = np.clip(outcome.joints or before, [m.lower for m in scene.spec.parts], [m.upper for m in scene.spec.parts])
-    success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
-    if outcome.long and not scene.spec.parts[acted].both_ways:  # further strokes follow the first, until it is plain
-        start, upper = before[acted], scene.spec.parts[acted].upper
-        ended[acted] = max(ended[acted], start + rng.uniform(0.3, 0.8) * (upper - start))
-    scene.set_joints(ended.tolist())
-    names = [part.label for part in scene.spec.parts]
-    return {"goal": names[goal], "acted": names[acted], "moved": round(outcome.moved, 4), "success": bool(success)}
-
-
-# ---- what a picture shows -------------------------------------------------------------------------------------------
-def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: int = 1) -> dict:
-    """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
-
-    Args: scene: after `render`. rng: for the expert's jitters. expert: fill "contact" (else it is None).
-    """
-    parts = []
-    for j, part in enumerate(scene.spec.parts):
-        mask = scene.links == j
-        rows, columns = np.nonzero(mask)
-        shown = len(rows) >= MIN_PART_PIXELS
-        label = scene.expert(rng, j, jitters) if expert and shown else None
-        contact = label and {"u": label.u, "v": label.v, "approach": [round(float(d), 5) for d in label.approach]}
-        parts.append(
-            {
-                "label": part.label,
-                "kind": part.kind,
-                "verb": part.verb,
-                "primitive": part.primitive,
-                "joint": part.joint,
-                "colour": objects.part_colour(part),
-                "pixels": len(rows),
-                "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
-                "box": _box(mask) if shown else None,
-                "openness": round(scene.openness(j), 4),
-                "contact": contact,
-            }
-        )
-    return {
-        "category": scene.category,
-        "seed": int(scene.seed),
-        "image_size": scene.image_size,
-        "box": _box(scene.links != BACKGROUND),
-        "colour": objects.body_colour(scene.spec),
-        "parts": parts,
-    }
-
-
-def _box(mask: np.ndarray) -> list[int] | None:
-    """[x0, y0, x1, y1], inclusive, of the set pixels."""
-    rows, columns = np.nonzero(mask)
-    return [int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())] if len(rows) else None
-
-
-def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the vision stage learns to see, as means over the cells of a 16 x 16 raster.
-
-    Returns:
-        targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
-            x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
-            the part that fills the cell (0: none).
-        part_kind (16, 16) int8: index into objects.PART_KINDS of the part that fills the cell (0: none, or a kind that
-            is not in the list).
-    Raises: ValueError when 16 does not divide the image size.
-    """
-    S = scene.image_size
-    if S % GRID:
-        raise ValueError(f"image_size={S} must be a multiple of {GRID} for the dense targets")
-    f, cx, cy = scene.intrinsics
-    shown = scene.links != BACKGROUND
-    depth = np.where(shown, scene.depth, 0)
-    rows, columns = np.indices((S, S))
-    cloud = np.stack([(columns - cx) / f * depth, (rows - cy) / f * depth, depth], -1)  # (S, S, 3) camera frame
-    down, right = np.zeros_like(cloud), np.zeros_like(cloud)
-    down[:-1], right[:, :-1] = cloud[1:] - cloud[:-1], cloud[:, 1:] - cloud[:, :-1]
-    normal = unit(np.cross(down, right)) * shown[..., None]  # towards the camera: z < 0
-    relative = np.where(shown, (depth - depth[shown].mean()) / DEPTH_UNIT_M, 0).clip(-3, 3) if shown.any() else depth
-    maps = np.concatenate([relative[..., None], normal, shown[..., None], (scene.links >= 0)[..., None]], -1)
-
-    def cells(picture):  # (S, S, C) -> (16, 16, C)
-        return picture.reshape(GRID, S // GRID, GRID, S // GRID, -1).mean((1, 3))
-
-    share = np.stack([scene.links == j for j in range(len(scene.spec.parts))], -1)
-    share = cells(share.astype(float))  # (16, 16, parts)
-    kinds = [part.kind for part in scene.spec.parts]
-    index = np.array([objects.PART_KINDS.index(kind) if kind in objects.PART_KINDS else 0 for kind in kinds])
-    filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
-    openness = np.array([scene.openness(j) for j in range(len(kinds))])
-    opened = np.where(filled, openness[share.argmax(-1)], 0)[..., None]
-    targets = np.concatenate([cells(maps), opened], -1).astype(np.float16)
-    return targets, np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)
+    return getattr(expert, name)

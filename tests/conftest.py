@@ -1,4 +1,7 @@
-"""Shared, miniature things for the tests: a tokenizer, a model, a picture."""
+"""Shared, miniature things for the tests: a tokenizer, a model, a picture; and what happens without PyBullet."""
+
+import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +9,19 @@ import torch
 
 from data.tokenizer import load_encoding, train_ranks, write_ranks
 from robomamba import HeadConfig, LMConfig, RoboMamba, RoboMambaConfig, VisionConfig
+
+
+class NeedsPyBullet:
+    """Import hook: a test file, or a test, that loads the simulator is skipped where PyBullet is not installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "pybullet":
+            pytest.skip("needs PyBullet (extra [sim])", allow_module_level=True)
+
+
+if importlib.util.find_spec("pybullet") is None:
+    sys.meta_path.insert(0, NeedsPyBullet)
 
 TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56", "yes", "no, there is no lid"]
 

@@ -1,145 +1,213 @@
-"""Every command of the README and of the Makefile, run as it stands there, at miniature size.
+"""Every command of README.md and every target of the Makefile, as it stands there, at miniature size.
 
 pytest tests/test_commands.py
 
-The sizes and names that a reader is asked to fill in are replaced by MINIATURE, from the top; nothing else is changed.
-What takes the environment or minutes at any size stands in ELSEWHERE with the test that runs it.
+What a reader is asked to fill in is replaced by NAMES; SIZES is added at the end, where the last flag of a name wins.
+Commands run inside the test's process, which saves the seconds that a fresh interpreter needs to load torch.
 """
 
+import contextlib
+import io
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from test_partnet import write_cabinet
 
-import sim_eval
-from extras.assignments import SHIPPED
-
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-TINY = ROOT / "data/pretrained/robomamba-tiny"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = "data/pretrained/robomamba-tiny"
 
-ELSEWHERE = {
+DATA = "python -m data.build --scenes 30000"
+ELSEWHERE = {  # command: the test that runs it
     "python3.11 -m venv": "the environment itself",
-    "python -m pytest": "this suite",
+    DATA: "the fixture `place`",
+    "python -m pytest": "test_exercises.py",
     "python sim_eval.py --demo": "test_eval.py",
-    "python sim_eval.py --speed": "test_speed.py",
-    "python selective_scan.py": "test_scan.py",
-    "python -m extras.mistakes --prove": "test_look.py",
-    "python -m extras.assignments --grade": "test_assignments.py",
+    "python -m extras.assignments --grade": "test_extras_assignments.py",
     "python train.py --stage align --vision-weights": "test_published.py",
     "torchrun --nproc-per-node": "test_train.py",
 }
-MINIATURE = (  # {place} is a folder with what a reader would bring
-    (r"scene.png|depth.npy|your.json|--images \w+", r"{place}/\g<0>"),
-    (r"{place}/--images \w+", "--images {place}/pictures"),
-    (r"mine=DIR", "mine=data/pretrained/robomamba-tiny"),
+NAMES = (  # {place} is a folder with what a reader would bring
+    (r"your\.json", r"{place}/\g<0>"),
+    (r"--images folder", "--images {place}/pictures"),
+    (r"mine=DIR", f"mine={TINY}"),
     (r"--objects DIR", "--objects {place}/objects"),
-    (r"--(out|student|look) \S+", r"--\1 {out}"),
-    (r"--episodes \d+", ""),
-    (r"^(python sim_eval.py (?!--sheet|--affordance).*)", r"\1 --episodes 2"),
-    (r"--affordance \S+", "--affordance Bottle"),
-    (r"^python train.py .*", r"\g<0> --max-steps 2 --batch-size 2"),
-    (r"^python -m extras.mistakes$", r"\g<0> --out {out}"),
-    (r"^python -m extras.reasoning_eval.*", r"\g<0> --train {place}/questions --data {place}/questions"),
+    (r"--(out|student) \S+", r"--\1 {out}"),
+    (r"^(python train.py --stage \w+)$", rf"\1 --data {{place}}/data --val '' --init {TINY}"),
+    (r"^python finetune_policy.py$", rf"\g<0> --data {{place}}/data --val '' --checkpoint {TINY}"),
 )
+SIZES = {
+    "data.build": "--scenes 4 --demos 2 --workers 1 --out {out}",
+    "train.py": "--max-steps 2 --batch-size 2 --out {out}",
+    "finetune_policy.py": "--epochs 1 --out {out}",
+    "sim_eval.py": "--episodes 2 --workers 1",
+    "extras.mistakes": "--out {out}",
+}
 
 
 def commands() -> list[str]:
     """Every line that starts with python or torchrun, of bash blocks and of code in sentences, without its comment."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines() + re.findall(r"`([^`\n]+)`", README)
-    lines = [re.sub(r"^OMP_\w+=\w+ ", "", line.split(" #")[0].strip()) for line in lines]
-    return list(dict.fromkeys(line for line in lines if re.match(r"(python|torchrun)[\d.]* .*(\.py|-m )", line)))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    lines = blocks.splitlines() + re.findall(r"`([^`\n]+)`", README)
+    lines = [line.split(" #")[0].strip() for line in lines]
+    found = list(dict.fromkeys(line for line in lines if re.match(r"(python|torchrun)[\d.]* .*(\.py|-m )", line)))
+    return [line for line in found if "extras." not in line or (ROOT / "extras").exists()]
 
 
-def elsewhere(command: str) -> bool:
-    return any(command.startswith(start) for start in ELSEWHERE)
+def here() -> list[str]:
+    return [command for command in commands() if not command.startswith(tuple(ELSEWHERE))]
+
+
+def execute(words: list[str]) -> tuple[int, str]:
+    """Run `python *words` in this process: its exit code and what it printed."""
+    module = words[0] == "-m"
+    said = io.StringIO()
+    before = sys.argv, list(sys.path)
+    sys.argv = words[1:] if module else words
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if module:
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0), said.getvalue()
+    finally:
+        sys.argv, sys.path[:] = before
+    return 0, said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A picture with its depth, a cabinet of one's own, two records in LLaVA's layout, and a set of questions."""
-    folder = tmp_path_factory.mktemp("reader")
-    scene = sim_eval.Scene(128)
-    try:
-        scene.spawn("StorageFurniture", 10_700_000).render()
-        Image.fromarray(scene.rgb).save(folder / "scene.png")
-        np.save(folder / "depth.npy", scene.depth)
-    finally:
-        scene.close()
+    """A cabinet of one's own, a picture and two records in LLaVA's layout, and a small training set."""
+    folder = tmp_path_factory.mktemp("reader's folder")
     (folder / "pictures").mkdir()
-    shutil.copy(folder / "scene.png", folder / "pictures/one.png")
+    shutil.copy(ROOT / "data/figures/examples/cabinet.png", folder / "pictures/one.png")
     turns = [{"from": "human", "value": "<image>\nWhat is this object?"}, {"from": "gpt", "value": "a cabinet"}]
     records = [{"id": str(k), "image": "one.png", "conversations": turns} for k in range(2)]
     (folder / "your.json").write_text(json.dumps(records))
     write_cabinet(folder / "objects/1")
-    build = [
-        "data.build",
-        "--scenes",
-        "4",
-        "--split",
-        "test-seen",
-        "--workers",
-        "1",
-        "--out",
-        str(folder / "questions"),
-    ]
-    subprocess.run([sys.executable, "-m", *build], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    code, said = execute([*DATA.split()[1:], *shlex.split(SIZES["data.build"])[:-1], str(folder / "data")])
+    assert code == 0, said
     return folder
 
 
 def test_few_commands_are_left_to_other_tests():
     assert [start for start in ELSEWHERE if not any(c.startswith(start) for c in commands())] == []
-    assert sum(not elsewhere(c) for c in commands()) >= 15
+    assert len(here()) >= 15
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not elsewhere(c)])
-def test_a_command_of_the_readme(command, place, tmp_path):
+@pytest.mark.parametrize("command", here())
+def test_a_command_of_the_readme(command, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     small = command
-    for pattern, replacement in MINIATURE:
+    for pattern, replacement in NAMES:
         small = re.sub(pattern, replacement, small)
-    words = [w.format(place=place, out=tmp_path / "out") for w in shlex.split(small)]
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    written = list((tmp_path / "out").rglob("*.*"))
-    assert written if "{out}" in small else done.stdout.strip(), f"{small!r} left nothing"
+    words = shlex.split(small)[1:]
+    script = words[1] if words[0] == "-m" else words[0]
+    words += shlex.split(SIZES.get(script, ""))
+    out = tmp_path / "out"
+    words = [word.format(place=place, out=out) for word in words]
+    code, said = execute(words)
+    assert code == 0, said[-2000:]
+    assert list(out.rglob("*.*")) if str(out) in words else said.strip(), f"{words} left nothing"
 
 
-def test_the_python_of_the_readme(place):
+def test_the_python_of_the_readme(monkeypatch):
+    monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    code = block.replace("scene.png", str(place / "scene.png")) + "\nprint(action.u, action.v, action.rotation.shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.strip().endswith("(3, 3)"), done.stdout + done.stderr[-2000:]
+    names: dict = {}
+    exec(block, names)
+    assert names["action"].rotation.shape == (3, 3)
+
+
+# ---- the Makefile
+
+DRIVER = """
+import runpy, shlex, subprocess, sys
+sys.path.insert(0, "")
+for line in sys.stdin.read().replace("\\\\\\n", " ").splitlines():
+    line = line.strip().removeprefix("OMP_NUM_THREADS=1 ")
+    print("$", line, flush=True)
+    if not line.startswith(".venv/bin/python"):
+        subprocess.run(line, shell=True, check=True)
+        continue
+    words = shlex.split(line)[1:]
+    if words[:2] == ["-m", "torch.distributed.run"]:  # one process of it, without the launcher
+        words = words[words.index("1") + 1 :]
+    try:
+        sys.argv = words
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+SMALL = {
+    "PROCESSES": "1",
+    "DATA_FLAGS": "--scenes 6 --demos 3",
+    "TRAIN_FLAGS": "--batch-size 2 --max-steps 2",
+    "EVAL_FLAGS": "--episodes 2",
+    "QUICK_SCENES": "6",
+    "QUICK_VAL_SCENES": "6",
+    "QUICK_VISION_STEPS": "2",
+    "QUICK_COTRAIN_STEPS": "2",
+    "QUICK_EPISODES": "2",
+}
+
+
+def make(tree: Path, *targets: str) -> None:
+    """Run targets of the Makefile in `tree`: make says the commands, one Python process runs them."""
+    variables = [f"{name}={value}" for name, value in SMALL.items()]
+    said = subprocess.run(["make", "-n", *targets, *variables], cwd=tree, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER]
+    done = subprocess.run(
+        command, cwd=tree, input=said.stdout, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of this repository in a folder with a space, its environment taken for made."""
+    copy = tmp_path_factory.mktemp("a copy") / "tree"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "demo", "cache", "__pycache__"))
+    (copy / ".venv").mkdir()
+    (copy / ".venv/ready").touch()
+    return copy
 
 
 @pytest.mark.slow
-def test_the_makefile_makes_a_checkpoint_and_its_tables(tmp_path):
-    """make train, ship, evaluate, ablations and encoders in a copy of the tree, with two steps of every training."""
-    tree = tmp_path / "tree"
-    for pattern in SHIPPED:
-        for file in ROOT.glob(pattern):
-            if file.is_file():
-                (tree / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, tree / file.relative_to(ROOT))
-    (tree / ".venv/bin").mkdir(parents=True)
-    (tree / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (tree / ".venv/bin/python").chmod(0o755)
-    (tree / ".venv/ready").touch()
-    sizes = (
-        "SCENES=12 VAL_SCENES=6 TEST_SCENES=4 EPISODES=2 VISION_STEPS=2 VISION2_STEPS=2 ALIGN_STEPS=2 COTRAIN_STEPS=2"
-    )
-    for target in ("train", "ship", "evaluate", "ablations", "encoders"):
-        command = ["make", target, *sizes.split(), "ABLATION_STEPS=2", "ENCODER_STEPS=2", "PROBE_STEPS=2"]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    shipped = tree / "data/pretrained/robomamba-tiny"
-    assert (shipped / "model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
-    assert json.loads((shipped / "results.json").read_text())["policies"]["model"]["splits"]["seen"]["n"] == 2
-    assert json.loads((tree / "runs/tiny/ablations/results.json").read_text())["policies"]["general-only"]
+def test_make_quick_ends_with_a_policy_beside_its_baselines(tree):
+    make(tree, "quick")
+    results = json.loads((tree / "runs/quick/eval/results.json").read_text())
+    assert {"model", "model-depth", "random-backbone", "blind"} <= set(results["policies"])
+    assert (tree / "runs/quick/vision/curves.png").exists()
+
+
+@pytest.mark.slow
+def test_make_train_ships_a_checkpoint_and_makes_its_tables(tree):
+    """Training needs nothing of extras/; evaluation's questions in words do."""
+    (tree / "extras").rename(tree / "away")
+    make(tree, "train", "ship")
+    (tree / "away").rename(tree / "extras")
+    make(tree, "evaluate", "ablations", "encoders")
+    shipped = tree / TINY
+    assert (shipped / "model.safetensors").read_bytes() != (ROOT / TINY / "model.safetensors").read_bytes()
+    results = json.loads((shipped / "results.json").read_text())
+    assert results["policies"]["model"]["splits"]["seen"]["n"] == 2
+    assert json.loads((tree / "data/results/ablations.json").read_text())["policies"]["general-only"]
+    assert "seen (2)" in (tree / "README.md").read_text()

@@ -1,6 +1,6 @@
 """pytest tests/test_eval.py -q
 
-The examination: intervals, results.json, the same run twice and in several processes, accidents, every bad input.
+The evaluation: intervals, results.json, the same run twice and in several processes, accidents, every bad input.
 """
 
 import json
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,23 +21,18 @@ import torch
 from conftest import mini_config
 from PIL import Image
 
+import sim_eval
+from common import report
+from common.report import wilson
+from data import depth
+from extras.closed_loop import grip_again
+from robomamba import Action, RoboMamba
+from sim import objects, pictures, policies
+from sim.policies import Observation
+from sim.scene import Label, Scene
+from sim_eval import EvalConfig, load_model, model_policy
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import sim_eval  # noqa: E402
-from common.scripts import start_worker  # noqa: E402
-from extras import panda  # noqa: E402
-from robomamba import RoboMamba  # noqa: E402
-from sim import objects, pictures  # noqa: E402
-from sim.scene import p, unit  # noqa: E402
-from sim_eval import (  # noqa: E402
-    EvalConfig,
-    Scene,
-    main,
-    model_policy,  # noqa: E402
-    wilson,
-)
-
 SAMPLES = [  # category, part, u, v, approach
     ("Safe", "door", 10, 20, (0, 0, 1)),
     ("Safe", "door", 14, 26, (0, 0, 1)),
@@ -63,7 +57,7 @@ def samples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(samples):
     path = samples.parent / "blind.json"
-    assert main(["--make-blind-table", str(samples), "--blind-table", str(path)]) == 0
+    policies.main(["--make-blind-table", str(samples), "--out", str(path)])
     return path
 
 
@@ -83,8 +77,40 @@ def checkpoints(encoding, tmp_path_factory):
 
 def run(out, *flags, code=0) -> dict:
     """results.json of `sim_eval.py flags`, in this process."""
-    assert main([*map(str, flags), "--out", str(out)]) == code
-    return json.loads((out / "results.json").read_text())
+    assert sim_eval.main([*map(str, flags), "--out", str(out)]) == code
+    return json.loads((out / ("results.json" if code == 0 else "results.partial.json")).read_text())
+
+
+def observation(scene, label=None, instruction="open the door", rng=None) -> Observation:
+    return Observation(scene, instruction, getattr(scene, "target", 0), label, rng)
+
+
+VAL_SAFE = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
+
+
+@pytest.fixture
+def bench():
+    """One that is asked for by bench(flags), and closed."""
+    made = []
+
+    def make(**flags):
+        made.append(sim_eval.Bench(EvalConfig(**flags)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(autouse=True)
+def depth_functions(monkeypatch):
+    """Stand-ins for what data/depth.py may not have."""
+    for name, stand_in in (
+        ("camera_depth", lambda exact, rng: policies.perfect_camera(exact, rng)),
+        ("refine", lambda u, v, approach, *_: (u, v, np.array([0.0, 0.0, 1.0]) if approach is None else approach)),
+    ):
+        if not hasattr(depth, name):
+            monkeypatch.setattr(depth, name, stand_in, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +149,7 @@ def test_summary_counts_categories_alike_and_every_failure():
         {"category": c, "initial": i, "long": g, "reason": "success" if i else "no seal", "pixel_error": k}
         for k, (c, i, g) in enumerate(episodes)
     ]
-    got = sim_eval.summarise(records)
+    got = report.summarise_split(records)
     assert got["n"] == 6 and got["initial"]["k"] == 4 and got["long"]["k"] == 3
     assert got["categories"] == {
         "Safe": {"n": 4, "initial": 1.0, "long": 0.75},
@@ -139,7 +165,7 @@ def test_language_counts_scenes_with_several_parts():
         {"initial": right, "language": {"parts": n, "nearest": near, "wrong_initial": wrong}}
         for n, near, right, wrong in said
     ]
-    got = sim_eval.language([*records, {"initial": True}])
+    got = report.summarise_language([*records, {"initial": True}])
     assert got["nearest"]["k"] == 2 and got["nearest"]["n"] == 3 and got["chance"] == pytest.approx(1.25 / 3, abs=1e-4)
     assert got["right_sentence"]["initial"]["k"] == 2 and got["wrong_sentence"]["initial"]["k"] == 1
 
@@ -155,24 +181,25 @@ def test_blind_table_holds_medians_and_falls_back(table):
         image_size, category = 128, "Safe"
         spec = objects.make_object("Safe", np.random.default_rng(0))
 
-    policy = sim_eval.blind_policy(got, mean=False)
-    u, v, approach = policy(Stub, "open the door", 0, None)
+    policy = policies.blind_policy(got)
+    u, v, approach = policy(observation(Stub))
     assert (u, v) == (28, 40) and approach.tolist() == [0, 0, 1]
     Stub.category = "Microwave"  # unknown to the table: the part's name decides
-    assert policy(Stub, "", 0, None)[:2] == (44, 46)
+    assert policy(observation(Stub))[:2] == (44, 46)
     Stub.spec.parts[0].label = "flap"
-    assert policy(Stub, "", 0, None)[:2] == (60, 52)
-    assert sim_eval.blind_policy(got, mean=True)(Stub, "", 0, None)[:2] == pytest.approx((57.6, 66.8))
+    assert policy(observation(Stub))[:2] == (60, 52)
+    assert policies.blind_policy(got, mean=True)(observation(Stub))[:2] == pytest.approx((57.6, 66.8))
 
 
 @pytest.mark.parametrize(
     "line", ["{", '{"u": 1}', '{"image": "0.png", "category": "a", "part": "b", "u": 1, "v": 2, "approach": [0, 1]}']
 )
-def test_a_bad_sample_is_named_with_its_line(samples, tmp_path, line, capsys):
+def test_a_bad_sample_is_named_with_its_line(samples, tmp_path, line):
     bad = samples.parent / "bad.jsonl"
     bad.write_text(samples.read_text() + line + "\n")
-    assert main(["--make-blind-table", str(bad), "--blind-table", str(tmp_path / "t.json")]) == 2
-    assert f"bad.jsonl, line {len(SAMPLES) + 1}:" in capsys.readouterr().err and not (tmp_path / "t.json").exists()
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line {len(SAMPLES) + 1}:"):
+        policies.main(["--make-blind-table", str(bad), "--out", str(tmp_path / "t.json")])
+    assert not (tmp_path / "t.json").exists()
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -216,7 +243,9 @@ def test_results_have_the_promised_form(tiny):
         assert record["initial"] == (record["moved"] >= 0.01) and (record["reason"] == "success") == record["initial"]
     table = (out / "table.md").read_text()
     assert (
-        "| expert | 2/2 1.00 [0.34, 1.00] |" in table and "| expert, unconditioned | " in table and "seen: why" in table
+        "| expert | 2/2 1.00 [0.34, 1.00] |" in table
+        and "| expert, unconditioned | " in table
+        and "seen: how episodes ended" in table
     )
     beside = (out / "categories.md").read_text()  # what the paper prints stands beside it, and says whose it is
     assert "| seen | n | expert | random | blind | RoboMamba (theirs) | ManipLLM (theirs) |" in beside
@@ -226,7 +255,7 @@ def test_results_have_the_promised_form(tiny):
 
 
 def test_every_category_gets_its_share_of_the_protocol():
-    jobs = sim_eval.make_jobs(EvalConfig(split="both", episodes=550))
+    jobs = sim_eval.make_jobs(EvalConfig(episodes=550), sim_eval.SPLITS["both"])
     counts = {split: Counter(job.category for job in jobs if job.split == split) for split in ("seen", "unseen")}
     assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(objects.SEEN)
     assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(objects.UNSEEN, 55)
@@ -312,42 +341,67 @@ def test_closed_loop_goes_on_where_the_last_grip_ended(tmp_path):
     assert "closed loop (3 grips" in (tmp_path / "again" / "table.md").read_text()
 
 
-def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was():
-    bench = sim_eval.Bench(EvalConfig(policy="random", closed_loop=3))
-    job = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
-    try:
-        bench.find(job)
-        scene, label, seen = bench.scene, bench.label, []
-        before, joints = scene.rgb.copy(), list(scene.joints)
+def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was(bench):
+    one = bench(policy="random")
+    _, label = one.find(VAL_SAFE)
+    scene = one.scene
+    before, joints, seen = scene.rgb.copy(), list(scene.joints), []
 
-        def same(scene, instruction, part, rng):
-            seen.append((scene.joints[part], scene.rgb.copy()))
-            return label.u, label.v, label.approach
+    def same(o):
+        seen.append((o.scene.joints[o.part], o.image, o.label))
+        return label.u, label.v, label.approach
 
-        loop = bench.closed_loop("same", same, (label.u, label.v, label.approach), "", scene.target)
-        assert len(seen) == 3 and seen[0][0] > joints[scene.target] + 0.1 and (seen[0][1] != before).any()
-        assert len(loop["reasons"]) == 4 and loop["reasons"][0] == "success"
-        assert scene.joints == joints and (scene.rgb == before).all() and bench.label is label
-        nowhere = bench.closed_loop("gone", lambda *_: None, (label.u, label.v, label.approach), "", scene.target)
-        assert nowhere["reasons"] == ["success"] and nowhere["moved"] == pytest.approx(seen[0][0] - joints[0], abs=1e-5)
-        lost = bench.closed_loop("same", same, (math.nan, 0.0, label.approach), "", scene.target)
-        assert lost["reasons"][:2] == ["not a number", "success"]  # the next look may be luckier
-    finally:
-        bench.close()
+    def loop(policy, action):
+        o = sim_eval.observe(scene, label, "policy same")
+        return grip_again(policy, o, sim_eval.attempt(lambda _: action, o, o.part), 3, "policy same")
+
+    first = loop(same, (label.u, label.v, label.approach))
+    assert len(seen) == 3 and seen[0][0] > joints[scene.target] + 0.1 and (seen[0][1] != before).any()
+    assert seen[0][2] is None or seen[0][2].u != label.u or seen[0][2].v != label.v  # a new look, a new oracle
+    assert len(first["reasons"]) == 4 and first["reasons"][0] == "success"
+    assert scene.joints == joints and (scene.rgb == before).all()
+    nowhere = loop(lambda _: None, (label.u, label.v, label.approach))
+    assert nowhere["reasons"] == ["success"] and nowhere["moved"] == pytest.approx(seen[0][0] - joints[0], abs=1e-5)
+    lost = loop(same, (math.nan, 0.0, label.approach))
+    assert lost["reasons"][:2] == ["not a number", "success"]  # the next look may be luckier
+
+
+def test_closed_loop_of_a_slide_is_written_as_json(bench, monkeypatch):
+    """Limits of a user's sliding joint are NumPy floats, and NumPy's bools are not JSON."""
+    one = bench(policy="expert", closed_loop=1)
+    job = sim_eval.Job("val", "Table", 0, sim_eval.VAL, 0)
+    one.find(job)
+    opened = one.scene.opened
+    monkeypatch.setattr(Scene, "opened", lambda self, part, q: np.float64(opened(part, q)))
+    record = one.episode(job)["records"][0]
+    assert "drawer" in record["part"] and len(record["closed_loop"]["reasons"]) == 2
+    json.dumps(record, allow_nan=False)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
-def test_an_action_spelled_out_is_read_back_and_babble_is_a_failure(checkpoints, monkeypatch):
-    policy, S = model_policy(str(checkpoints["a"]), as_text=True)
+def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
+    model = load_model(checkpoints["a"])
     scene = Scene(64)
+    label = Label(3.0, 4.0, np.array([0.0, 0.6, 0.8]))
     try:
         scene.spawn("Door", 1).render()
+        o = sim_eval.observe(scene, label, "test")
         monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "50 25 49 49 99")
-        u, v, approach = policy(scene, "open the door", 0, None)
-        assert (u / S, v / S) == pytest.approx((0.505, 0.255)) and approach[2] > 0.99
+        u, v, approach = model_policy(model, "text")(o)
+        assert (u / 64, v / 64) == pytest.approx((0.505, 0.255)) and approach[2] > 0.99
         monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "I do not know")
-        u, v, approach = policy(scene, "open the door", 0, None)
-        assert scene.act(u, v, approach).reason == "not a number"
+        assert sim_eval.attempt(model_policy(model, "text"), o, o.part).outcome.reason == "not a number"
+        u, v, approach = model_policy(model, "other")(o)
+        pixel, direction = (model_policy(model, way)(o) for way in ("pixel", "direction"))
+        assert pixel == (u, v, label.approach) and direction[:2] == (3, 4) and (direction[2] == approach).all()
+
+        def with_depth(self, image, instruction, depth, intrinsics):
+            assert depth.shape == image.shape[:2] == (64, 64) and depth.dtype == np.float32
+            assert ((depth > 0) <= np.isfinite(scene.depth)).mean() > 0.99 and intrinsics == o.intrinsics
+            return Action(1.0, 2.0, np.eye(3))
+
+        monkeypatch.setattr(RoboMamba, "predict_action", with_depth)
+        assert model_policy(model, "depth")(o)[:2] == (1, 2)
     finally:
         scene.close()
 
@@ -376,45 +430,167 @@ def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
     assert "ms a prediction" in (tmp_path / "table.md").read_text()
 
 
-def test_half_of_the_action_is_the_experts(checkpoints, tmp_path):
-    flags = ("--policy", "model,model-pixel,model-direction,expert", "--checkpoint", checkpoints["a"])
-    results = run(tmp_path, *flags, "--split", "drawer-door", "--episodes", 4, "--workers", 1)
-    by_policy = {name: [r for r in results["episodes"] if r["policy"] == name] for name in results["policies"]}
-    pixels = {name: [(r["u"], r["v"]) for r in records] for name, records in by_policy.items()}
-    directions = {name: [r["approach"] for r in records] for name, records in by_policy.items()}
-    assert pixels["model-pixel"] == pixels["model"] != pixels["expert"] == pixels["model-direction"]
-    assert directions["model-direction"] == directions["model"] != directions["expert"] == directions["model-pixel"]
-
-
-def test_a_prediction_that_is_not_a_number_is_a_failure():
-    bench = sim_eval.Bench(EvalConfig(policy="random"))
-    bench.policies = {"random": lambda *_: (math.nan, 3.0, np.array([0.0, 0.0, 1.0]))}
-    try:
-        record = bench.episode(sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0))["records"][0]
-    finally:
-        bench.close()
+def test_a_prediction_that_is_not_a_number_is_a_failure(bench):
+    one = bench(policy="random")
+    one.policies = {"random": lambda _: (math.nan, 3.0, np.array([0.0, 0.0, 1.0]))}
+    record = one.episode(VAL_SAFE)["records"][0]
     assert record["reason"] == "not a number" and record["u"] is None and not record["initial"] and record["moved"] == 0
     json.dumps(record, allow_nan=False)
 
 
-def test_a_scene_without_a_contact_is_counted_and_passed_over(monkeypatch):
-    bench, expert, calls = sim_eval.Bench(EvalConfig(policy="expert")), Scene.expert, []
+def test_a_scene_without_a_contact_is_counted_and_passed_over(bench, monkeypatch):
+    one, expert, calls = bench(policy="expert"), Scene.expert, []
     monkeypatch.setattr(
         Scene, "expert", lambda *a, **k: calls.append(0) or (expert(*a, **k) if len(calls) > 2 else None)
     )
-    job = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
+    answer = one.episode(VAL_SAFE)
+    assert (answer["tried"], answer["solved"]) == (3, 1) and answer["records"][0]["seed"] == VAL_SAFE.scene_seed(2)
+    monkeypatch.setattr(Scene, "expert", lambda *a, **k: None)
+    answer = one.episode(VAL_SAFE)
+    assert (answer["tried"], answer["solved"], answer["records"]) == (sim_eval.MAX_TRIES, 0, [])
+
+
+# ---- what a policy is given, and policies of the user ----------------------------------------------------------------
+
+
+def test_an_observation_is_what_a_camera_gives():
+    scene = Scene(64)
     try:
-        answer = bench.episode(job)
-        assert (answer["tried"], answer["solved"]) == (3, 1) and answer["records"][0]["seed"] == job.scene_seed(2)
-        monkeypatch.setattr(Scene, "expert", lambda *a, **k: None)
-        answer = bench.episode(job)
-        assert (answer["tried"], answer["solved"], answer["records"]) == (sim_eval.MAX_TRIES, 0, [])
+        scene.spawn("Microwave", 5).render()
+        o = sim_eval.observe(scene, None, "policy x")
+        assert o.image.shape == (64, 64, 3) and o.image.dtype == np.uint8 and (o.image == scene.rgb).all()
+        o.image[:] = 0  # a copy: the next policy sees the picture
+        assert (o.image == scene.rgb).all()
+        assert o.depth.shape == (64, 64) and (o.depth == o.depth).all()
+        exact = observation(scene).depth
+        assert ((exact > 0) == (scene.links >= -1)).all() and exact.dtype == np.float32
+        fx, fy, cx, cy = o.intrinsics
+        row, column = np.argwhere(scene.links == scene.target)[7]
+        z = exact[row, column]
+        point = scene.camera_rotation @ (scene.backproject(column, row) - scene.eye)
+        assert [(column - cx) * z / fx, (row - cy) * z / fy, z] == pytest.approx(point.tolist(), abs=1e-5)
     finally:
-        bench.close()
+        scene.close()
+
+
+USER_POLICY = """
+import time
+
+def good(o):
+    return o.label.u, o.label.v, 7 * o.label.approach
+
+def clumsy(o):
+    if o.scene.seed % 2:
+        raise KeyError("drawer")
+    return o.label.u, o.label.v, o.label.approach
+
+def slow(o):
+    try:
+        time.sleep(60)
+    except Exception:
+        pass
+
+answers = {"nan": (1, float("nan"), (0, 0, 1)), "flat": (1, 2, 3), "long": (1, 2, (0, 0, 1, 0)), "none": None,
+           "words": ("a", "b", (0, 0, 1)), "zero": (1, 2, (0, 0, 0)), "text": "1 2 3", "exit": SystemExit(0)}
+
+def made(name):
+    def policy(o):
+        if isinstance(answers[name], BaseException):
+            raise answers[name]
+        return answers[name]
+    return policy
+
+nan, flat, long, none, words, zero, text, exit = (made(name) for name in answers)
+number = 5
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module of a name of its own in the current folder."""
+    name = f"policy_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(USER_POLICY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def test_a_policy_of_the_user_is_scored_and_its_failures_are_counted(user_module, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "TIME_LIMIT_S", 0.2)
+    names = ("good", "clumsy", "slow", "nan", "flat", "long", "none", "words", "zero", "text", "exit")
+    flags = ",".join(f"my-{name}={user_module}:{name}" for name in names)
+    start = time.monotonic()
+    results = run(tmp_path / "out", "--policy", flags, "--split", "val", "--episodes", 6, "--workers", 1)
+    reasons = {name: results["policies"][f"my-{name}"]["splits"]["val"]["reasons"] for name in names}
+    clumsy = reasons.pop("clumsy")
+    assert set(clumsy) == {"success", "raised KeyError"} and sum(clumsy.values()) == 6
+    assert reasons == {
+        "good": {"success": 6},
+        "slow": {"longer than 0.2 s": 6},
+        "nan": {"not a number": 6},
+        "flat": {"wrong shape": 6},
+        "long": {"wrong shape": 6},
+        "none": {},  # does not apply
+        "words": {"wrong shape": 6},
+        "zero": {"zero direction": 6},
+        "text": {"wrong shape": 6},
+        "exit": {"raised SystemExit": 6},
+    }
+    assert time.monotonic() - start < 60
+    failed = next(r for r in results["episodes"] if r["reason"] == "raised KeyError")
+    assert failed["failure"] == "raised KeyError: 'drawer'" and failed["u"] is None and not failed["on_part"]
+    assert results["policies"]["my-good"]["checkpoint"] == f"{user_module}:good"
+    assert (
+        results["policies"]["my-good"]["predict_ms"] < 5 and results["policies"]["my-none"]["splits"]["val"]["n"] == 0
+    )
+    assert "| my-none | - | - | - |  |" in (tmp_path / "out/table.md").read_text()  # nothing tried is not 0.00
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("function, said", [("number", "not a function"), ("missing", "AttributeError")])
+def test_a_function_that_is_none_is_named(user_module, function, said):
+    with pytest.raises(ValueError, match=f"--policy x={user_module}:{function}: {said}"):
+        sim_eval.Bench(EvalConfig(policy=f"x={user_module}:{function}"))
+
+
+def test_the_default_files_are_found_from_anywhere(tmp_path, monkeypatch, bench):
+    monkeypatch.chdir(tmp_path)
+    one = bench(policy="model,blind,mean-action")
+    assert list(one.policies) == ["model", "blind", "mean-action"] and one.image_size == 128
+
+
+def test_a_combined_policy_takes_the_pixel_of_one_and_the_direction_of_the_other():
+    mixed = policies.combine(lambda o: (1, 2, "x"), lambda o: (3, 4, "y"))
+    assert mixed(None) == (1, 2, "y")
+    assert policies.combine(lambda o: (1, 2, "x"), lambda o: None)(None) is None
+
+
+def test_a_random_pixel_gets_the_help_of_the_depth_picture(monkeypatch):
+    asked = []
+
+    def refine(u, v, approach, depth, intrinsics):
+        asked.append((u, v, approach, depth.shape, intrinsics))
+        return u, v, None if len(asked) == 2 else np.array([0.0, 0.6, 0.8])
+
+    monkeypatch.setattr(depth, "refine", refine)
+    scene = Scene(64)
+    try:
+        scene.spawn("Box", 3).render()
+        o = sim_eval.observe(scene, None, "policy random-depth")
+        u, v, approach = sim_eval.random_depth(o)
+        assert scene.links[int(v), int(u)] >= -1 and asked[0] == (u, v, None, (64, 64), o.intrinsics)
+        assert approach.tolist() == [0, 0.6, 0.8]
+        assert list(sim_eval.random_depth(o)[2]) == [0, 0, 1]  # where nothing was measured
+    finally:
+        scene.close()
 
 
 # ---- accidents ------------------------------------------------------------------------------------------------------
-def test_ctrl_c_leaves_a_readable_partial_result(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_a_partial_result_and_the_finished_one_as_it_was(tmp_path, monkeypatch, capsys):
+    flags = ("--policy", "expert", "--workers", 1, "--strips", 1)
+    run(tmp_path, *flags, "--episodes", 1)
+    finished = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"results.json", "table.md", "categories.md"} <= finished.keys()
     episode, calls = sim_eval.Bench.episode, []
 
     def interrupted(self, job):
@@ -423,21 +599,58 @@ def test_ctrl_c_leaves_a_readable_partial_result(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return episode(self, job)
 
-    monkeypatch.setattr(sim_eval.Bench, "episode", interrupted)
-    results = run(tmp_path, "--policy", "expert", "--episodes", 4, "--workers", 1, "--strips", 1, code=130)
+    with monkeypatch.context() as patch:
+        patch.setattr(sim_eval.Bench, "episode", interrupted)
+        results = run(tmp_path, *flags, "--episodes", 4, code=130)
     assert results["partial"] is True and len(results["episodes"]) == 3
     assert results["splits"]["seen"]["n"] == 2 and results["splits"]["unseen"]["n"] == 1
-    assert "Partial" in (tmp_path / "table.md").read_text() and "3 of 8 scenes" in capsys.readouterr().err
+    assert "Partial" in (tmp_path / "table.partial.md").read_text() and "3 of 8 scenes" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in finished} == finished
+    run(tmp_path, *flags, "--episodes", 1)
+    assert not list(tmp_path.glob("*partial*"))  # done now
 
 
-def test_a_killed_worker_is_noticed_and_its_share_is_done_again(capsys):
-    cfg = EvalConfig(policy="expert", split="val", episodes=30, workers=2)
-    jobs, answers = sim_eval.make_jobs(cfg), {}
-    for job, answer in sim_eval.run_jobs(cfg, jobs):
+def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    good, bad = (sim_eval.Job("objects", name, 0, sim_eval.USER, 0) for name in ("Safe", "Door"))
+    one, spawn = sim_eval.Bench(EvalConfig(policy="expert")), Scene.spawn
+
+    def hostile(self, category, seed, part=None):
+        if category == "Door":
+            raise RecursionError("mesh links to itself")
+        return spawn(self, category, seed, part)
+
+    monkeypatch.setattr(Scene, "spawn", hostile)
+    answers = [(job, one.episode(job)) for job in (bad, good)]
+    one.close()
+    assert answers[0][1]["error"] == "RecursionError: mesh links to itself" and answers[1][1]["solved"]
+    plan = sim_eval.Plan({}, {"7": "no mobility.urdf"}, {})
+    assert set(sim_eval.skipped(answers, plan)["objects"]) == {"7", "Door"}
+    with pytest.raises(
+        ValueError, match="nothing could be evaluated. Door: RecursionError: mesh .*; 7: no mobility.urdf"
+    ):
+        sim_eval.skipped(answers[:1], plan)
+    unsolved = [(good, {"tried": 20, "solved": 0, "records": [], "ms": {}})]
+    with pytest.raises(ValueError, match="Safe: the expert found no contact: look at axis"):
+        sim_eval.skipped(unsolved, sim_eval.Plan({}, {}, {}))
+
+
+def test_workers_have_a_core_each_and_the_share_of_a_killed_one_is_done_again(bench, capsys):
+    cfg = EvalConfig(policy="expert", split="val", episodes=10, workers=2)
+    jobs, answers = sim_eval.make_jobs(cfg, sim_eval.SPLITS["val"]), {}
+    for job, answer in sim_eval.run_jobs(bench(**vars(cfg)), jobs):
         if not answers:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            workers = [worker.pid for worker in multiprocessing.active_children()]
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:  # the second one may still be starting
+                cores = [os.sched_getaffinity(pid) for pid in workers]
+                if all(len(core) == 1 for core in cores):
+                    break
+                time.sleep(0.02)
+            os.kill(workers[0], signal.SIGKILL)
         answers[job] = answer
     assert set(answers) == set(jobs) and all(answer["records"] for answer in answers.values())
+    assert len(cores) == 2 and [len(core) for core in cores] == [1, 1]
+    assert cores[0] != cores[1] or len(os.sched_getaffinity(0)) == 1
     assert "a worker process died" in capsys.readouterr().err
 
 
@@ -447,8 +660,8 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 import sim_eval
 if __name__ == "__main__":
-    cfg = sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2)
-    for job, answer in sim_eval.run_jobs(cfg, sim_eval.make_jobs(cfg)):
+    bench = sim_eval.Bench(sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2))
+    for job, answer in sim_eval.run_jobs(bench, sim_eval.make_jobs(bench.cfg, sim_eval.SPLITS["val"])):
         Path({str(tmp_path / "workers")!r}).write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -461,35 +674,6 @@ if __name__ == "__main__":
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
-
-
-def test_workers_of_the_data_builder_do_not_outlive_it_either(tmp_path):
-    flags = ["--scenes", "5000", "--workers", "2", "--image-size", "32", "--split", "val", "--out", str(tmp_path)]
-    builder = subprocess.Popen([sys.executable, "-m", "data.build", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len({*tmp_path.glob("images/*")}) < 2 and time.monotonic() < deadline:  # both workers are at it
-        time.sleep(0.05)
-    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
-    builder.kill()
-    builder.wait()
-    while any(alive(int(pid)) for pid in children) and time.monotonic() < deadline + 20:
-        time.sleep(0.05)
-    assert len(children) >= 2 and not any(alive(int(pid)) for pid in children)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or os.cpu_count() < 2, reason="needs Linux and two cores")
-def test_every_worker_has_a_core_of_its_own():
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, start_worker, (context.Value("i", 0),)) as pool:
-        found = {pool.submit(os.sched_getaffinity, 0).result().pop() for _ in range(2)}
-        cores = [pool.submit(core_after, 0.5) for _ in range(2)]
-        found |= {core for future in cores for core in future.result()}
-    assert len(found) == 2
-
-
-def core_after(seconds: float) -> set[int]:
-    time.sleep(seconds)  # so that each of two such tasks gets a worker
-    return os.sched_getaffinity(0)
 
 
 def alive(pid: int) -> bool:
@@ -511,7 +695,10 @@ def alive(pid: int) -> bool:
         (("--policy", "other=no/such/folder"), "--policy no/such/folder"),
         (("--policy", "other="), "--policy (not given)"),
         (("--policy", "blind", "--blind-table", "no/such/table.json"), "no/such/table.json"),
-        (("--policy", "blind", "--blind-table", __file__), "not a table"),
+        (("--policy", "blind", "--blind-table", __file__), "not valid JSON"),
+        (("--policy", "blind", "--blind-table", str(ROOT / "data/paper_table2.json")), "not a table"),
+        (("--policy", "model=data/pretrained/robomamba-tiny"), "has a meaning already"),
+        (("--policy", "mine=no_such_module:pick"), "No module named"),
         (("--policy", "expert", "--episodes", "0"), "--episodes 0"),
         (("--policy", "expert", "--episodes", "many"), "many"),
         (("--policy", "expert", "--workers", "-1"), "--workers -1"),
@@ -519,35 +706,55 @@ def alive(pid: int) -> bool:
         (("--policy", "expert", "--strips", "-1"), "--strips -1"),
         (("--policy", "expert", "--loud"), "--loud"),
         (("--policy", "expert", "--closed-loop", "-1"), "--closed-loop -1"),
-        (("--policy", "expert", "--robot", "r2d2"), "--robot r2d2"),
         (("--policy", "expert", "--objects", "no/such/folder"), "no/such/folder"),
-        (("--affordance", "Spaceship"), "Spaceship"),
-        (("--make-blind-table", "no/such.jsonl"), "no/such.jsonl"),
-        (("--sheet", "no/such/folder/sheet.png"), "sheet.png"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path, capsys):
-    assert main([*flags, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_bad_input_is_one_line(flags, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        sim_eval.main([*flags, "--out", str(tmp_path / "out")])
+    assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_cannot_be_written_is_named_before_the_run(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "module, flags, said",
+    [
+        (pictures, ["--affordance", "Spaceship"], "Spaceship"),
+        (pictures, ["--seed", "3"], "nothing to draw"),
+        (pictures, ["--seed", "-1", "--affordance", "Door"], "--seed -1"),
+        (policies, ["--make-blind-table", "no/such.jsonl"], "no/such.jsonl"),
+        (policies, [], "--make-blind-table"),
+    ],
+)
+def test_bad_input_of_the_smaller_programs(module, flags, said):
+    with pytest.raises(ValueError, match=said):
+        module.main(flags)
+
+
+def test_a_sheet_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ValueError, match="sheet.pgn: not the name of a picture"):
+        pictures.save(str(tmp_path / "sheet.pgn"), Image.new("RGB", (2, 2)))
     (tmp_path / "file").write_text("")
-    assert main(["--policy", "expert", "--episodes", "100000", "--out", str(tmp_path / "file" / "out")]) == 2
-    error = capsys.readouterr().err
-    assert f"--out {tmp_path / 'file' / 'out'}: cannot be written" in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="file/sheet.png: cannot be written"):
+        pictures.save(str(tmp_path / "file/sheet.png"), Image.new("RGB", (2, 2)))
 
 
-def test_checkpoints_of_two_picture_sizes_are_refused(checkpoints, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_named_before_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(ValueError, match=f"--out {out}: cannot be written"):
+        sim_eval.main(["--policy", "expert", "--episodes", "100000", "--out", str(out)])
+
+
+def test_checkpoints_of_two_picture_sizes_are_refused(checkpoints, tmp_path):
     flags = ["--policy", f"model,other={checkpoints['small']}", "--checkpoint", str(checkpoints["a"])]
-    assert main([*flags, "--out", str(tmp_path / "out")]) == 2
-    assert "different sizes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="different sizes"):
+        sim_eval.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- pictures and modes ---------------------------------------------------------------------------------------------
 def test_strips_show_a_failure_and_the_gif_has_few_colours(tmp_path):
-    run(tmp_path, "--policy", "pixel-8", "--split", "seen", "--episodes", 24, "--workers", 1, "--strips", 3)
+    run(tmp_path, "--policy", "pixel-8", "--split", "seen", "--episodes", 12, "--workers", 1, "--strips", 3)
     strips = sorted(tmp_path.glob("strip_*.png"))
     kinds = {path.stem.split("_")[-1] for path in strips}
     assert len(strips) == 3 and kinds == {"success", "failure"}
@@ -576,11 +783,11 @@ def test_choice_of_strips_takes_failures_that_show_something():
 
 
 def test_demo(checkpoints, table, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sim_eval, "DEMO_EPISODES", 2)
+    monkeypatch.setitem(sim_eval.DEMO, "episodes", 2)
     flags = ("--demo", "--checkpoint", checkpoints["a"], "--blind-table", table, "--workers", 1)
     results = run(tmp_path, *flags)
     said = capsys.readouterr().out
-    assert list(results["policies"]) == sim_eval.DEMO_POLICIES.split(",") and len(results["episodes"]) == 4 * 6
+    assert list(results["policies"]) == sim_eval.DEMO["policy"].split(",") and len(results["episodes"]) == 4 * 6
     assert said.count("  you    ") >= 4 == said.count("  you    ") - said.count("  truth  ") + 4
     assert "Predict the contact point" in said and "| model |" in said and str(tmp_path / "results.json") in said
     assert (
@@ -590,12 +797,14 @@ def test_demo(checkpoints, table, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_physics_table_and_affordance(tmp_path, capsys):
-    assert main(["--physics-table", "--episodes", "2", "--workers", "1", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "physics.json").read_text())
-    assert results["split"] == "val" and list(results["policies"]) == sim_eval.PHYSICS_POLICIES.split(",")
-    assert results["splits"]["val"]["initial"]["k"] == 2 and "| direction-60 |" in (tmp_path / "physics.md").read_text()
-    assert main(["--affordance", "Microwave,Bottle", "--out", str(tmp_path)]) == 0
+def test_physics_is_a_set_of_policies_on_validation_scenes(tmp_path):
+    results = run(tmp_path, "--policy", "physics", "--episodes", 2, "--workers", 1)
+    assert results["split"] == "val" and list(results["policies"]) == sim_eval.PHYSICS.split(",")
+    assert results["splits"]["val"]["initial"]["k"] == 2 and "| direction-60 |" in (tmp_path / "table.md").read_text()
+
+
+def test_affordance_is_red_at_the_hinge_and_green_at_the_edge(tmp_path):
+    pictures.main(["--affordance", "Microwave,Bottle", "--out", str(tmp_path)])
     with Image.open(tmp_path / "affordance.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     below = pixels[256:512]
@@ -604,48 +813,40 @@ def test_physics_table_and_affordance(tmp_path, capsys):
     assert not (pixels[:256] == (255, 0, 0)).all(-1).any()
 
 
-# ---- the arm --------------------------------------------------------------------------------------------------------
-def test_the_hand_points_along_the_approach():
-    for approach in [*unit(np.random.default_rng(0).normal(size=(50, 3))), *np.eye(3), *-np.eye(3)]:
-        turns = [panda.hand_pose(approach, turn) for turn in (0.0, 1.0, 4.0)]
-        for pose in turns:
-            matrix = np.reshape(p.getMatrixFromQuaternion(pose), (3, 3))
-            assert np.abs(matrix[:, 2] - approach).max() < 1e-5 and np.linalg.det(matrix) == pytest.approx(1, abs=1e-5)
-        angle = p.getAxisAngleFromQuaternion(p.getDifferenceQuaternion(*turns[:2]))[1]
-        assert min(angle, 2 * math.pi - angle) == pytest.approx(1.0, abs=1e-4)
+# ---- reports --------------------------------------------------------------------------------------------------------
+def test_names_that_would_break_a_table_are_written_plain():
+    line = report.row("a|b\n<script>", "x" * 100_000)
+    assert line.startswith("| a&#124;b &lt;script> | xxx") and len(line) < 300 and line.count("|") == 3
+    assert "\n" not in line
+    skipped = {"objects": {"a\n<b>": "no | mesh"}, "held_joints": {}, "infeasible": {"<i>": 2}, "given_up": {}}
+    text = "\n".join(report.skips(skipped))
+    assert "* a &lt;b>: no &#124; mesh" in text and "(&lt;i> 2)" in text
 
 
-def test_a_panda_opens_what_the_expert_points_at(tmp_path, capsys):
-    assert main(["--robot", "panda", "--policy", "expert", "--split", "drawer-door", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "a demonstration: no collisions" in said and "Not comparable" in said
-    assert ": success, moved 0." in said and "panda.gif" in said
-    with Image.open(tmp_path / "panda.gif") as gif:
-        assert gif.n_frames > 20 and gif.size == (256, 256)
-        first = np.asarray(gif.convert("RGB")).astype(int)
-        gif.seek(gif.n_frames - 1)
-        assert (np.abs(np.asarray(gif.convert("RGB")) - first).max(-1) > 40).mean() > 0.01  # arm and door moved
+def test_pixels_on_no_movable_part_are_left_out_of_the_ancestors_rate(tiny):
+    out, _, results = tiny
+    for name, policy in results["policies"].items():
+        for split, summary in policy["splits"].items():
+            mine = [r for r in results["episodes"] if (r["policy"], r["split"]) == (name, split) and r["on_part"]]
+            assert summary["on_part"]["initial"]["n"] == len(mine) <= summary["n"]
+            assert summary["on_part"]["long"]["k"] == sum(r["long"] for r in mine) == summary["long"]["k"]
+    assert results["splits"]["seen"]["on_part"]["initial"]["n"] == 2
+    off = [r for r in results["episodes"] if r["reason"] in ("on body", "off object")]
+    assert off and not any(r["on_part"] for r in off)
+    assert "| pixels on a movable part only | seen >= 0.01 |" in (out / "table.md").read_text()
 
 
-def test_a_panda_that_reaches_nothing_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(panda, "STAND_M", 3.0)
-    monkeypatch.setattr(panda, "TURNS", 1)
-    flags = ["--robot", "panda", "--policy", "expert", "--split", "val", "--episodes", "1", "--out", str(tmp_path)]
-    assert main(flags) == 2
-    said = capsys.readouterr()
-    assert "the arm cannot reach it" in said.out and "nothing to film" in said.err
-    assert not (tmp_path / "panda.gif").exists()
+def test_printing_tables_again_and_what_is_no_result(tmp_path, monkeypatch, capsys):
+    def again(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        report.main()
 
-
-def test_printing_tables_again_and_what_is_no_result(tmp_path):
-    def report(path, *more):
-        command = [sys.executable, "-m", "common.report", str(path), *map(str, more)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-    done = report(ROOT / "data/pretrained/robomamba-tiny/results.json", "--out", tmp_path / "short.json")
+    again(ROOT / "data/pretrained/robomamba-tiny/results.json", "--out", tmp_path / "short.json")
     short = json.loads((tmp_path / "short.json").read_text())
-    assert done.stdout.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
-    for name in ("data/results/mistakes.json", "data/results/heads.json", "README.md", "nowhere.json"):
-        failed = report(name)
-        assert failed.returncode == 2 and f"{name}: not a results.json" in failed.stderr, name
-        assert "Traceback" not in failed.stderr
+    assert capsys.readouterr().out.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
+    for name in ("data/results/mistakes.json", "data/results/heads.json"):
+        with pytest.raises(ValueError, match=f"{name}: not a results.json"):
+            again(ROOT / name)
+    for name in ("README.md", "nowhere.json"):
+        with pytest.raises(ValueError, match=f"{name}: (not valid JSON|no such file)"):
+            again(ROOT / name)

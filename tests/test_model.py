@@ -1,10 +1,13 @@
-"""The model: step equals forward, splits, padding, branching, initial values, checkpoints, bad input.
+"""The model: step equals forward, padding, shared images, the loss, initial values, RGB-D, checkpoints, bad input.
 
 pytest tests/test_model.py
 """
 
 import json
-import re
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import robomamba
-from common import weights as checkpoints
+from common.decoding import generate_batch, generate_ids
+from data import depth as depth_camera
 from data.depth import lift, read_depth
-from extras.costs import memory
-from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d, sample
+from data.tokenizer import NUMBER_BASE
+from extras import costs
+from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d
 
+ROOT = Path(__file__).parent.parent
 TIGHT = 1e-5  # float32: sums of some hundred terms of size one
 
 
@@ -45,8 +51,8 @@ def tiny(encoding):
 def test_step_equals_forward_for_the_whole_tiny_model(tiny):
     pictures = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     tokens = torch.randint(0, tiny.config.lm.vocab_size, (2, 19))
-    whole = tiny.hidden(pictures, tokens)
-    states, steps = tiny.look(pictures), []
+    whole = tiny.text_states(pictures, tokens)
+    states, steps = tiny.encode_image(pictures), []
     for t in range(tokens.shape[1]):
         h, states = tiny.lm.backbone.step(tiny.lm.backbone.embedding(tokens[:, t]), states)
         steps.append(h)
@@ -77,14 +83,16 @@ def test_language_model_is_causal(mini):
 
 
 @torch.no_grad()
-def test_questions_that_branch_from_one_reading_equal_questions_asked_alone(mini):
+def test_questions_that_share_an_image_equal_questions_asked_alone(mini):
     pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(0, 300, (6, 5))
-    together = mini.hidden(pictures, tokens)
-    alone = torch.cat([mini.hidden(pictures[i // 3 : i // 3 + 1], tokens[i : i + 1]) for i in range(6)])
+    owners = torch.tensor([0, 1, 1, 0, 1, 0])
+    together = mini.text_states(pictures, tokens, owners)
+    alone = torch.cat([mini.text_states(pictures[k : k + 1], tokens[i : i + 1]) for i, k in enumerate(owners)])
     close(together, alone)
-    with pytest.raises(ValueError, match="not a multiple"):
-        mini.hidden(pictures, tokens[:5])
+    close(mini.text_states(mini.vision(pictures), tokens, owners), together)  # kept visual tokens
+    with pytest.raises(ValueError, match="6 rows of tokens for 2 images"):
+        mini.text_states(pictures, tokens)
 
 
 @torch.no_grad()
@@ -93,9 +101,11 @@ def test_padding_never_reaches_the_pooled_state(mini, pool):
     mini.config.head.pool = pool
     pictures = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(0, 300, (1, 9))
-    short = mini.pooled(pictures, tokens[:, :6], torch.tensor([6]))
-    padded = mini.pooled(pictures, tokens, torch.tensor([6]))
+    short = mini.pool(mini.text_states(pictures, tokens[:, :6]), torch.tensor([6]))
+    padded = mini.pool(mini.text_states(pictures, tokens), torch.tensor([6]))
+    longer = mini.pool(mini.text_states(pictures, tokens), torch.tensor([9]))
     close(padded, short)
+    assert not torch.allclose(longer, short, atol=1e-4)
 
 
 @torch.no_grad()
@@ -107,6 +117,28 @@ def test_loss_is_the_mean_over_answer_tokens_inside_the_length(mini):
     logits, loss = mini(None, tokens, torch.tensor([6, 4]), labels)
     by_hand = -torch.log_softmax(logits[0, 2:5], -1)[torch.arange(3), tokens[0, 3:]].mean()
     close(loss, by_hand)
+
+
+@torch.no_grad()
+def test_soft_labels_spread_over_neighbouring_numbers_only(mini):
+    """By hand: cross-entropy with the whole distribution for numbers, the plain one for words; sum / normalizer."""
+    tokens = torch.randint(0, 256, (2, 7))
+    tokens[0, 5] = NUMBER_BASE + 37
+    labels = torch.full((2, 7), -100)
+    labels[0, 4:6] = tokens[0, 4:6]  # a word and a number
+    lengths = torch.tensor([7, 7])
+    bins = torch.arange(100.0)
+    soft = torch.softmax(-((bins[:, None] - bins) ** 2) / 8, 1)
+    logits, loss = mini(None, tokens, lengths, labels, soft=soft, normalizer=3)
+    log_p = torch.log_softmax(logits[0], -1)
+    word = -log_p[3, tokens[0, 4]]
+    number = -(soft[37] * log_p[4, NUMBER_BASE : NUMBER_BASE + 100]).sum()
+    close(loss, (word + number) / 3)
+    certain = mini(None, tokens, lengths, labels, soft=torch.eye(100))[1]
+    close(certain, mini(None, tokens, lengths, labels)[1])
+    nothing, same, states = mini(None, tokens, lengths, labels, soft=soft, normalizer=3, return_states=True)
+    assert nothing is None and torch.equal(same, loss)
+    close(mini.lm.lm_head(states), logits)
 
 
 def test_generation_is_greedy_decoding_of_the_full_forward_pass(mini, picture):
@@ -134,38 +166,34 @@ def test_a_batch_of_questions_gets_the_answers_of_each_alone(mini):
     text = "open the top drawer of the cabinet and say what this object is"
     images, asked = [pictures[i % 4] for i in range(16)], [text[: 2 + 3 * (7 * i % 16)] for i in range(16)]
     assert len({len(mini.prompt(question)) for question in asked}) >= 9
-    for settings in ({}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 50, "top_p": 0.9}):
-        settings["max_new_tokens"] = 12
-        seeds = list(range(100, 116))
-        alone = [mini.generate(i, q, seed=s, **settings) for i, q, s in zip(images, asked, seeds, strict=True)]
-        assert mini.generate(images, asked, seed=seeds, **settings) == alone
-        same_seed = mini.generate(images, asked, seed=7, **settings)
-        assert same_seed[3] == mini.generate(images[3], asked[3], seed=7, **settings)
-        assert mini.generate(pictures[2], asked[2:4], seed=seeds[2:4], **settings)[0] == alone[2]
-        ids = mini.generate_ids(images, asked, seed=seeds, **settings)
-        assert [mini.text(answer) for answer in ids] == alone
-        assert len({len(answer) for answer in ids}) > 4 and len(set(alone)) > 8
-    blind = mini.generate(None, asked)
-    assert blind == [mini.generate(None, question) for question in asked]
-    assert mini.generate(images[:0], []) == [] and mini.generate(images[:2], asked[:2], 0) == ["", ""]
+    alone = [mini.generate(image, question, 12) for image, question in zip(images, asked, strict=True)]
+    assert generate_batch(mini, images, asked, 12) == alone
+    ids = generate_ids(mini, images, asked, 12)
+    assert [mini.text(answer) for answer in ids] == alone
+    assert len({len(answer) for answer in ids}) > 4 and len(set(alone)) > 8
+    assert generate_batch(mini, pictures[2], asked[2:4], 12)[0] == alone[2]
+    assert generate_batch(mini, None, asked, 12) == [mini.generate(None, question, 12) for question in asked]
+    assert generate_batch(mini, [], []) == [] and generate_batch(mini, images[:2], asked[:2], 0) == ["", ""]
 
 
-def test_a_picture_of_several_questions_is_read_once(mini, picture, tmp_path, monkeypatch):
+def test_a_picture_of_several_questions_is_encoded_once(mini, picture, tmp_path, monkeypatch):
     Image.fromarray(picture).save(tmp_path / "p.png")
-    read, real = [], mini.look
-    monkeypatch.setattr(mini, "look", lambda pictures: read.append(len(pictures)) or real(pictures))
-    mini.generate([tmp_path / "p.png", picture, str(tmp_path / "p.png"), picture], ["a", "b", "c", "d"], 1)
-    mini.generate(picture, ["a", "b", "c"], 1)
+    read, real = [], mini.encode_image
+    monkeypatch.setattr(mini, "encode_image", lambda pictures: read.append(len(pictures)) or real(pictures))
+    generate_batch(mini, [tmp_path / "p.png", picture, str(tmp_path / "p.png"), picture], ["a", "b", "c", "d"], 1)
+    generate_batch(mini, picture, ["a", "b", "c"], 1)
     assert read == [2, 1]
 
 
-def test_sampling_respects_top_k_and_top_p_and_the_seed():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    rng = lambda: torch.Generator().manual_seed(1)  # noqa: E731
-    assert sample(logits, 0.0, 0, 1.0, rng()) == 0
-    assert {sample(logits, 5.0, 2, 1.0, torch.Generator().manual_seed(s)) for s in range(60)} == {0, 1}
-    assert {sample(logits, 1.0, 0, 0.5, torch.Generator().manual_seed(s)) for s in range(60)} == {0}
-    assert sample(logits, 1.0, 0, 1.0, rng()) == sample(logits, 1.0, 0, 1.0, rng())
+def test_sampling_follows_the_logits_and_the_seed(mini, picture):
+    """A head that gives "A" the probability 3/4 and "B" 1/4, at temperature 1."""
+    logits = torch.full((len(mini.lm.lm_head.weight),), -100.0)
+    logits[ord("A")], logits[ord("B")] = np.log(0.75), np.log(0.25)
+    mini.lm.lm_head.register_forward_hook(lambda module, inputs, output: logits.expand_as(output))
+    said = [mini.generate(picture, "what?", 40, temperature=1.0, seed=seed) for seed in range(10)]
+    assert mini.generate(picture, "what?", 40) == "A" * 40
+    assert set("".join(said)) == {"A", "B"} and 60 <= "".join(said).count("B") <= 140  # 100 +- 4.6 deviations
+    assert said[3] == mini.generate(picture, "what?", 40, temperature=1.0, seed=3) != said[4]
 
 
 # ---- initial values
@@ -188,7 +216,7 @@ def test_the_picture_reaches_the_last_state_at_step_0(tiny, encoding):
     ids = torch.tensor([tiny.prompt("open the top drawer of the cabinet")] * 2)
 
     def moved(model):
-        h = model.hidden(pictures, ids)[:, -1]
+        h = model.text_states(pictures, ids)[:, -1]
         return ((h[0] - h[1]).abs().mean() / h.abs().mean()).item()
 
     standard = RoboMambaConfig.from_dict(tiny.config.to_dict())
@@ -253,7 +281,84 @@ def test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops(m
     assert np.array_equal(again.rotation, action.rotation) and (again.u, again.v) == (action.u, action.v)
 
 
-# ---- bfloat16 and memory
+# ---- RGB-D
+
+
+@pytest.fixture
+def rgbd(mini):
+    config = RoboMambaConfig.from_dict(mini.config.to_dict())
+    config.vision.depth = True
+    torch.manual_seed(0)
+    return RoboMamba(config, mini.encoding).eval()
+
+
+@torch.no_grad()
+def test_an_rgbd_encoder_sees_the_geometry_and_takes_none_as_zeros(rgbd, mini, tmp_path):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    geometry = torch.randn(2, 4, 32, 32)
+    flat = rgbd.vision(pictures)
+    assert torch.equal(flat, rgbd.vision(pictures, torch.zeros(2, 4, 32, 32)))
+    assert not torch.allclose(flat, rgbd.vision(pictures, geometry), atol=1e-3)
+    assert torch.equal(mini.vision(pictures), mini.vision(pictures, geometry))  # RGB alone: not looked at
+    tokens = torch.randint(0, 300, (2, 5))
+    assert not torch.allclose(rgbd.text_states(pictures, tokens), rgbd.text_states(pictures, tokens, None, geometry))
+    with pytest.raises(RuntimeError):
+        rgbd.vision(pictures, geometry[:, :3])
+    rgbd.save_pretrained(tmp_path / "m")
+    assert torch.equal(
+        RoboMamba.from_pretrained(tmp_path / "m").vision(pictures, geometry), rgbd.vision(pictures, geometry)
+    )
+    values = mini.config.to_dict()
+    del values["vision"]["depth"]  # a config.json from before there was a choice
+    values["lm"]["mixer"] = "mamba"
+    assert RoboMambaConfig.from_dict(values) == mini.config
+    values["lm"]["mixer"] = "attention"
+    with pytest.raises(ValueError, match="unknown key 'mixer'"):
+        RoboMambaConfig.from_dict(values)
+
+
+def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        depth_camera, "resample", lambda d, k, side: (seen.append(side) or d[:side, :side], k), raising=False
+    )
+    near = lambda d, k: np.full((4, 32, 32), d.mean(), np.float32)  # noqa: E731
+    monkeypatch.setattr(depth_camera, "geometry", near, raising=False)
+    told = []
+    towards = np.array([0.0, 0.6, 0.8])
+    refine = lambda u, v, approach, d, k: told.append((u, v, approach)) or (u + 1, v, towards)  # noqa: E731
+    monkeypatch.setattr(depth_camera, "refine", refine, raising=False)
+    depth = np.full((48, 64), 0.5, np.float32)
+    for model in (mini, rgbd):
+        plain = model.predict_action(picture, "open the drawer")
+        action = model.predict_action(picture, "open the drawer", depth, (40, 40, 16, 16))
+        u, v, approach = told.pop()
+        assert (action.u, action.v) == (u + 1, v) and np.allclose(action.approach, towards, atol=1e-6)
+        assert np.allclose(action.rotation.T @ action.rotation, np.eye(3), atol=1e-5)
+        assert np.isclose(np.linalg.det(action.rotation), 1, atol=1e-5)
+        unchanged = (u, v) == (plain.u, plain.v) and np.array_equal(approach, plain.approach)
+        assert unchanged == (model is mini)  # the RGB-D encoder saw the geometry
+    assert seen == [32, 32]
+    with pytest.raises(ValueError, match="depth and intrinsics go together"):
+        mini.predict_action(picture, "open", depth)
+
+
+# ---- other float types and memory
+
+
+@torch.no_grad()
+def test_a_float64_language_model_agrees_with_float32(mini):
+    tokens = torch.randint(0, 300, (2, 33))
+    single = mini.lm(tokens)
+    mini.lm.double()
+    assert mini.lm.backbone.layers[0].mixer.A_log.dtype == torch.float64
+    double = mini.lm(tokens)
+    assert double.dtype == torch.float64
+    close(single.double(), double)
+    h, states = mini.lm.backbone(mini.lm.backbone.embedding(tokens[:, :32]))
+    h, states = mini.lm.backbone.step(mini.lm.backbone.embedding(tokens[:, 32]), states)
+    assert states[0].ssm.dtype == torch.float64
+    close(mini.lm.lm_head(h), double[:, -1], 1e-12)
 
 
 @torch.no_grad()
@@ -261,21 +366,21 @@ def test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops(m
 def test_in_16_bits_decay_and_skip_stay_float32_and_answers_stay_close(mini, dtype):
     pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(0, 300, (2, 33))
-    full, before = mini.lm.lm_head(mini.hidden(pictures, tokens)), dict(mini.state_dict())
+    full, before = mini.lm.lm_head(mini.text_states(pictures, tokens)), dict(mini.state_dict())
     mini.to(dtype)
     kept = {name for name, p in mini.named_parameters() if p.dtype == torch.float32}
     assert kept == {f"lm.backbone.layers.{i}.mixer.{n}" for i in range(2) for n in ("A_log", "D", "dt_proj.bias")}
     assert all(torch.equal(mini.state_dict()[name], before[name]) for name in kept)  # not rounded on the way either
-    states = mini.look(pictures)
+    states = mini.encode_image(pictures)
     assert states[0].ssm.dtype == torch.float32 and states[0].conv.dtype == dtype
-    logits = mini.lm.lm_head(mini.hidden(pictures, tokens))
+    logits = mini.lm.lm_head(mini.text_states(pictures, tokens))
     assert logits.dtype == dtype and logits.isfinite().all()
     close(logits.float(), full, 3e-2)  # weights are rounded by up to 2^-9 = 2e-3, and errors of some layers add up
     sums = []
     mini.lm.backbone.layers[1].register_forward_hook(lambda module, inputs, output: sums.append(output[0].dtype))
     mini.lm(tokens)
     assert sums == [torch.float32]  # blocks add to a float32 sum, as in the published models
-    steps, states = [], mini.look(pictures)
+    steps, states = [], mini.encode_image(pictures)
     for t in range(tokens.shape[1]):
         h, states = mini.lm.backbone.step(mini.lm.backbone.embedding(tokens[:, t]), states)
         steps.append(mini.lm.lm_head(h))
@@ -298,24 +403,23 @@ def test_a_16_bit_model_acts_answers_and_survives_a_save(mini, picture, tmp_path
 @torch.no_grad()
 def test_told_memory_is_what_tensors_take(mini):
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    told = memory(mini)
+    told = costs.memory(mini)
     assert told["float32"] == size(mini.parameters())
     mini.to(torch.bfloat16)
     assert told["bfloat16"] == size(mini.parameters())
-    states = mini.look(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    states = mini.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert told["state"] == size(t for state in states for t in state)
     with torch.device("meta"):
-        paper = memory(RoboMamba(PRESETS["robomamba-2.8b"]))
+        paper = costs.memory(RoboMamba(PRESETS["robomamba-2.8b"]))
     assert paper["state"] == 64 * (3 * 5120 * 2 + 16 * 5120 * 4)  # 22.9 MB, whatever the length
     assert paper["cache"] * 1024 == 2 * 64 * 1024 * 2560 * 2  # keys and values, layers, tokens, width, bytes: 671 MB
 
 
-def test_presets_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["robomamba.py", "--presets"])
-    robomamba.main()
+def test_presets_are_printed(capsys):
+    costs.main()
     text = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1 : 1 + len(PRESETS)]}
-    assert list(lines) == list(PRESETS)
+    assert list(lines) == list(PRESETS) == ["tiny", "small", "mamba-130m", "robomamba-2.8b"]
     assert {"303,179,776", "2,768,345,600", "3,690,880", "22.9", "671.1"} <= set(lines["robomamba-2.8b"])
     assert "multi-head attention, bfloat16" in text
 
@@ -417,17 +521,69 @@ def test_bad_checkpoints_are_refused_with_a_clear_line(mini, tmp_path):
     refused("not a readable safetensors file")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "f"
-    path.write_text("old")
+def test_weights_and_configs_that_are_not_finite_are_refused(mini, picture, tmp_path):
+    folder = tmp_path / "m"
+    mini.save_pretrained(folder)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    for value in (float("nan"), float("inf")):
+        spoilt = weights["projector.0.weight"].clone()
+        spoilt[1, 2] = value
+        save_file(weights | {"projector.0.weight": spoilt}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match="model.safetensors: projector.0.weight holds numbers that are not finite"):
+            RoboMamba.from_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
+    for change in ({"image_std": [0.0, 1, 1]}, {"image_std": [1, 1]}, {"image_mean": [0.5]}, {"image_std": [-1, 1, 1]}):
+        (folder / "config.json").write_text(json.dumps(config | {"vision": config["vision"] | change}))
+        with pytest.raises(ValueError, match="m/config.json: vision: image_mean and image_std must be three numbers"):
+            RoboMamba.from_pretrained(folder)
+    with torch.no_grad():
+        for p in mini.parameters():
+            p *= 1e30  # finite weights, but nothing computed with them is
+    with pytest.raises(ValueError, match="the action is not finite"):
+        mini.predict_action(picture, "open")
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        mini.generate(picture, "what?")
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        generate_batch(mini, picture, ["what?"])
 
-    def broken(tmp):
-        open(tmp, "w").write("half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError):
-        checkpoints.write_atomically(path, broken)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+def test_no_folder_ever_holds_a_config_beside_weights_of_another_save(mini, tmp_path, monkeypatch):
+    """A failure or a kill at each file operation of a save: the old checkpoint, the new one, or one that is refused."""
+    folder = tmp_path / "m"
+    mini.save_pretrained(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    mini.config.head.pool = "mean"
+    with torch.no_grad():
+        mini.head.mlps[0][0].bias += 1
+    mini.save_pretrained(tmp_path / "other")
+    after = {file.name: file.read_bytes() for file in (tmp_path / "other").iterdir()}
+    real, outcomes = os.replace, []
+    for fails_at in range(1, 8):
+        (folder / "extra.txt").write_text("kept")
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        calls = []
+
+        def failing(source, target, fails_at=fails_at, calls=calls):
+            calls.append(target)
+            if len(calls) == fails_at:
+                raise OSError(28, "No space left on device")
+            real(source, target)
+
+        monkeypatch.setattr("os.replace", failing)
+        try:
+            mini.save_pretrained(folder)
+        except ValueError as error:
+            assert "cannot be written (No space left on device)" in str(error)
+        monkeypatch.setattr("os.replace", real)
+        now = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "extra.txt"}
+        outcomes.append("old" if now == before else "new" if now == after else "no config")
+        if outcomes[-1] == "no config":
+            assert "config.json" not in now
+            with pytest.raises(ValueError, match="config.json: no such file"):
+                RoboMamba.from_pretrained(folder)
+    assert outcomes == ["old"] * 3 + ["no config"] * 3 + ["new"]
+    assert (folder / "extra.txt").read_text() == "kept"
 
 
 def test_bad_input_is_named(mini, picture, tmp_path):
@@ -442,10 +598,8 @@ def test_bad_input_is_named(mini, picture, tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     with pytest.raises(ValueError, match="x.png: cannot be read"):
         mini.generate(tmp_path / "x.png", "what is this?")
-    with pytest.raises(ValueError, match="2 pictures for 3 questions"):
-        mini.generate([picture, picture], ["a", "b", "c"])
-    with pytest.raises(ValueError, match="1 seeds for 2 questions"):
-        mini.generate(picture, ["a", "b"], seed=[1])
+    with pytest.raises(ValueError, match="2 for 3 questions"):
+        generate_batch(mini, [picture, picture], ["a", "b", "c"])
     with pytest.raises(ValueError, match="patch_size 7 must divide"):
         RoboMambaConfig(robomamba.VisionConfig(patch_size=7))
 
@@ -453,36 +607,24 @@ def test_bad_input_is_named(mini, picture, tmp_path):
 def test_command_line(mini, picture, tmp_path, capsys, monkeypatch):
     mini.save_pretrained(tmp_path / "m")
     Image.fromarray(picture).save(tmp_path / "p.png")
-    base = ["robomamba.py", "--checkpoint", str(tmp_path / "m"), "--image", str(tmp_path / "p.png")]
-    monkeypatch.setattr("sys.argv", [*base, "--act", "open the drawer"])
-    robomamba.main()
-    assert "pixel u" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*base, "--ask", "what is this?"])
-    robomamba.main()
-    said = capsys.readouterr()
-    assert said.out.strip() == mini.generate(picture, "what is this?") and re.match(
-        r"\d+ tokens, \d+ tokens/s", said.err
-    )
-    Image.fromarray(picture).resize((64, 48)).save(tmp_path / "p.png")  # a camera's own size
-    np.save(tmp_path / "d.npy", np.full((24, 32), 0.5))  # and depth of half of it
-    lifted = [*base, "--act", "open the drawer", "--depth", str(tmp_path / "d.npy")]
-    monkeypatch.setattr("sys.argv", [*lifted, "--intrinsics", "40", "30", "16", "12"])
-    robomamba.main()
-    lines = capsys.readouterr().out.splitlines()
-    u, v = (float(lines[0].split()[i]) for i in (2, 4))
-    x, y, z = (float(lines[1].split()[i]) for i in (2, 4, 6))
-    assert z == 0.5 and abs(x - (u - 16) / 40 * 0.5) < 1e-3 and abs(y - ((v + 0.5) * 0.75 - 0.5 - 12) / 30 * 0.5) < 1e-3
-    for wrong in (lifted, [*base, "--ask", "what?", "--depth", "d", "--intrinsics", "1", "1", "1", "1"]):
-        monkeypatch.setattr("sys.argv", wrong)
-        with pytest.raises(SystemExit) as stopped:
-            robomamba.main()
-        assert stopped.value.code == 2 and "--depth and --intrinsics go together" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", [*lifted[:-1], "gone.png", "--intrinsics", "40", "30", "16", "12"])
-    with pytest.raises(SystemExit):
+    base = ["--checkpoint", str(tmp_path / "m"), "--image", str(tmp_path / "p.png")]
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["robomamba.py", *base, *flags])
         robomamba.main()
-    assert capsys.readouterr().err.startswith("gone.png: cannot be read as depth")
-    monkeypatch.setattr("sys.argv", [*base, "--act", ""])
+        return capsys.readouterr().out
+
+    assert run("--act", "open the drawer").startswith("pixel u")
+    assert run("--ask", "what is this?").strip() == mini.generate(picture, "what is this?")
+    lifted = ["--act", "open the drawer", "--depth", str(tmp_path / "d.npy")]
     with pytest.raises(SystemExit) as stopped:
-        robomamba.main()
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and "empty" in captured.err
+        run("--ask", "what?", "--depth", "d", "--intrinsics", "1", "1", "1", "1")
+    assert stopped.value.code == 2 and "--depth goes with --act" in capsys.readouterr().err
+    np.save(tmp_path / "d.npy", np.full((24, 32), 0.5))
+    with pytest.raises(ValueError, match="depth and intrinsics go together"):
+        run(*lifted)
+    with pytest.raises(ValueError, match="gone.png: cannot be read as depth"):
+        run(*lifted[:-1], "gone.png", "--intrinsics", "40", "30", "16", "12")
+    command = [sys.executable, "robomamba.py", *base, "--act", ""]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "empty" in done.stderr

@@ -19,9 +19,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sim import objects  # noqa: E402
+from sim import appearance, catalogue, objects  # noqa: E402
+from sim import expert as expert_module  # noqa: E402
 from sim import scene as world  # noqa: E402
-from sim.scene import BACKGROUND, BASE, facts, rotation_from_approach, tilt, unit  # noqa: E402
+from sim.expert import attempt, dense_targets, expert, facts, part_targets, true_approach  # noqa: E402
+from sim.scene import BACKGROUND, BASE, Camera, rotation_from_approach, tilt, unit  # noqa: E402
 
 CATEGORIES = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe", "Table", "WashingMachine")
 
@@ -39,7 +41,7 @@ def feasible(scene, count, per_category=8, seed=4_000_000):
         for category in CATEGORIES:
             scene.spawn(category, seed + i).render()
             rng = np.random.default_rng(i)
-            label = scene.expert(rng)
+            label = expert(scene, rng)
             if label is not None:
                 yield rng, label
                 count -= 1
@@ -73,13 +75,13 @@ def test_pixels_and_points_agree_with_rays(scene):
         for i in np.random.default_rng(0).choice(len(rows), 40, replace=False):
             point = scene.backproject(columns[i], rows[i])
             assert np.abs(scene.project(point[None])[0] - (columns[i], rows[i])).max() < 1e-9
-            link, hit, _ = scene._rays(scene.eye, (scene.eye + 1.3 * (point - scene.eye))[None])
+            link, hit, _ = scene.rays(scene.eye, (scene.eye + 1.3 * (point - scene.eye))[None])
             errors.append(np.linalg.norm(hit[0] - point))
             links.append(link[0] == scene.links[rows[i], columns[i]])
             f, cx, cy = scene.intrinsics  # the usual convention, pixel centres: (u + 0.5, v + 0.5)
             ray = np.array([(columns[i] + 0.5 - cx) / f, (rows[i] - 0.5 - cy) / f, 1.0])
             other = scene.eye + scene.depth[rows[i], columns[i]] * ray @ scene.camera_rotation
-            link, hit, _ = scene._rays(scene.eye, (scene.eye + 1.3 * (other - scene.eye))[None])
+            link, hit, _ = scene.rays(scene.eye, (scene.eye + 1.3 * (other - scene.eye))[None])
             half_pixel.append(np.linalg.norm(hit[0] - other))
     # Drawn cylinders have corners and collision cylinders have not: a few pixels on them may be off by more.
     assert np.median(errors) < 1e-4 and np.mean(np.array(errors) < 1e-3) > 0.9 and np.mean(links) > 0.98
@@ -113,10 +115,11 @@ def test_pixels_off_the_object_have_no_point(scene):
 FINGERPRINT = """
 import hashlib, sys
 import numpy as np
-from sim.scene import Scene, facts
+from sim.expert import expert
+from sim.scene import Scene
 def fingerprint(scene, category, seed):
     rgb = scene.spawn(category, seed).render()
-    label = scene.expert(np.random.default_rng(1))
+    label = expert(scene, np.random.default_rng(1))
     outcome = scene.act(label.u, label.v, label.approach)
     text = repr((scene.camera, scene.joints, scene.target, label, outcome.moved))
     return hashlib.md5(rgb.tobytes() + scene.depth.tobytes() + scene.links.tobytes() + text.encode()).hexdigest()
@@ -138,9 +141,9 @@ def test_same_seed_same_pixels_same_motion_in_any_order_and_process(scene):
 ENDURANCE = """
 import sys
 from pathlib import Path
-from sim import objects
+from sim.catalogue import SEEN, UNSEEN
 from sim.scene import Scene
-scenes, warm, names, scene = int(sys.argv[1]), int(sys.argv[2]), (*objects.SEEN, *objects.UNSEEN), Scene(32)
+scenes, warm, names, scene = int(sys.argv[1]), int(sys.argv[2]), (*SEEN, *UNSEEN), Scene(32)
 def megabytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 for i in range(scenes):
@@ -153,10 +156,9 @@ print("print", megabytes() - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_memory_does_not_grow_with_the_number_of_scenes():
-    scenes, warm = 1500, 300  # the first ones fill caches; what the other 1,200 add says what 10,000 would
+    scenes, warm = 450, 150  # the first ones fill caches; what the other 300 add says what 10,000 would
     command = [sys.executable, "-c", ENDURANCE, str(scenes), str(warm)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     grown = next(float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("print "))
@@ -202,8 +204,8 @@ def test_cameras_are_spread_and_show_the_target(scene):
         for category in CATEGORIES:
             scene.spawn(category, i).render()
             rows, columns = np.nonzero(scene.links == scene.target)
-            visible.append(len(rows) >= world.MIN_PART_PIXELS)
-            azimuths.append(scene.camera["azimuth_deg"])
+            visible.append(len(rows) >= expert_module.MIN_PART_PIXELS)
+            azimuths.append(scene.camera.azimuth_deg)
             if visible[-1]:
                 places.append((columns.mean() / scene.image_size, rows.mean() / scene.image_size))
     assert np.mean(visible) > 0.95
@@ -222,7 +224,7 @@ def test_the_expert_opens_things_and_bad_actions_do_not(scene):
         assert reverse.reason in ("unreachable", "on body", "wrong part", "no seal"), reverse
         if scene.spec.parts[scene.target].joint == "revolute":
             rows, columns = np.nonzero(scene.links == scene.target)
-            points = scene._backproject_pixels(rows, columns)
+            points = scene.backproject_pixels(rows, columns)
             i = scene.motion(points, scene.target)[1].argmin()
             result["hinge"].append(scene.act(columns[i], rows[i], label.approach).initial)
     assert sum(result["expert"]) >= 0.9 * tried
@@ -230,14 +232,14 @@ def test_the_expert_opens_things_and_bad_actions_do_not(scene):
     assert np.mean(result["tilted 60"]) < 0.1 and not any(result["reversed"])
 
 
-@pytest.mark.parametrize("category", [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET])
-def test_the_expert_opens_at_least_18_of_20_instances_of_every_category(scene, category):
+@pytest.mark.parametrize("category", [*catalogue.SEEN, *catalogue.UNSEEN])
+def test_the_expert_opens_at_least_9_of_10_instances_of_every_category(scene, category):
     solved = 0
-    for i in range(20):
+    for i in range(10):
         scene.spawn(category, 6_000_000 + i).render()
-        label = scene.expert(np.random.default_rng(i))
+        label = expert(scene, np.random.default_rng(i))
         solved += label is not None and scene.act(label.u, label.v, label.approach).initial
-    assert solved >= 18
+    assert solved >= 9
 
 
 def test_labels_survive_small_errors_and_do_not_depend_on_luck(scene):
@@ -247,7 +249,7 @@ def test_labels_survive_small_errors_and_do_not_depend_on_luck(scene):
             du, dv = rng.uniform(-1, 1, 2)
             outcome = scene.act(label.u + du, label.v + dv, tilt(label.approach, math.radians(5), rng))
             survived.append(outcome.initial)
-        again = scene.expert(np.random.default_rng(99))
+        again = expert(scene, np.random.default_rng(99))
         same.append(again is not None and math.hypot(again.u - label.u, again.v - label.v) < 3)
     assert np.mean(survived) > 0.85 and np.mean(same) > 0.7
 
@@ -318,7 +320,7 @@ def test_facts_describe_the_picture(scene):
 def test_dense_targets(scene):
     for category in CATEGORIES:
         scene.spawn(category, 31).render()
-        targets, kind = world.dense_targets(scene)
+        targets, kind = dense_targets(scene)
         assert targets.shape == (16, 16, 7) and targets.dtype == np.float16 and np.isfinite(targets).all()
         assert kind.shape == (16, 16) and kind.dtype == np.int8
         cell = scene.image_size // 16
@@ -339,7 +341,39 @@ def test_dense_targets(scene):
     with pytest.raises(ValueError, match="image_size=100"):
         scene.image_size, size = 100, scene.image_size
         try:
-            world.dense_targets(scene)
+            dense_targets(scene)
+        finally:
+            scene.image_size = size
+
+
+def test_part_targets_say_which_part_which_way_and_how_far_out(scene):
+    """Against the expert's own direction and the scene's motion, at pixels 4 i + 2; a pull from there works."""
+    worked = []
+    for category in (*CATEGORIES, "Toaster", "Faucet", "grammar:plunger"):
+        scene.spawn(category, 41).render()
+        part, act, arm = part_targets(scene)
+        assert (part.shape, part.dtype) == ((32, 32), np.int8) and (arm.shape, arm.dtype) == ((32, 32), np.float16)
+        assert (act.shape, act.dtype) == ((32, 32, 3), np.float16)
+        assert np.array_equal(part, scene.links[2::4, 2::4])
+        assert not act[part < 0].any() and not arm[part < 0].any() and 0 <= arm.min() and arm.max() <= 1
+        for row, column in np.argwhere(part >= 0)[::5]:
+            j = part[row, column]
+            point = scene.backproject(4 * column + 2, 4 * row + 2)
+            want = true_approach(scene, point, j)
+            if want is not None:  # else the collision shape lies elsewhere: a drawn cylinder has corners
+                assert np.abs(act[row, column] - want).max() < 2e-3  # float16
+            movable = scene.spec.parts[j]
+            assert abs(arm[row, column] - min(1, scene.motion(point[None], j)[1][0])) < 1e-3
+            assert arm[row, column] == 1 or movable.joint == "revolute"
+        flat = np.argwhere((part == scene.target) & (arm > 0.7))
+        if len(flat):
+            row, column = flat[len(flat) // 2]
+            worked.append(scene.act(4 * column + 2, 4 * row + 2, act[row, column].astype(float)).initial)
+    assert len(worked) >= 8 and np.mean(worked) >= 0.6, worked
+    scene.image_size, size = 16, scene.image_size
+    with pytest.raises(ValueError, match="image_size=16"):
+        try:
+            part_targets(scene)
         finally:
             scene.image_size = size
 
@@ -385,7 +419,7 @@ def test_textures_vary_the_brightness_keep_the_colour_and_move_with_the_part(sce
         turn = np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
         rgb, depth, links = scene.picture()
         rows, columns = np.nonzero(links == 0)
-        own = (scene._backproject_pixels(rows, columns, depth) - position) @ turn
+        own = (scene.backproject_pixels(rows, columns, depth) - position) @ turn
         textures, scene.textures = scene.textures, {}
         plain, scene.textures = scene.picture()[0][rows, columns], textures
         clear = plain.min(-1) > 60
@@ -398,7 +432,7 @@ def test_an_attempt_leaves_the_scene_as_it_ended(scene):
     for i in range(24):
         scene.spawn(("StorageFurniture", "Box", "Door", "Bottle")[i % 4], 900 + i)
         before, names = list(scene.joints), [part.label for part in scene.spec.parts]
-        event = world.attempt(scene, np.random.default_rng(i))
+        event = attempt(scene, np.random.default_rng(i))
         if event is None:
             assert scene.joints == before
             continue
@@ -427,3 +461,52 @@ def test_contact_sheet(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width >= 2 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 50
+
+
+# ---- how it looks, and what is needed -------------------------------------------------------------------------------
+def test_light_and_background_come_from_their_random_numbers_alone():
+    kinds = set()
+    for seed in range(40):
+        first, again = (appearance.background(np.random.default_rng(seed), 32) for _ in range(2))
+        assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and np.array_equal(first, again)
+        kinds.add(len(np.unique(first.reshape(-1, 3), axis=0)) > 1)
+        light = appearance.light(np.random.default_rng(seed), 30.0)
+        x, y, z = light["lightDirection"]
+        away = (math.degrees(math.atan2(y, x)) - 30 + 180) % 360 - 180
+        assert abs(away) <= 75 and z > 0  # never from behind the object
+    assert kinds == {True, False}
+
+
+def test_a_camera_can_be_moved(scene):
+    scene.spawn("Safe", 3)
+    before, eye = scene.camera, scene.eye.copy()
+    scene.look(before._replace(azimuth_deg=before.azimuth_deg + 90))
+    assert (
+        isinstance(before, Camera) and np.linalg.norm(scene.eye - eye) > 0.5 and scene.eye[2] == pytest.approx(eye[2])
+    )
+
+
+WITHOUT = """
+import sys
+sys.modules["pybullet"] = None
+import numpy as np
+from sim import appearance, catalogue, grammar, objects
+for name in ("Safe", "grammar:book"):
+    assert "<robot" in objects.to_urdf(catalogue.make_object(name, np.random.default_rng(0)))
+try:
+    import sim.scene
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_pybullet_objects_are_built_and_the_scene_says_what_to_install():
+    run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.count("\n") == 1 and "pip install pybullet" in run.stdout and "Python 3.11" in run.stdout
+
+
+def test_pybullet_loads_without_a_word():
+    run = subprocess.run(
+        [sys.executable, "-c", "import sim.scene"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == run.stderr == ""

@@ -1,6 +1,6 @@
 """Looking inside: the scan as a matrix, hooks that leave no trace, pictures; and the planted mistakes.
 
-pytest tests/test_look.py
+pytest tests/test_extras_look.py
 """
 
 import ast
@@ -71,14 +71,15 @@ def test_what_is_read_is_what_the_model_scanned(mini, picture, monkeypatch):
     monkeypatch.setattr(robomamba, "selective_scan", listening)
     layers = look.read(mini, picture, ids)
     n, P = len(layers), 16
-    assert n == 2 and len(seen) == 2 * n and len(layers[0].dt) == P + len(ids)
-    for layer, (_, y_picture, after), (before, y_words, last) in zip(layers, seen[:n], seen[n:], strict=True):
+    assert n == 2 and seen and len(seen) % n == 0 and len(layers[0].dt) == P + len(ids)
+    for k, layer in enumerate(layers):
+        passes = seen[k::n]  # the picture and then the words, or both in one pass
+        y = torch.cat([y for _, y, _ in passes], 1)[0].double()
         h = look.states(layer)
         whole = apply(*look.scan_matrix(*layer[1:]), layer.u, torch.zeros_like(layer.A))
         words = layer._replace(u=layer.u[P:], dt=layer.dt[P:], B=layer.B[P:], C=layer.C[P:])
         alone = apply(*look.scan_matrix(*words[1:]), words.u, h[P - 1])
-        y = torch.cat([y_picture, y_words], 1)[0].double()
-        pairs = ((h[P - 1], after[0]), (h[P - 1], before[0]), (h[-1], last[0]), (whole, y), (alone, y[P:]))
+        pairs = [(h[-1], passes[-1][2][0]), (whole, y), (alone, y[P:])]
         for got, wanted in pairs:  # the model's scan is float32: sums of some ten terms
             assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -103,10 +104,14 @@ def test_deep_models_are_drawn_by_some_of_their_layers():
 
 
 def test_a_large_step_is_red_and_a_small_one_blue():
-    tint = np.asarray(look.over_picture(np.full((8, 8, 3), 128, np.uint8), np.array([1.0, -1.0, 0.0, 0.5]), 8), int)
-    large, small, none, some = tint[1, 1], tint[1, 6], tint[6, 1], tint[6, 6]
-    assert large[0] > large[2] + 100 and small[2] > small[0] + 100 and (none == 128).all()
-    assert 128 < some[0] < large[0]
+    figure = look.new_figure(1, 1)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    look.over_picture(axes, np.full((8, 8, 3), 128, np.uint8), np.array([1.0, -1.0, 0.0, 0.5]))
+    tint = np.asarray(look.as_image(figure), int)
+    large, small, none, some = tint[20, 20], tint[20, 60], tint[60, 20], tint[60, 60]
+    assert large[0] > large[2] + 100 and small[2] > small[0] + 100
+    assert np.ptp(none) <= 2 and large[0] - large[2] > some[0] - some[2] > 20
 
 
 @pytest.mark.parametrize(
@@ -115,23 +120,30 @@ def test_a_large_step_is_red_and_a_small_one_blue():
 def test_look_from_the_command_line(mini, picture, tmp_path, monkeypatch, capsys, asked):
     mini.save_pretrained(tmp_path / "m")
     Image.fromarray(picture).save(tmp_path / "p.png")
-    base = ["robomamba.py", "--checkpoint", str(tmp_path / "m"), "--image", str(tmp_path / "p.png"), *asked, "--look"]
-    monkeypatch.setattr("sys.argv", [*base, str(tmp_path / "out")])
-    robomamba.main()
-    said = (tmp_path / "out/README.md").read_text()
-    assert str(tmp_path / "out/steps.png") in capsys.readouterr().out.splitlines()[-1]
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["look", "--checkpoint", str(tmp_path / "m"), *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            look.run_main(look.main)
+        return stopped.value.code, capsys.readouterr()
+
+    base = ["--image", tmp_path / "p.png", *asked]
+    code, said = run(*base, "--out", tmp_path / "out")
+    assert not code and str(tmp_path / "out/steps.png") in said.out.splitlines()[-1]
+    text = (tmp_path / "out/README.md").read_text()
     names = {"steps.png", "attention.png", "memory.png"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names | {"README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names | {"README.md"} and "opening.gif" not in text
     for name in names:
-        assert f"![{name}]({name})" in said and look.CAPTIONS[name] in said
-        pixels = np.asarray(Image.open(tmp_path / "out" / name))
-        assert pixels.shape[1] < 1600 and (pixels != 255).any(2).any(0).nonzero()[0].max() < pixels.shape[1] - 1
-    assert "opening.gif" not in said
+        assert f"![{name}]({name})" in text and look.CAPTIONS[name] in text
+        assert len(np.unique(np.asarray(Image.open(tmp_path / "out" / name)))) > 20
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("sys.argv", [*base, str(tmp_path / "file")])
-    with pytest.raises(SystemExit) as stopped:
-        robomamba.main()
-    assert stopped.value.code == 2 and "README.md: cannot be written" in capsys.readouterr().err
+    code, said = run(*base, "--out", tmp_path / "file")
+    assert code == 2 and "README.md: cannot be written" in said.err
+    code, said = run(*asked, "--out", tmp_path / "out")
+    assert code == 2 and said.err == "--image and one of --ask and --act go together\n"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+    code, said = run(*base, "--out", tmp_path / "other")
+    assert code == 2 and "pip install matplotlib" in said.err and said.err.count("\n") == 1
 
 
 def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
@@ -153,9 +165,9 @@ def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
     assert len({sheet.tobytes() for sheet in sheets}) == len(sheets) == 7
     look.save(tmp_path, {"opening.gif": sheets})
     with Image.open(tmp_path / "opening.gif") as film:
-        assert film.n_frames == len(sheets) and film.info["duration"] == look.FILM_HOLD_MS
+        assert film.n_frames >= len(sheets) - 1  # equal neighbours are stored as one
     with pytest.raises(ValueError, match="no drawer that the model opens among Door 5 to 6; try another --seed"):
-        look.episode(mini, tmp_path, "Door", 5)
+        look.episode(mini, "Door", 5)
 
 
 # ---- the mistakes

@@ -1,6 +1,6 @@
-"""The reasoning examination: BLEU, POPE and coordinates against cases worked by hand, the floors, a whole run.
+"""Reasoning evaluation: BLEU, POPE and coordinates against cases worked by hand, the baselines, a whole run.
 
-pytest tests/test_benchmark.py
+pytest tests/test_extras_reasoning_eval.py
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common.report import PAPER_REASONING, paper_table1, reasoning_details, reasoning_report
-from extras import reasoning_eval as benchmark
+from extras import reasoning_eval
 from extras.reasoning_eval import (
     ANSWERERS,
     Question,
@@ -134,7 +134,7 @@ def write_folder(folder, split: str, seed: int = 0):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         said = [{"from": who, "value": text} for q in mine for who, text in (("human", q.question), ("gpt", q.answer))]
         said[0]["value"] = "<image>\n" + said[0]["value"]
-        families = [q.family for q in mine]
+        families = [q.question_type for q in mine]
         records.append({"id": str(i), "image": f"{i}.png", "conversations": said, "families": families})
         facts.append({"image": f"{i}.png", "facts": {"category": mine[0].category}})
     (folder / "conversations.json").write_text(json.dumps(records))
@@ -159,9 +159,9 @@ def test_scores_of_records_by_hand():
     assert {c: r["n"] for c, r in perfect["categories"].items()} == {"Box": 12, "Safe": 12}
     assert list(perfect["families"]) == [*TURNS]  # general, robot, coordinates
     floor = majority(asked)
-    blind = score(asked, [floor[q.family] for q in asked], 32)
+    blind = score(asked, [floor[q.question_type] for q in asked], 32)
     assert [blind["families"][f]["k"] for f in ("object", "presence", "success", "future")] == [2, 2, 3, 2]
-    other = [replace(q, family="weather") for q in asked if q.family == "object"]
+    other = [replace(q, question_type="weather") for q in asked if q.question_type == "object"]
     odd = score(other, ["a safe"] * 4, 32)
     assert odd["families"]["weather"]["k"] == odd["words"]["k"] == 2 and not {"robot", "general", "pope"} & set(odd)
 
@@ -175,9 +175,14 @@ def folders(tmp_path):
 
 
 def run(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["benchmark", *map(str, flags)])
+    monkeypatch.setattr("sys.argv", ["reasoning_eval", *map(str, flags)])
     torch.set_num_threads(1)
-    benchmark.main()
+    reasoning_eval.main()
+
+
+def run_as_script(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["reasoning_eval", *map(str, flags)])
+    reasoning_eval.run_main(reasoning_eval.main)
 
 
 def test_a_whole_run_answers_by_decoding(mini, folders, tmp_path, monkeypatch, capsys):
@@ -232,7 +237,9 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch
     path = folders["test-seen"] / file
     path.write_text(text(path.read_text())) if text else path.unlink()
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out")
+        run_as_script(
+            monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out"
+        )
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
@@ -240,7 +247,7 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--batch-size", 0), "--batch-size 0 at least 1"),
+        (("--batch-size", 0), "--batch-size 0: must be at least 1"),
         (("--checkpoint", "nowhere"), "nowhere/config.json: no such file"),
         (("--train", "nowhere"), "nowhere/conversations.json: no such file"),
         (("--out", "/proc/none"), "/proc/none/.probe: cannot be written"),
@@ -250,6 +257,8 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch
 def test_bad_flags_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys, flags, message):
     flags = [str(flag).format(**folders) for flag in flags]
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "o", *flags)
+        run_as_script(
+            monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "o", *flags
+        )
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1

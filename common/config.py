@@ -1,0 +1,132 @@
+"""The shapes of RoboMamba: dataclasses, their JSON, and the presets. robomamba.py has the model they describe.
+
+    config = RoboMambaConfig.from_dict(json.load(file), "config.json")      # an unknown key is an error
+    config = PRESETS["tiny"]                                                # python -m extras.costs lists them
+
+Letters in comments are those of selective_scan.py and robomamba.py.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+
+from common.weights import dataclass_from_dict
+
+
+@dataclass
+class VisionConfig:
+    """The image encoder. Defaults are the `tiny` preset; CLIP's own shapes are in CLIP_L below."""
+
+    image_size: int = 128  # S, pixels
+    patch_size: int = 16  # pixels
+    width: int = 192  # W
+    n_layer: int = 4
+    n_head: int = 6
+    mlp_ratio: int = 4
+    stem: tuple = (24, 48, 96)  # channels of 3x3 stride-2 convolutions, before the last; () = CLIP's patch convolution
+    select_layer: int = -1  # block whose output is returned; -1 = the last, -2 = the one before it (the paper's)
+    output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
+    depth: bool = False  # RGB-D: 4 more channels, relative depth and the normal's x, y, z (data/depth.py, `geometry`)
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class LMConfig:
+    """The language model. Fields named as in Mamba's own config where it has them."""
+
+    d_model: int = 192
+    n_layer: int = 4
+    vocab_size: int = 1024
+    d_state: int = 8  # N
+    d_conv: int = 4  # K
+    expand: int = 2  # E = expand * d_model
+    dt_rank: int = 0  # R; 0 = ceil(d_model / 16)
+    dt_min: float = 0.02  # range of the initial step size (Mamba: 0.001 .. 0.1)
+    dt_max: float = 0.5
+    a_min: float = 0.02  # range of the initial -A; (1, d_state) is Mamba's S4D-real start 1, 2, .., N
+    a_max: float = 4.0
+    bc_norm: bool = True  # normalise B and C to unit root mean square; off for published weights
+    norm_eps: float = 1e-5
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+@dataclass
+class HeadConfig:
+    """The policy head (paper section 3.3, appendix Table 6)."""
+
+    kind: str = "two_mlp"  # pixel and rotation apart (the paper's choice) | "one_mlp": one MLP with 8 outputs
+    hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
+    pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
+
+
+@dataclass
+class RoboMambaConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    lm: LMConfig = field(default_factory=LMConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    projector_hidden: tuple = (384,)
+    position_code: bool = True  # fixed 2-D sine code on the visual tokens
+
+    def __post_init__(self):
+        vision, head = self.vision, self.head
+        patch = vision.patch_size
+        layers = range(-vision.n_layer - 1, vision.n_layer + 1)
+        stem_patch = 2 ** (len(vision.stem) + 1) if vision.stem else patch
+        per_channel = (len(vision.image_mean), len(vision.image_std)) == (3, 3) and min(vision.image_std) >= 1e-3
+        rules = {
+            f"vision: patch_size {patch} must divide image_size {vision.image_size}": vision.image_size % patch == 0,
+            f"vision: n_head {vision.n_head} must divide width {vision.width}": vision.width % vision.n_head == 0,
+            f"vision.select_layer: {vision.select_layer} is not a layer": vision.select_layer in layers,
+            f"vision.stem: {vision.stem} makes patches of {stem_patch}, not patch_size {patch}": stem_patch == patch,
+            "vision: image_mean and image_std must be three numbers each, image_std at least 0.001": per_channel,
+            "lm.d_model: must be a multiple of 4 for position_code": not self.position_code or self.lm.d_model % 4 == 0,
+            f"head.kind: {head.kind!r}, expected two_mlp or one_mlp": head.kind in ("two_mlp", "one_mlp"),
+            f"head.pool: {head.pool!r}, expected last, first_last or mean": head.pool in ("last", "first_last", "mean"),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(rule)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "config") -> "RoboMambaConfig":
+        """From JSON. Raises: ValueError naming `source` and the key that is unknown or has an impossible value."""
+        return dataclass_from_dict(cls, values, source)
+
+
+CLIP_L = VisionConfig(224, 14, 1024, 24, 16, stem=(), select_layer=-2, output_norm=False)
+MAMBA = dict(vocab_size=50280, d_state=16, dt_min=0.001, dt_max=0.1, a_min=1.0, a_max=16.0, bc_norm=False)
+
+
+def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
+    """The paper's projector, policy head and pooling around an encoder and a language model of any size."""
+    head = HeadConfig(hidden=(lm.d_model // 4, lm.d_model // 8), pool="first_last")
+    return RoboMambaConfig(vision, lm, head, projector_hidden=(4096, lm.d_model), position_code=False)
+
+
+PRESETS = {
+    "tiny": RoboMambaConfig(),
+    "small": RoboMambaConfig(
+        VisionConfig(width=384, n_layer=8), LMConfig(384, 8, d_state=16), HeadConfig(hidden=(24,)), (768,)
+    ),
+    "mamba-130m": paper_config(CLIP_L, LMConfig(d_model=768, n_layer=24, **MAMBA)),
+    "robomamba-2.8b": paper_config(CLIP_L, LMConfig(d_model=2560, n_layer=64, **MAMBA)),
+}
+
+
+def parts_config(preset: str, vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
+    """Published parts with the projector, head and pooling of a preset. Raises: ValueError for an unknown one."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    if preset in ("tiny", "small"):
+        return replace(PRESETS[preset], vision=vision, lm=lm)
+    return paper_config(vision, lm)  # its widths follow the language model's

@@ -1,0 +1,367 @@
+"""Folders of other people: published Mamba and CLIP weights, and the tokenizer.json that comes with them.
+
+    cfg = LMConfig(**mamba_config(folder))                         # shapes, in our names
+    lm = load(MambaLM, cfg, folder, mamba_name)                    # weights; no name needs a table
+    encoding = read_tokenizer_json(file, "<|endoftext|>", turns)   # GPT-NeoX's tokens as a tiktoken.Encoding
+
+What such folders look like (all accepted):
+
+    config.json          Mamba, original: d_model, n_layer, vocab_size, ssm_cfg, pad_vocab_size_multiple
+                         Mamba, -hf:      hidden_size, num_hidden_layers, vocab_size, state_size, time_step_rank, ..
+                         CLIP:            hidden_size, .. of the image tower, or all of CLIP with a `vision_config`
+    weights, one of      model.safetensors | pytorch_model.bin | one of the two in parts, named by an .index.json
+    names                backbone.embedding.weight (original), backbone.embeddings.weight (-hf); lm_head.weight, or not;
+                         CLIP's tower alone or behind `vision_model.`, beside the text tower
+
+Nothing in such a file is executed (a pickle is read with `weights_only=True`), nothing outside the folder is opened.
+Every error names the file.
+
+Sources: github.com/state-spaces/mamba (config and names), huggingface.co/docs/transformers (the -hf ones), OpenAI CLIP.
+"""
+
+import math
+import pickle
+import re
+import unicodedata
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
+import tiktoken
+import torch
+from torch import Tensor, nn
+
+from common.files import read_json, write_atomically, write_json
+from common.weights import check_number, load_tensors, open_safetensors, save_folder, save_tensors
+
+TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def load(cls, cfg, folder, rename: Callable, tied: dict | None = None, dtype=torch.float32) -> nn.Module:
+    """`cls(cfg)` with the weights of a published folder; `rename`, `tied` and `dtype` as in `load_tensors`."""
+    with torch.device("meta"):
+        module = cls(cfg)
+    load_tensors(module, weight_files(folder), rename, tied, dtype, open_tensors)
+    return module.eval()
+
+
+def weight_files(folder) -> list[Path]:
+    """The files that hold the weights of a published folder: one file, or the parts that its index names."""
+    folder = Path(folder)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        parts = read_json(index, dict).get("weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+            raise ValueError(f"{index}: `weight_map` is not a table of tensor and file names")
+        for part in sorted(set(parts.values())):
+            if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", part):  # no separators: it lies in this folder
+                raise ValueError(f"{index}: {part!r} is not the name of a weights file in the index's own folder")
+            if not (folder / part).is_file():
+                raise ValueError(f"{folder / part}: no such file, but {index.name} names it")
+        return [folder / part for part in sorted(set(parts.values()))]
+    raise ValueError(f"{folder}: no model.safetensors, pytorch_model.bin or .index.json of one of them")
+
+
+def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    """As `open_safetensors`, for a pickled .bin as well: its tensors are mapped, not read."""
+    if file.suffix == ".safetensors":
+        return open_safetensors(file)
+    try:
+        in_zip = zipfile.is_zipfile(file)  # torch.save's format since 2020
+        if in_zip:
+            with zipfile.ZipFile(file) as parts:
+                if any(part.compress_type for part in parts.infolist()):  # mapping it would give other numbers
+                    raise ValueError("compressed, which torch.save never does")
+        with warnings.catch_warnings(action="ignore"):  # about the pickle's age
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=in_zip)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        ):
+            raise ValueError("not a table of tensors")
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks to run {wants[1]}" if wants else "is damaged or asks for more than tensors"
+        raise ValueError(f"{file}: refused, this pickle {what}") from None
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: not a readable file of tensors ({reason})") from None
+    shapes = {k: tuple(t.shape) if t.is_floating_point() else t.dtype for k, t in tensors.items()}
+    return shapes, tensors.__getitem__
+
+
+def _check_fixed(file: Path, config: dict, fixed: dict, what: str) -> None:
+    """What our code cannot vary must be as it is there, or be absent."""
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {config[key]!r}, but only {what} is known here ({key} = {value!r})")
+
+
+# ---- Mamba -----------------------------------------------------------------------------------------------------------
+
+
+def mamba_name(name: str) -> str:
+    """A published tensor's name -> ours: -hf folders say `embeddings`."""
+    return name.replace("backbone.embeddings.", "backbone.embedding.")
+
+
+def mamba_config(folder) -> dict:
+    """The fields of LMConfig from the config.json of a published folder, -hf or original.
+
+    Raises: ValueError naming the key that is missing, unknown, absurd, or asks for a model that this project has not.
+    """
+    file = Path(folder) / "config.json"
+    config = read_json(file, dict)
+    if "hidden_size" in config:  # -hf; asked first, because some of these folders hold the original's keys as well
+        theirs = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size"}
+        theirs |= {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
+        fixed = {"model_type": "mamba", "hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
+        multiple = 1
+        eps = config.get("layer_norm_epsilon", 1e-5)
+    else:
+        ssm = config.get("ssm_cfg") or {}
+        if not isinstance(ssm, dict):
+            raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
+        config = config | ssm
+        theirs = {k: k for k in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "dt_rank")}
+        fixed = {"layer": "Mamba1", "rms_norm": True, "bias": False, "conv_bias": True}
+        fixed |= {"d_intermediate": 0, "attn_layer_idx": []}
+        harmless = "ssm_cfg attn_cfg residual_in_fp32 fused_add_norm pad_vocab_size_multiple tie_embeddings"
+        harmless += " dt_min dt_max dt_init dt_scale dt_init_floor use_fast_path"  # speed and initial values only
+        unknown = sorted(config.keys() - theirs.keys() - fixed.keys() - set(harmless.split()))
+        if unknown:
+            raise ValueError(f"{file}: unknown key {unknown[0]!r} in a Mamba config")
+        multiple = config.get("pad_vocab_size_multiple", 8)
+        eps = 1e-5
+    _check_fixed(file, config, fixed, "Mamba-1 with RMSNorm and SiLU")
+    default = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
+    values = {}
+    for ours, key in theirs.items():
+        value = config.get(key, default.get(ours))
+        if ours == "dt_rank" and value == "auto":
+            value = 0  # ceil(d_model / 16)
+        values[ours] = check_number(f"{file}: {key}", value, True, 0 if ours == "dt_rank" else 1, ours)
+    multiple = check_number(f"{file}: pad_vocab_size_multiple", multiple, True, 1)
+    values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
+    values["norm_eps"] = check_number(f"{file}: layer_norm_epsilon", eps, False, 1e-12)
+    start = {"dt_min": 0.001, "dt_max": 0.1, "a_min": 1.0, "a_max": float(values["d_state"])}
+    return values | start | {"bc_norm": False}
+
+
+def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
+    """Write a MambaLM as a folder that `transformers` ("hf") or mamba_ssm ("original") reads."""
+    cfg = lm.cfg
+    if naming not in ("hf", "original"):
+        raise ValueError(f"naming: {naming!r}, expected 'hf' or 'original'")
+    if cfg.bc_norm:
+        raise ValueError("bc_norm: published Mamba code cannot normalise B and C; this model has no published form")
+    if naming == "original" and cfg.norm_eps != 1e-5:
+        raise ValueError(f"norm_eps: {cfg.norm_eps} cannot be said in the original config, which means 1e-5")
+
+    def write_hf(staging: Path) -> None:
+        config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
+        config |= {"hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layer, "vocab_size": cfg.vocab_size}
+        config |= {"state_size": cfg.d_state, "conv_kernel": cfg.d_conv, "expand": cfg.expand}
+        config |= {"intermediate_size": cfg.d_inner, "time_step_rank": cfg.rank, "layer_norm_epsilon": cfg.norm_eps}
+        rename = lambda name: name.replace("backbone.embedding.", "backbone.embeddings.")  # noqa: E731
+        save_tensors(staging / "model.safetensors", lm, rename)
+        write_json(staging / "config.json", config)
+
+    def write_original(staging: Path) -> None:
+        ssm = {"d_state": cfg.d_state, "d_conv": cfg.d_conv, "expand": cfg.expand, "dt_rank": cfg.rank}
+        config = {"d_model": cfg.d_model, "n_layer": cfg.n_layer, "vocab_size": cfg.vocab_size, "ssm_cfg": ssm}
+        config |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
+        weights = {name: p.detach().cpu() for name, p in lm.state_dict().items()}  # the tied head under both names
+        write_atomically(staging / "pytorch_model.bin", lambda temporary: torch.save(weights, temporary))
+        write_json(staging / "config.json", config)
+
+    save_folder(folder, write_hf if naming == "hf" else write_original)
+
+
+# ---- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def clip_name(name: str) -> str | None:
+    """A CLIP tensor's name -> ours, None for what is not the image tower (position_ids are a table 0, 1, 2, ..)."""
+    if name.startswith(("text_model.", "logit_scale", "text_projection", "visual_projection")):
+        return None
+    return None if name.endswith("position_ids") else name.removeprefix("vision_model.")
+
+
+def clip_config(folder) -> dict:
+    """The fields of VisionConfig from the config.json of a CLIP folder: all of CLIP, or the image tower alone."""
+    file = Path(folder) / "config.json"
+    config = read_json(file, dict)
+    if config.get("model_type", "clip") not in ("clip", "clip_vision_model"):
+        raise ValueError(f"{file}: model_type is {config['model_type']!r}, expected CLIP's")
+    config = config.get("vision_config", config)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: vision_config is {config!r}, expected a JSON object")
+    fixed = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
+    _check_fixed(file, config, fixed, "OpenAI's CLIP image tower")
+    theirs = {  # our name: theirs, and ViT-B/32's value, which CLIP configs leave out
+        "image_size": ("image_size", 224),
+        "patch_size": ("patch_size", 32),
+        "width": ("hidden_size", 768),
+        "n_layer": ("num_hidden_layers", 12),
+        "n_head": ("num_attention_heads", 12),
+    }
+    values = {}
+    for ours, (key, default) in theirs.items():
+        values[ours] = check_number(f"{file}: {key}", config.get(key, default), True, 1, ours)
+    hidden = check_number(f"{file}: intermediate_size", config.get("intermediate_size", 3072), True, 1)
+    if hidden % values["width"]:
+        raise ValueError(f"{file}: intermediate_size {hidden} is no multiple of {values['width']}")
+    return values | {"mlp_ratio": hidden // values["width"], "stem": (), "output_norm": False}
+
+
+def save_clip(vision: nn.Module, folder) -> None:
+    """Write a VisionTransformer as a CLIP image-tower folder that `transformers` reads."""
+    cfg = vision.cfg
+    if cfg.stem or cfg.depth:
+        raise ValueError(f"stem {cfg.stem}, depth {cfg.depth}: CLIP has one convolution of RGB patches, stem=()")
+
+    def write(staging: Path) -> None:
+        config = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
+        config |= {"image_size": cfg.image_size, "patch_size": cfg.patch_size, "hidden_size": cfg.width}
+        config |= {"num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head}
+        config |= {"intermediate_size": cfg.mlp_ratio * cfg.width, "num_channels": 3, "layer_norm_eps": 1e-5}
+        save_tensors(staging / "model.safetensors", vision, lambda name: f"vision_model.{name}")
+        write_json(staging / "config.json", config)
+
+    save_folder(folder, write)
+
+
+# ---- tokenizer.json --------------------------------------------------------------------------------------------------
+
+
+class PublishedEncoding(tiktoken.Encoding):
+    """The tokenizer of published Mamba weights (GPT-NeoX-20b's) as a tiktoken.Encoding.
+
+    Args: ranks: token -> id. special: name -> id, never made from typed text. added: text -> id, cut out of the text
+        before the merges (GPT-NeoX: runs of 2 .. 24 spaces), the longest first.
+    Text is put into Unicode's composed form (NFC) first, as the published models do (by Python's tables; marks younger
+    than the tables of the `tokenizers` package may be ordered otherwise there).
+    """
+
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], added: dict[str, int]):
+        self.special = special
+        self.added = added
+        longest_first = sorted(map(regex.escape, added), key=len, reverse=True)
+        self._cut = regex.compile(f"({'|'.join(longest_first)})" if added else r"(\b\B)")  # or what never matches
+        super().__init__("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special | added)
+
+    def _pieces(self, text: str, encode: Callable) -> list[int]:
+        ids = []
+        for i, part in enumerate(self._cut.split(unicodedata.normalize("NFC", text))):
+            ids += [self.added[part]] if i % 2 else encode(part)
+        return ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self._pieces(text, super().encode_ordinary)
+
+    def encode(self, text: str, **options) -> list[int]:
+        plain = super().encode
+        return self._pieces(text, lambda part: plain(part, **options))
+
+
+def alphabet() -> dict[str, int]:
+    """Character -> byte in tokenizer.json: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def merged(token: bytes, order: dict[tuple[bytes, bytes], int]) -> tuple[list[bytes], int]:
+    """Byte-pair encoding by a list of merges: the pieces of `token`, and the number of the last merge (-1: none)."""
+    pieces = [bytes([b]) for b in token]
+    last = -1
+    while found := [(order[p], i) for i, p in enumerate(zip(pieces, pieces[1:], strict=False)) if p in order]:
+        last, i = min(found)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces, last
+
+
+def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> PublishedEncoding:
+    """A published `tokenizer.json` (byte-level BPE, the layout of GPT-NeoX-20b) with its own ids.
+
+    Args: end: the special token that ends a text, which the file must hold. turns: further special tokens; they get
+        the first ids after the file's own (GPT-NeoX's 50,277 tokens leave 3 spare rows in the embedding of 50,280).
+
+    Merges to ranks: such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours
+    whose SPELLING has an id, lowest id first. Both cut every text alike if each token, encoded alone by the listed
+    merges, comes out whole, and if ids grow with the merge that completes their token: then no pair spells a token in a
+    way that is not listed (it would have shown when the token was encoded alone), and the order is the same. Both are
+    checked here.
+
+    Raises: ValueError naming the file and what in it is missing, or would need another encoder.
+    """
+    file = read_json(path, dict, "published Mamba -hf folders hold one")
+    try:
+        model = file["model"]
+        extra = file["added_tokens"]
+        byte_of = alphabet()
+        added_names = {token["content"] for token in extra}
+        ids = {
+            bytes(byte_of[c] for c in token): int(i)
+            for token, i in model["vocab"].items()
+            if token not in added_names and all(c in byte_of for c in token)
+        }
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        order = {tuple(bytes(byte_of[c] for c in part) for part in pair): i for i, pair in enumerate(pairs)}
+        special = {t["content"]: int(t["id"]) for t in extra if t.get("special")}
+        added = {t["content"]: int(t["id"]) for t in extra if not t.get("special")}
+        expected = _expected_settings(file, model, extra)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
+    for key, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ValueError(f"{path}: {key} is {found!r}, this encoder knows {wanted!r} only")
+    if end not in special:
+        raise ValueError(f"{path}: no special token {end!r}, which ends every answer")
+    if not ids:
+        raise ValueError(f"{path}: model.vocab holds no token")
+
+    completed = {}  # token -> the merge that completes it
+    for token in ids:
+        pieces, completed[token] = merged(token, order)
+        if len(pieces) > 1:
+            raise ValueError(f"{path}: no merges make the token {token!r}")
+    learned = sorted((t for t in ids if len(t) > 1), key=ids.__getitem__)
+    for a, b in zip(learned, learned[1:], strict=False):
+        if completed[a] > completed[b]:
+            raise ValueError(f"{path}: the ids of {a!r} and {b!r} do not grow with their merges")
+    taken = [*ids.values(), *special.values(), *added.values()]
+    if len(set(taken)) != len(taken) or min(taken) < 0 or max(taken) >= 2**20:
+        raise ValueError(f"{path}: an id is used twice or lies outside 0 .. {2**20}")
+    for name in turns:
+        special.setdefault(name, max(*taken, *special.values()) + 1)
+    return PublishedEncoding(ids, special, added)
+
+
+def _expected_settings(file: dict, model: dict, extra: list) -> dict:
+    """{setting: (value in the file, the only value that PublishedEncoding knows)}."""
+    cut = file["pre_tokenizer"]
+    expected = {
+        "model.type": (model["type"], "BPE"),
+        "model.byte_fallback": (model.get("byte_fallback", False), False),
+        "model.ignore_merges": (model.get("ignore_merges", False), False),
+        "pre_tokenizer": (cut["type"], "ByteLevel"),
+        "pre_tokenizer.add_prefix_space": (cut.get("add_prefix_space", True), False),
+        "pre_tokenizer.use_regex": (cut.get("use_regex", True), True),
+        "normalizer": ((file.get("normalizer") or {}).get("type", "NFC"), "NFC"),
+    }
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        expected[f"model.{key}"] = (model.get(key) or None, None)
+    for token in extra:
+        for key in ("single_word", "lstrip", "rstrip"):
+            expected[f"added_tokens {token['content']!r}.{key}"] = (token.get(key, False), False)
+    return expected

@@ -1,0 +1,695 @@
+"""The catalogue: the 30 categories of articulated objects, made in code from a seed (numpy only).
+
+    python -m sim.catalogue          # print the catalogue: category, split, parts of three sample instances
+
+A builder takes a random generator and returns the fixed base (a list of shapes) and the movable parts. Frames and units
+are those of sim/objects.py: front +x, up +z, "left" is -y, positive joint motion as instructed; metres, radians.
+
+    make_object(category, rng) -> ObjectSpec(base shapes, parts) -> to_urdf(spec) -> text for any URDF simulator
+
+| category         | split    | joint of the moving part        | moving part                           | primitive |
+|------------------|----------|---------------------------------|---------------------------------------|-----------|
+| Safe             | seen     | hinge, upright                  | door                                  | pull      |
+| Door *           | seen     | hinge, upright                  | one leaf, or left and right door      | pull      |
+| Display          | seen     | hinge, lying, low on the screen | screen, tilted forward                | pull      |
+| Refrigerator *   | seen     | hinge, upright / slide forward  | 1, 2 stacked or french doors, drawer  | pull      |
+| Laptop           | seen     | hinge, lying, at the back       | lid                                   | pull      |
+| Lighter          | seen     | hinge, lying, at one side       | cap                                   | pull      |
+| Microwave        | seen     | hinge, upright, left            | door                                  | pull      |
+| Mouse *          | seen     | hinge, lying                    | left and right button, lifted         | pull      |
+| Box *            | seen     | hinge, lying                    | left and right flap, or a lid         | pull      |
+| TrashCan *       | seen     | hinge, lying, at the back       | one lid, or left and right lid        | pull      |
+| KitchenPot       | seen     | slide up                        | lid                                   | pull      |
+| Suitcase         | seen     | slide up / hinge at the back    | telescopic handle / lid               | pull      |
+| Pliers           | seen     | hinge, upright (lying flat)     | front handle                          | pull      |
+| StorageFurniture * | seen   | slide forward / hinge, upright  | 1-4 drawers, 1-2 doors, drawer + door | pull      |
+| Remote           | seen     | slide back                      | battery cover                         | push      |
+| Bottle           | seen     | slide up                        | cap                                   | pull      |
+| FoldingChair     | seen     | hinge, lying, at the back       | seat, folded up                       | pull      |
+| Toaster *        | seen     | slide down                      | one lever, or left and right lever    | push      |
+| Lamp             | seen     | hinge, lying, on the pole       | lamp head, raised                     | pull      |
+| Dispenser        | seen     | slide up                        | pump head                             | pull      |
+| Toilet           | unseen   | hinge, lying, at the back       | lid                                   | pull      |
+| Scissors         | unseen   | hinge, upright (lying flat)     | front handle                          | pull      |
+| Table *          | unseen   | slide forward                   | 1-3 drawers                           | pull      |
+| Stapler          | unseen   | hinge, lying, at the back       | arm                                   | pull      |
+| Kettle           | unseen   | hinge, lying, at one side       | lid                                   | pull      |
+| USB              | unseen   | slide forward                   | cap                                   | pull      |
+| Switch *         | unseen   | hinge, lying                    | 1-2 levers, pressed down              | push      |
+| WashingMachine * | unseen   | hinge, upright / slide forward  | round door, detergent drawer          | pull      |
+| Faucet *         | unseen   | hinge, upright, both ways       | 1-2 levers                            | pull      |
+| Phone            | unseen   | hinge, lying, at the back       | flip cover                            | pull      |
+
+* may have several movable parts (MULTI_CAPABLE); more than half of such instances do.
+
+Source: RoboMamba (arXiv 2406.04339) Table 2 for the categories and the split; the shapes are our own, since
+PartNet-Mobility may not be redistributed.
+"""
+
+import math
+
+import numpy as np
+
+from sim.grammar import ARCHETYPES, PREFIX
+from sim.objects import (
+    COLOURS,
+    DARK,
+    ENDS,
+    FACES,
+    LEFT_RIGHT,
+    METAL,
+    QUARTER,
+    ObjectSpec,
+    body_colour,
+    box,
+    colour_name,
+    cylinder,
+    drawer,
+    handle,
+    hinge,
+    legs,
+    moved,
+    pick,
+    shade,
+    shell,
+    side_door,
+    sizes,
+    slide,
+    sphere,
+    tint,
+    top_lid,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+SEEN = (
+    "Safe", "Door", "Display", "Refrigerator", "Laptop", "Lighter", "Microwave", "Mouse", "Box", "TrashCan",
+    "KitchenPot", "Suitcase", "Pliers", "StorageFurniture", "Remote", "Bottle", "FoldingChair", "Toaster", "Lamp",
+    "Dispenser",
+)  # fmt: skip
+UNSEEN = ("Toilet", "Scissors", "Table", "Stapler", "Kettle", "USB", "Switch", "WashingMachine", "Faucet", "Phone")
+
+DRAWER_DOOR_SEEN = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe")
+DRAWER_DOOR_UNSEEN = ("Table", "WashingMachine")
+MULTI_CAPABLE = (
+    "StorageFurniture", "Refrigerator", "Door", "Mouse", "Box", "TrashCan", "Toaster",
+    "Table", "WashingMachine", "Switch", "Faucet",
+)  # fmt: skip
+
+NOUNS = {
+    "Safe": "safe", "Door": "door", "Display": "monitor", "Refrigerator": "refrigerator", "Laptop": "laptop",
+    "Lighter": "lighter", "Microwave": "microwave", "Mouse": "computer mouse", "Box": "box", "TrashCan": "trash can",
+    "KitchenPot": "cooking pot", "Suitcase": "suitcase", "Pliers": "pair of pliers", "StorageFurniture": "cabinet",
+    "Remote": "remote control", "Bottle": "bottle", "FoldingChair": "folding chair", "Toaster": "toaster",
+    "Lamp": "lamp", "Dispenser": "soap dispenser", "Toilet": "toilet", "Scissors": "pair of scissors",
+    "Table": "table", "Stapler": "stapler", "Kettle": "kettle", "USB": "USB stick", "Switch": "switch",
+    "WashingMachine": "washing machine", "Faucet": "faucet", "Phone": "flip phone",
+} | {PREFIX + name: "object" for name in ARCHETYPES}  # fmt: skip
+
+# Where the scene seeds of each use start; none reaches the next one's.
+SEED_SPAN = 9_000_000
+SEEDS = {
+    "train": 0,
+    "val": 10_000_000,  # for choosing; never the test seeds
+    "seen": 20_000_000,  # test scenes
+    "unseen": 30_000_000,
+    "test-seen": 40_000_000,  # questions about test scenes
+    "test-unseen": 50_000_000,
+    "objects": 60_000_000,  # the user's own
+}
+STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; less, and low-polygon cylinders mix
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seen categories. A builder returns (base shapes, parts); numbers are metres and radians.
+
+
+def safe(rng):
+    size, depth = sizes(rng, (0.45, 0.65), (0.4, 0.5))
+    rgb = tint(rng, "black", "grey", "green", "blue")
+    dial = [cylinder(0.05, 0.02, (0.01, 0, 0.08), METAL, "x"), cylinder(0.015, 0.05, (0.025, 0, 0.08), DARK, "x")]
+    bolt = [box((0.02, 0.14, 0.025), (0.035, 0, -0.06), METAL), cylinder(0.015, 0.03, (0.015, 0, -0.06), METAL, "x")]
+    front, at = (0.035, size - 0.07, size - 0.07), (depth / 2 - 0.03, 0, size / 2)
+    leaf = side_door(rng, "door", pick(rng, *ENDS), front, at, shade(rgb, 1.2), "none", extra=dial + bolt)
+    return shell(size, depth, size, 0.0, 0.05, rgb), [leaf]
+
+
+def door(rng):
+    double = rng.random() < 0.6
+    wide, tall = sizes(rng, (0.35, 0.42) if double else (0.4, 0.5), (0.85, 1.0))
+    rgb, grip, whole = tint(rng), pick(rng, "knob", "lever", "upright bar"), wide * (1 + double)
+    base = [box((0.08, 0.05, tall), (0, s * (whole / 2 + 0.025), tall / 2), shade(rgb, 0.7)) for s in ENDS]
+    base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
+    base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
+    panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
+
+    def leaf(label, side, y):
+        return side_door(rng, label, side, (0.03, wide, tall), (0, y, tall / 2), rgb, grip, 0.2, panels)
+
+    if double:
+        return base, [leaf(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
+    return base, [leaf("door", pick(rng, *ENDS), 0)]
+
+
+def display(rng):
+    wide, pivot = sizes(rng, (0.6, 0.85), (0.3, 0.36))
+    tall, rgb = wide * rng.uniform(0.5, 0.65), tint(rng, "black", "grey", "white")
+    middle = 0.3 * tall  # of the screen above its hinge, so that most of it tilts towards the viewer
+    base = [cylinder(wide * 0.2, 0.02, (-0.03, 0, 0.01), rgb), box((0.03, 0.08, pivot), (-0.03, 0, pivot / 2), rgb)]
+    frame = box((0.014, wide, tall), (0.007, 0, middle), rgb)
+    glass = box((0.02, wide * 0.94, tall * 0.88), (0.02, 0, middle + 0.01), tint(rng, "black", "blue"))
+    tilt = hinge("screen", (-0.01, 0, pivot), (0, 1, 0), 0.6, [frame, glass], "tilt", lower=-0.25)
+    return base, [tilt]
+
+
+def refrigerator(rng):
+    wide, deep, tall = sizes(rng, (0.42, 0.58), (0.4, 0.5), (0.9, 1.05))
+    rgb, side = tint(rng, "white", "grey", "black", "red"), pick(rng, *ENDS)
+    base = shell(wide, deep, tall, 0.03, 0.025, rgb) + [box((deep * 0.8, wide * 0.9, 0.03), (0, 0, 0.015), DARK)]
+
+    def leaf(label, side, width, y, low, high):
+        size, at = (0.04, width, high - low), (deep / 2, y, 0.03 + (low + high) / 2)
+        return side_door(rng, label, side, size, at, rgb, "upright bar")
+
+    layout = pick(rng, "one", "stacked", "french")
+    if layout == "one":
+        return base, [leaf("door", side, wide, 0, 0, tall)]
+    if layout == "stacked":
+        split = tall * pick(rng, rng.uniform(0.3, 0.38), rng.uniform(0.62, 0.7))
+        return base, [leaf("top door", side, wide, 0, split, tall), leaf("bottom door", side, wide, 0, 0, split)]
+    low = tall * pick(rng, 0.0, rng.uniform(0.25, 0.33))
+    parts = [leaf(f"{word} door", s, wide / 2, s * wide / 4, low, tall) for s, word in LEFT_RIGHT]
+    if low:
+        size, at = (deep - 0.05, wide, low), (deep / 2, 0, 0.03 + low / 2)
+        parts.append(drawer(rng, "bottom drawer", size, at, rgb, "bar", 0.04))
+    return base, parts
+
+
+def laptop(rng):
+    wide, deep = sizes(rng, (0.6, 0.8), (0.42, 0.55))
+    rgb = tint(rng, "grey", "black", "pink", "white")
+    base = [box((deep, wide, 0.03), (0, 0, 0.015), rgb)]
+    base += [box((deep * 0.45, wide * 0.85, 0.004), (-deep * 0.15, 0, 0.032), DARK)]
+    base += [box((deep * 0.25, wide * 0.3, 0.004), (deep * 0.3, 0, 0.032), shade(rgb, 0.8))]
+    screen = box((deep * 0.85, wide * 0.9, 0.003), (deep * 0.5, 0, -0.0015), (0.15, 0.25, 0.4))
+    badge = cylinder(0.03, 0.003, (deep * 0.5, 0, 0.0215), shade(rgb, 0.7))
+    size, start = (deep, wide, 0.02), rng.uniform(0.02, 0.25)
+    return base, [top_lid("lid", (-deep / 2, 0, 0.034), size, 2.2, rgb, [screen, badge], start=start)]
+
+
+def lighter(rng):
+    wide, tall = sizes(rng, (0.18, 0.26), (0.4, 0.5))
+    deep, side, rgb = wide * 0.6, pick(rng, *ENDS), tint(rng)
+    base = [box((deep, wide, tall), (0, 0, tall / 2), rgb)]
+    base += [box((deep * 0.5, wide * 0.5, 0.1), (0, 0, tall + 0.05), METAL)]
+    base += [cylinder(0.03, deep * 0.4, (0, side * 0.03, tall + 0.1), DARK, "x")]
+    middle = -side * wide / 2  # of the cap, seen from its hinge
+    cap = [box((deep, wide, 0.02), (0, middle, 0.17), METAL), box((deep, 0.01, 0.16), (0, 2 * middle, 0.08), METAL)]
+    cap += [box((0.01, wide, 0.16), (s * (deep / 2 - 0.005), middle, 0.08), METAL) for s in ENDS]
+    return base, [hinge("cap", (0, side * wide / 2, tall + 0.005), (-side, 0, 0), 2.0, cap)]
+
+
+def microwave(rng):
+    wide, deep, tall = sizes(rng, (0.65, 0.85), (0.38, 0.5), (0.36, 0.45))
+    rgb, leaf = tint(rng, "white", "black", "grey", "red"), wide * 0.72
+    x, keys, z = deep / 2, wide - leaf, 0.02 + tall / 2
+    y = leaf / 2  # middle of the panel of buttons, right of the door
+    base = shell(wide, deep, tall, 0.02, 0.02, rgb) + [box((0.02, keys, tall), (x + 0.01, y, z), shade(rgb, 0.9))]
+    base += [box((0.01, keys * 0.7, 0.05), (x + 0.022, y, z + tall * 0.3), (0.1, 0.35, 0.2))]
+    spots = [(dy, dz * tall) for dy in (-0.05, 0, 0.05) for dz in (-0.3, -0.15, 0)]
+    base += [cylinder(0.016, 0.012, (x + 0.024, y + dy, z + dz), METAL, "x") for dy, dz in spots]
+    glass = [box((0.004, leaf * 0.65, tall * 0.6), (0.002, 0, 0), DARK)]
+    size, grip = (0.03, leaf, tall), pick(rng, "upright bar", "upright bar", "recess")
+    return base, [side_door(rng, "door", -1, size, (x, -keys / 2, z), rgb, grip, tall * 0.6, glass)]
+
+
+def mouse(rng):
+    wide, long = sizes(rng, (0.3, 0.38), (0.5, 0.62))
+    rgb = tint(rng)
+    base = [box((long / 2, wide, tall), (s * long / 4, 0, tall / 2), rgb) for s, tall in ((-1, 0.12), (1, 0.05))]
+    base += [cylinder(wide / 2, 0.12, (-long / 2, 0, 0.06), rgb), cylinder(0.05, 0.035, (long / 4, 0, 0.09), DARK, "y")]
+    base += [cylinder(0.012, 0.15, (long / 2 + 0.07, 0, 0.03), DARK, "x")]  # the cable shows which end is the front
+    flap = [box((long * 0.5, wide * 0.44, 0.06), (long * 0.25, 0, 0.03), shade(rgb, 1.2))]
+    parts = [hinge(f"{w} button", (0, s * wide * 0.27, 0.06), (0, -1, 0), 0.45, flap, "lift") for s, w in LEFT_RIGHT]
+    return base, parts
+
+
+def box_with_flaps(rng):
+    wide, deep, tall = sizes(rng, (0.45, 0.7), (0.4, 0.55), (0.25, 0.45))
+    rgb = shade(tint(rng, "brown"), 1.35) if rng.random() < 0.6 else tint(rng)
+    base = shell(wide, deep, tall, 0, 0.012, rgb)[:-1]  # no top
+    sticker = (0.004, wide * 0.3, tall * 0.3), (deep / 2 + 0.008, wide * 0.2, tall * 0.6)  # shows which side is front
+    base += [box((0.012, wide, tall), (deep / 2, 0, tall / 2), rgb), box(*sticker, COLOURS["white"])]
+    if rng.random() < 0.35:
+        lip = box((0.012, wide + 0.02, 0.06), (deep + 0.016, 0, -0.02), shade(rgb, 0.85))
+        size = (deep + 0.02, wide + 0.02, 0.015)
+        return base, [top_lid("lid", (-deep / 2, 0, tall), size, 2.2, shade(rgb, 1.1), [lip])]
+    size, parts = (deep, wide / 2 - 0.005, 0.015), []
+    for s, word in LEFT_RIGHT:
+        flap = [box(size, (0, -s * size[1] / 2, 0.008), shade(rgb, 1.1))]
+        at, start = (0, s * wide / 2, tall), rng.uniform(0.05, 0.3)
+        parts.append(hinge(f"{word} flap", at, (-s, 0, 0), 2.2, flap, start=start))
+    return base, parts
+
+
+def trash_can(rng):
+    tall, half, rgb = rng.uniform(0.5, 0.75), rng.uniform(0.2, 0.28), tint(rng)
+    lid_rgb = tint(rng) if rng.random() < 0.3 else shade(rgb, 0.75)
+    pedal = [box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)]
+    if rng.random() < 0.6:  # two compartments side by side
+        base, wide = [box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb), *pedal], 1.5 * half
+        tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
+        size, at = (2 * half + 0.01, wide - 0.01, 0.04), [(s * wide / 2, word) for s, word in LEFT_RIGHT]
+        return base, [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
+    tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
+    if rng.random() < 0.5:
+        base, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
+        return [base, *pedal], [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
+    size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
+    body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
+    return [body, *pedal], [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+
+
+def kitchen_pot(rng):
+    radius, tall = sizes(rng, (0.26, 0.36), (0.2, 0.34))
+    rgb = tint(rng, "grey", "red", "black", "blue", "green")
+    base = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
+    base += [box((0.1, 0.05, 0.025), (0, s * (radius + 0.02), tall * 0.75), DARK) for s in ENDS]
+    lid = [cylinder(radius * 1.03, 0.02, (0, 0, 0.01), shade(rgb, 1.15))]
+    lid += [cylinder(radius * 0.6, 0.03, (0, 0, 0.03), shade(rgb, 1.1))]
+    lid += [cylinder(0.02, 0.05, (0, 0, 0.06), DARK), cylinder(0.05, 0.025, (0, 0, 0.095), DARK)]
+    return base, [slide("lid", (0, 0, tall), (0, 0, 1), 0.35, lid, "lift")]
+
+
+def suitcase(rng):
+    wide, deep, tall = sizes(rng, (0.45, 0.6), (0.22, 0.3), (0.55, 0.7))
+    rgb = tint(rng)
+    if rng.random() < 0.4:  # lying on its back: the lid is the upper half
+        ribs = [(tall / 2, y * wide, deep * 0.45) for y in (-0.3, 0, 0.3)]
+        ribs = [box((tall * 0.9, 0.02, 0.006), at, shade(rgb, 0.7)) for at in ribs]
+        locks = [box((0.012, 0.06, 0.07), (tall / 2 + 0.006, s * wide * 0.3, deep * 0.45), METAL) for s in ENDS]
+        grip = handle("bar", (tall / 2, 0, deep * 0.25), 0.2, DARK, 0.05)
+        base = [box((tall, wide, deep * 0.55), (0, 0, deep * 0.275), rgb), *locks, *grip]
+        at, size = (-tall / 2, 0, deep * 0.56), (tall, wide, deep * 0.45)
+        return base, [top_lid("lid", at, size, 1.8, shade(rgb, 1.1), ribs)]
+    middle = tall / 2 + 0.05
+    base = [box((deep, wide, tall), (0, 0, middle), rgb)]
+    ribs = [y * wide for y in (-0.3, -0.1, 0.1, 0.3)]
+    base += [box((0.006, 0.02, tall * 0.9), (deep / 2, y, middle), shade(rgb, 0.7)) for y in ribs]
+    base += [sphere(0.04, (sx * deep * 0.35, sy * wide * 0.4, 0.04), DARK) for sx in ENDS for sy in ENDS]
+    grip = [box((0.025, 0.025, 0.14), (0, s * wide * 0.22, 0), METAL) for s in ENDS]
+    grip += [box((0.08, wide * 0.44 + 0.08, 0.05), (0, 0, 0.09), DARK)]
+    return base, [slide("handle", (0, 0, tall + 0.05), (0, 0, 1), 0.35, grip, "pull up")]
+
+
+def crossed_levers(rng, scissors):
+    """Pliers or scissors, lying flat with the jaws to one side; the handle in front moves towards the viewer."""
+    long, half_angle, side, rgb = rng.uniform(0.4, 0.5), rng.uniform(0.15, 0.3), pick(rng, *ENDS), tint(rng)
+
+    def lever(front, z):
+        """front = +1: the lever whose handle is in front (+x), -1: the other one."""
+        along = np.array([front * math.sin(half_angle), -side * math.cos(half_angle), 0.0])  # pivot -> handle
+        yaw, up = math.atan2(along[1], along[0]), np.array([0, 0, z])
+        jaw = long * (0.8 if scissors else 0.35)
+        shapes = [box((long, 0.035, 0.04), 0.5 * long * along + up, rgb if scissors else METAL, yaw)]
+        shapes += [box((jaw, 0.05, 0.03), -0.5 * jaw * along + up, METAL, yaw)]
+        if scissors:
+            ring = long * along + up
+            return [*shapes, cylinder(0.09, 0.05, ring, rgb), cylinder(0.055, 0.052, ring, DARK)]
+        return [*shapes, box((long * 0.6, 0.06, 0.055), 0.7 * long * along + up, rgb, yaw)]
+
+    base = [*lever(-1, 0.03), cylinder(0.03, 0.11, (0, 0, 0.055), DARK)]
+    return base, [hinge("front handle", (0, 0, 0.045), (0, 0, side), 0.9, lever(1, 0.03))]
+
+
+def pliers(rng):
+    return crossed_levers(rng, scissors=False)
+
+
+def storage_furniture(rng):
+    wide, deep, tall, bottom = sizes(rng, (0.5, 0.9), (0.35, 0.5), (0.5, 0.95), (0.03, 0.1))
+    rgb = tint(rng)
+    front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
+    drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
+    base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
+    x, inner, top = deep / 2, wide - 0.03, bottom + tall - 0.015
+
+    def drawers(rows, z_top, z_low):
+        """rows: labels from top to bottom, each row a tuple from left to right."""
+        parts, each = [], (z_top - z_low) / len(rows)
+        for i, row in enumerate(rows):
+            for j, label in enumerate(row):
+                at = (x, inner * ((j + 0.5) / len(row) - 0.5), z_top - each * (i + 0.5))
+                size = (deep - 0.04, inner / len(row), each)
+                parts.append(drawer(rng, label, size, at, front_rgb, drawer_grip))
+        return parts
+
+    def doors(n, z_top, z_low):
+        size, z = (0.02, inner / n, z_top - z_low), (z_top + z_low) / 2
+        if n == 1:
+            return [side_door(rng, "door", pick(rng, *ENDS), size, (x, 0, z), front_rgb, door_grip)]
+        at = [(s, f"{word} door", (x, s * inner / 4, z)) for s, word in LEFT_RIGHT]
+        return [side_door(rng, label, s, size, p, front_rgb, door_grip) for s, label, p in at]
+
+    low, high = bottom + 0.015, top
+    layout = rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])
+    if layout < 4:
+        rows = (
+            [("drawer",)],
+            [("top drawer",), ("bottom drawer",)],
+            [("top drawer",), ("middle drawer",), ("bottom drawer",)],
+            [("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")],
+        )
+        return base, drawers(rows[layout], high, low)
+    if layout < 6:
+        return base, doors(layout - 3, high, low)
+    split = high - (high - low) * rng.uniform(0.25, 0.35)
+    return base, drawers([("drawer",)], high, split) + doors(layout - 5, split, low)
+
+
+def remote(rng):
+    wide, long = sizes(rng, (0.2, 0.28), (0.6, 0.75))
+    rgb = tint(rng, "black", "white", "grey", "blue")
+    spots = [(long * 0.42 - i * 0.065, y) for i in range(5) for y in (-0.055, 0, 0.055)]
+    base = [box((long, wide, 0.08), (0, 0, 0.04), rgb)]
+    base += [cylinder(0.02, 0.02, (x, y, 0.085), tint(rng)) for x, y in spots]
+    cover = [box((long * 0.36, wide * 0.9, 0.02), (0, 0, 0.01), shade(rgb, 0.8))]
+    cover += [box((0.025, wide * 0.6, 0.05), (0.03, 0, 0.04), shade(rgb, 0.6))]  # the ridge one presses against
+    at = (-long * 0.3, 0, 0.08)
+    return base, [slide("battery cover", at, (-1, 0, 0), 0.22, cover, "push back", primitive="push")]
+
+
+def bottle(rng):
+    radius, tall = sizes(rng, (0.14, 0.2), (0.45, 0.6))
+    rgb = tint(rng, "green", "blue", "white", "brown", "red")
+    base = [cylinder(radius, tall, (0, 0, tall / 2), rgb), cylinder(radius * 0.7, 0.06, (0, 0, tall + 0.03), rgb)]
+    base += [cylinder(radius * 0.4, 0.1, (0, 0, tall + 0.1), rgb)]
+    base += [cylinder(radius * STICKER, tall * 0.3, (0, 0, tall / 2), tint(rng))]
+    cap = [cylinder(radius * 0.55, 0.09, (0, 0, 0.045), tint(rng))]
+    return base, [slide("cap", (0, 0, tall + 0.13), (0, 0, 1), 0.25, cap, "pull off")]
+
+
+def folding_chair(rng):
+    wide, deep, tall = sizes(rng, (0.42, 0.5), (0.4, 0.46), (0.4, 0.48))
+    rgb, frame = tint(rng), pick(rng, METAL, DARK)
+    base = [box((0.03, 0.03, tall * 2), (-deep / 2, s * wide / 2, tall), frame) for s in ENDS]
+    base += [box((0.03, 0.03, tall), (deep / 2, s * wide / 2, tall / 2), frame) for s in ENDS]
+    base += [box((deep, 0.02, 0.02), (0, s * wide / 2, tall / 2), frame) for s in ENDS]
+    base += [box((0.03, wide, tall * 0.45), (-deep / 2, 0, tall * 1.75), rgb)]
+    seat = [box((deep, wide - 0.04, 0.03), (deep / 2, 0, 0), rgb)]
+    return base, [hinge("seat", (-deep / 2 + 0.03, 0, tall), (0, -1, 0), 1.4, seat, "fold up")]
+
+
+def toaster(rng):
+    deep, wide, tall = sizes(rng, (0.28, 0.34), (0.5, 0.6), (0.32, 0.4))
+    rgb = tint(rng, "grey", "red", "white", "black", "green")
+    base = [box((deep, wide, tall), (0, 0, tall / 2 + 0.02), rgb)]
+    base += [box((0.05, wide * 0.75, 0.006), (s * deep * 0.2, 0, tall + 0.022), shade(DARK, 0.5)) for s in ENDS]
+    levers = [(0, "lever")] if rng.random() < 0.4 else [(s * wide * 0.25, f"{word} lever") for s, word in LEFT_RIGHT]
+    track = METAL if colour_name(rgb) == "black" else DARK
+    base += [box((0.004, 0.03, tall * 0.6), (deep / 2 + 0.002, y, tall * 0.55), track) for y, _ in levers]
+    knob, travel = [box((0.065, 0.12, 0.045), (0.035, 0, 0), track)], tall * 0.45
+    at = [((deep / 2, y, tall * 0.78), label) for y, label in levers]
+    return base, [slide(label, p, (0, 0, -1), travel, knob, "press down", primitive="push") for p, label in at]
+
+
+def lamp(rng):
+    pole, arm = sizes(rng, (0.4, 0.5), (0.28, 0.36))
+    rgb, metal = tint(rng), pick(rng, METAL, DARK)
+    base = [cylinder(0.13, 0.03, (0, 0, 0.015), rgb), cylinder(0.015, pole, (0, 0, 0.03 + pole / 2), metal)]
+    head = [cylinder(0.015, arm, (arm / 2, 0, 0), metal, "x"), cylinder(0.09, 0.1, (arm, 0, -0.02), rgb)]
+    head += [sphere(0.05, (arm, 0, -0.07), (0.95, 0.93, 0.7))]
+    return base, [hinge("lamp head", (0, 0, pole + 0.03), (0, -1, 0), 0.8, head, "raise", lower=-0.2)]
+
+
+def dispenser(rng):
+    radius, tall, rgb = rng.uniform(0.16, 0.22), rng.uniform(0.38, 0.5), tint(rng)
+    base = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
+    base += [cylinder(radius * 0.5, 0.05, (0, 0, tall + 0.02), shade(rgb, 0.8))]
+    base += [cylinder(radius * STICKER, tall * 0.3, (0, 0, tall / 2), tint(rng))]
+    pump = [cylinder(0.025, 0.12, (0, 0, 0), METAL)]
+    pump += [box((radius * 1.4, 0.07, 0.05), (radius * 0.4, 0, 0.07), shade(rgb, 0.7))]
+    pump += [cylinder(0.05, 0.06, (0, 0, 0.07), shade(rgb, 0.7))]
+    return base, [slide("pump head", (0, 0, tall + 0.06), (0, 0, 1), 0.25, pump, "pull up")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unseen categories
+
+
+def toilet(rng):
+    wide, rgb = rng.uniform(0.36, 0.42), tint(rng, "white", "white", "pink", "grey")
+    base = [box((0.2, wide * 1.1, 0.4), (-0.3, 0, 0.55), rgb)]
+    base += [box((0.22, wide * 1.15, 0.03), (-0.3, 0, 0.765), shade(rgb, 0.95))]
+    base += [cylinder(wide * 0.35, 0.36, (0, 0, 0.18), rgb), cylinder(wide * 0.5, 0.06, (0.05, 0, 0.38), rgb)]
+    base += [box((0.25, wide, 0.06), (-0.1, 0, 0.38), rgb), box((0.03, 0.08, 0.02), (-0.19, wide * 0.35, 0.68), METAL)]
+    seat = cylinder(wide * 0.5, 0.025, (0.23, 0, 0.0125), shade(rgb, 0.92))
+    return base, [top_lid("lid", (-0.18, 0, 0.415), (0.25, wide, 0.025), 1.6, shade(rgb, 0.92), [seat])]
+
+
+def scissors(rng):
+    return crossed_levers(rng, scissors=True)
+
+
+def table(rng):
+    wide, deep, tall, low = sizes(rng, (0.8, 1.0), (0.45, 0.55), (0.5, 0.6), (0.1, 0.15))  # low: height of a drawer
+    rgb = tint(rng)
+    front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
+    z, dark = tall - 0.015 - low / 2, shade(rgb, 0.8)
+    base = [box((deep, wide, 0.03), (0, 0, tall), rgb), *legs(wide - 0.04, deep - 0.04, tall, 0.05, dark)]
+    base += [box((deep - 0.08, 0.02, low), (0, s * (wide / 2 - 0.06), z), dark) for s in ENDS]
+    base += [box((0.02, wide - 0.1, low), (-deep / 2 + 0.05, 0, z), dark)]
+    rows = (("drawer",), ("left drawer", "right drawer"), ("left drawer", "middle drawer", "right drawer"))
+    labels, grip = rows[rng.choice(3, p=[0.4, 0.4, 0.2])], pick(rng, "knob", "bar")
+    size = (deep - 0.1, (wide - 0.14) / len(labels), low)
+    at = [(deep / 2 - 0.03, size[1] * (i + 0.5 - len(labels) / 2), z) for i in range(len(labels))]
+    return base, [drawer(rng, label, size, p, front_rgb, grip) for label, p in zip(labels, at, strict=True)]
+
+
+def stapler(rng):
+    long, wide, rgb = rng.uniform(0.55, 0.7), 0.13, tint(rng)
+    hinge_x = -long / 2 + 0.05
+    base = [box((long, wide, 0.04), (0, 0, 0.02), shade(rgb, 0.8)), box((0.1, wide, 0.14), (hinge_x, 0, 0.1), rgb)]
+    base += [box((0.05, 0.06, 0.01), (long / 2 - 0.06, 0, 0.045), METAL)]
+    arm = [box((long * 0.95, wide, 0.09), (long * 0.47, 0, 0.03), rgb)]
+    arm += [box((long * 0.8, wide * 0.7, 0.04), (long * 0.42, 0, -0.03), METAL)]
+    return base, [hinge("arm", (hinge_x, 0, 0.14), (0, -1, 0), 0.9, arm, "lift")]
+
+
+def kettle(rng):
+    radius, tall = sizes(rng, (0.19, 0.24), (0.34, 0.44))
+    rgb, side = tint(rng), pick(rng, *ENDS)  # side of the spout; the lid is hinged above the handle
+    base = [cylinder(radius, tall, (0, 0, tall / 2), rgb), cylinder(radius * 1.1, 0.04, (0, 0, 0.02), DARK)]
+    base += [box((0.05, 0.16, 0.05), (0, side * (radius + 0.06), tall * 0.8), rgb)]
+    base += [box((0.04, 0.03, tall * 0.7), (0, -side * (radius + 0.1), tall * 0.55), DARK)]
+    base += [box((0.04, 0.12, 0.04), (0, -side * (radius + 0.04), tall * 0.9), DARK)]
+    reach = radius * 0.85
+    lid = [cylinder(reach, 0.03, (0, side * reach, 0.015), shade(rgb, 0.8))]
+    lid += [cylinder(0.04, 0.04, (0, side * reach, 0.045), DARK)]
+    return base, [hinge("lid", (0, -side * reach, tall), (side, 0, 0), 1.3, lid)]
+
+
+def usb(rng):
+    wide, long, rgb = rng.uniform(0.18, 0.22), rng.uniform(0.45, 0.55), tint(rng)
+    base = [box((long * 0.6, wide, 0.1), (-long * 0.3, 0, 0.05), rgb)]
+    base += [box((long * 0.35, wide * 0.7, 0.05), (long * 0.17, 0, 0.05), METAL)]  # the plug shows between body and cap
+    cap = [box((long * 0.33, wide, 0.1), (long * 0.26, 0, 0), tint(rng) if rng.random() < 0.4 else shade(rgb, 1.3))]
+    cap += [box((0.02, wide * 1.1, 0.12), (long * 0.36, 0, 0), DARK)]
+    return base, [slide("cap", (0, 0, 0.05), (1, 0, 0), 0.3, cap, "pull off")]
+
+
+def switch(rng):
+    tall, rgb, lever_rgb = rng.uniform(0.45, 0.55), tint(rng, "white", "white", "grey", "black", "yellow"), tint(rng)
+    double = rng.random() < 0.6
+    wide, middle = rng.uniform(0.3, 0.36) * (1 + 0.5 * double), tall / 2 + 0.05
+    base = [box((0.04, wide, tall), (0, 0, middle), rgb)]
+    base += [box((0.2, wide * 0.7, 0.05), (-0.02, 0, 0.025), COLOURS["grey"])]
+    base += [sphere(0.015, (0.02, 0, middle + s * tall * 0.42), METAL) for s in ENDS]
+    stick = [box((0.2, 0.09, 0.06), (0.1, 0, 0), lever_rgb), box((0.08, 0.13, 0.07), (0.18, 0, 0), lever_rgb)]
+    at = [(s * wide / 4, f"{word} lever") for s, word in LEFT_RIGHT] if double else [(0, "lever")]
+    base += [box((0.012, 0.12, tall * 0.55), (0.024, y, middle), shade(rgb, 0.7)) for y, _ in at]
+    more = dict(verb="press down", primitive="push", lower=-0.15)
+    return base, [hinge(label, (0.02, y, middle), (0, 1, 0), 0.6, stick, **more) for y, label in at]
+
+
+def washing_machine(rng):
+    wide, deep, tall = sizes(rng, (0.55, 0.65), (0.5, 0.58), (0.75, 0.85))
+    rgb, radius, side = tint(rng, "white", "grey", "black"), wide * rng.uniform(0.3, 0.36), pick(rng, *ENDS)
+    x, strip = deep / 2, tall - 0.07  # front face; height of the strip of controls
+    base = [box((deep, wide, tall), (0, 0, tall / 2), rgb)]
+    base += [box((0.01, wide * 0.95, 0.1), (x + 0.005, 0, strip), shade(rgb, 0.85))]
+    base += [cylinder(0.035, 0.04, (x + 0.02, wide * 0.1, strip), METAL, "x")]
+    base += [box((0.012, 0.12, 0.05), (x + 0.006, wide * 0.3, strip), DARK)]
+    ring = cylinder(radius, 0.04, (0.02, -side * radius, 0), METAL, "x")
+    glass = cylinder(radius * 0.72, 0.02, (0.05, -side * radius, 0), (0.12, 0.16, 0.22), "x")
+    latch = box((0.03, 0.03, 0.1), (0.055, -side * (2 * radius - 0.035), 0), DARK)
+    parts = [hinge("door", (x, side * radius, tall * 0.45), (0, 0, side), 1.6, [ring, glass, latch])]
+    if rng.random() < 0.6:  # a drawer for the detergent, top left
+        size, at = (deep * 0.5, wide * 0.32, 0.1), (x + 0.005, -wide * 0.28, strip)
+        parts.append(drawer(rng, "drawer", size, at, rgb, "recess", 0.03))
+    return base, parts
+
+
+def faucet(rng):
+    tall = rng.uniform(0.34, 0.44)
+    rgb, spout = tint(rng, "grey", "grey", "yellow", "black"), tall * 0.75
+    base = [cylinder(0.05, tall, (0, 0, tall / 2), rgb), cylinder(0.032, 0.34, (0.17, 0, spout), rgb, "x")]
+    base += [cylinder(0.034, 0.1, (0.32, 0, spout - 0.06), rgb)]
+    base += [box((0.5, 0.5, 0.006), (0.16, 0, 0.003), COLOURS["white"]), cylinder(0.15, 0.01, (0.25, 0, 0.005), DARK)]
+    lever = [cylinder(0.055, 0.05, (0, 0, 0.02), shade(rgb, 1.1))]
+    lever += [box((0.24, 0.05, 0.045), (0.14, 0, 0.05), shade(rgb, 1.1))]
+    turn = dict(verb="turn", lower=-1.2, start=0.0, both_ways=True)
+    if rng.random() < 0.4:
+        return base, [hinge("lever", (0, 0, tall + 0.01), (0, 0, 1), 1.2, lever, **turn)]
+    base += [cylinder(0.045, 0.2, (0, s * 0.22, 0.1), rgb) for s in ENDS]  # cold and warm on posts beside the spout
+    return base, [hinge(f"{w} lever", (0, s * 0.22, 0.21), (0, 0, 1), 1.2, lever, **turn) for s, w in LEFT_RIGHT]
+
+
+def phone(rng):
+    wide, long, rgb = rng.uniform(0.26, 0.32), rng.uniform(0.4, 0.48), tint(rng)
+    keys = [(long * 0.35 - i * 0.085, y) for i in range(4) for y in (-0.08, 0, 0.08)]
+    base = [box((long, wide, 0.05), (0, 0, 0.025), rgb)]
+    base += [box((0.05, 0.06, 0.01), (x, y, 0.054), METAL) for x, y in keys]
+    screen = box((long * 0.6, wide * 0.75, 0.004), (long * 0.5, 0, -0.002), (0.3, 0.6, 0.7))
+    window = box((long * 0.2, wide * 0.4, 0.004), (long * 0.6, 0, 0.037), (0.2, 0.3, 0.35))
+    size, start = (long * 0.97, wide, 0.035), rng.uniform(0.02, 0.25)
+    return base, [top_lid("flip cover", (-long / 2, 0, 0.062), size, 2.4, rgb, [screen, window], start=start)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+BUILDERS = {
+    "Safe": safe, "Door": door, "Display": display, "Refrigerator": refrigerator, "Laptop": laptop, "Lighter": lighter,
+    "Microwave": microwave, "Mouse": mouse, "Box": box_with_flaps, "TrashCan": trash_can, "KitchenPot": kitchen_pot,
+    "Suitcase": suitcase, "Pliers": pliers, "StorageFurniture": storage_furniture, "Remote": remote, "Bottle": bottle,
+    "FoldingChair": folding_chair, "Toaster": toaster, "Lamp": lamp, "Dispenser": dispenser, "Toilet": toilet,
+    "Scissors": scissors, "Table": table, "Stapler": stapler, "Kettle": kettle, "USB": usb, "Switch": switch,
+    "WashingMachine": washing_machine, "Faucet": faucet, "Phone": phone,
+} | {PREFIX + name: build for name, build in ARCHETYPES.items()}  # fmt: skip
+
+
+def make_object(category: str, rng: np.random.Generator) -> ObjectSpec:
+    """A random instance of a category ("Safe", "grammar:book"); the same state of rng gives the same object.
+
+    Raises: ValueError for a category that has no builder.
+    """
+    if category not in BUILDERS:
+        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(sorted(BUILDERS))}")
+    base, parts = BUILDERS[category](rng)
+    for i, part in enumerate(parts):
+        part.name = f"part_{i}"
+    return ObjectSpec(category, base, parts)
+
+
+def main():
+    for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
+        for category in names:
+            for seed in range(3):
+                spec = make_object(category, np.random.default_rng(seed))
+                parts = ", ".join(f"{p.verb} the {p.label}" for p in spec.parts)
+                print(f"{category:17s} {split:8s} {body_colour(spec):7s} {parts}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DEPRECATED, to be deleted with GADGET in data/build.py and data/questions.py: random gadgets, now sim/grammar.py
+
+GADGET = "Gadget"
+SPARE = ()
+
+
+def gadget_part(rng, kind, label, wide, tall, deep, rgb, upright):
+    """A part on a front of wide x tall x deep, centred on the origin. upright: the front will not become a top."""
+    hardware, thick = pick(rng, METAL, DARK, tint(rng)), rng.uniform(0.02, 0.06)
+    if kind == "drawer":
+        grip = pick(rng, "knob", "bar", "recess")
+        return drawer(rng, label, (deep * 0.7, wide, tall), (0, 0, 0), rgb, grip, thick)
+    if kind in ("door", "flap", "lid", "bar"):
+        # A door hinged at the right, turned by quarters: flaps are hinged above or below, lids and bars anywhere.
+        quarters = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, range(4)))
+        across, along = (tall, wide) if quarters % 2 else (wide, tall)
+        along = min(along, rng.uniform(0.08, 0.16)) if kind == "bar" else along
+        grip = "none" if kind == "bar" else pick(rng, "knob", "bar", "upright bar", "lever", "none")
+        part = side_door(rng, label, 1, (thick, across, along), (0, 0, 0), rgb, grip)
+        part.verb = "swing out" if kind == "bar" else "open"
+        return moved(part, np.linalg.matrix_power(QUARTER, quarters))
+    if kind in ("cap", "lift-off lid"):
+        small, high = min(wide, tall) * rng.uniform(0.5, 0.95), rng.uniform(0.08, 0.25) if kind == "cap" else thick
+        at = (high / 2, 0, 0)
+        shapes = [pick(rng, cylinder(small / 2, high, at, rgb, "x"), box((high, small, small), at, rgb))]
+        if kind != "cap":
+            shapes += [cylinder(0.02, 0.05, (high + 0.025, 0, 0), hardware, "x")]
+            shapes += [cylinder(0.05, 0.025, (high + 0.05, 0, 0), hardware, "x")]
+        verb = "pull off" if kind == "cap" else "lift"
+        return slide(label, (0, 0, 0), (1, 0, 0), rng.uniform(0.2, 0.3), shapes, verb)
+    if kind == "lever":
+        long, thick = sizes(rng, (0.15, 0.28), (0.05, 0.09))
+        shapes = [box((long, thick, thick), (long / 2, 0, 0), rgb), sphere(thick * 0.8, (long, 0, 0), hardware)]
+        if upright and rng.random() < 0.5:
+            more = dict(lower=rng.uniform(-0.3, -0.1), primitive="push")
+            return hinge(label, (0, 0, 0), (0, 1, 0), 0.6, shapes, "press down", **more)
+        axis = pick(rng, (0, 1, 0), (0, 0, 1))
+        return hinge(label, (0, 0, 0), axis, 0.9, shapes, "turn", lower=-0.9, start=0.0, both_ways=True)
+    quarters = pick(rng, *range(4))  # a slider, towards any of the four sides
+    track, size = tall if quarters % 2 else wide, sizes(rng, (0.06, 0.13), (0.06, 0.12), (0.08, 0.16))
+    block = [box(size, (size[0] / 2, 0, 0), rgb)]
+    part = slide(label, (0.01, -track * 0.3, 0), (0, 1, 0), max(0.12, track * 0.55), block, "slide")
+    return moved(part, np.linalg.matrix_power(QUARTER, quarters))
+
+
+def gadget(rng):
+    """A random body with one to three movable parts on random faces, like no category in particular."""
+    wide, deep, tall, bottom = sizes(rng, (0.2, 0.9), (0.2, 0.7), (0.18, 0.9), (0.03, 0.08))
+    rgb, round_body, bottom = tint(rng), rng.random() < 0.25, bottom * (rng.random() < 0.5)
+    deep, middle = wide if round_body else deep, bottom + tall / 2
+    body = cylinder(wide / 2, tall, (0, 0, middle), rgb) if round_body else box((deep, wide, tall), (0, 0, middle), rgb)
+    base = [body, *(legs(wide * 0.7, deep * 0.7, bottom, 0.05, DARK) if bottom else [])]
+    faces = {  # centre, width, height, depth of the body behind it
+        "front": ((deep / 2, 0, middle), wide, tall, deep),
+        "top": ((0, 0, bottom + tall), wide, deep, tall),
+        "right": ((0, wide / 2, middle), deep, tall, wide),
+        "left": ((0, -wide / 2, middle), deep, tall, wide),
+    }
+    on_side = ("cap", "lever") if round_body else ("drawer", "door", "flap", "cap", "lever", "slider", "bar")
+    on_top = ("lid", "lid", "lift-off lid", "cap", "lever", "slider", "bar")
+    for _ in range(rng.integers(4)):  # lumps that mean nothing, partly inside the body: nobody may rely on plain boxes
+        size, at = np.array(sizes(rng, *[(0.04, 0.3)] * 3)), (deep / 2, wide / 2, tall / 2) * rng.uniform(-1, 1, 3)
+        at = at + (0, 0, middle + size[2] / 2)
+        lump = pick(rng, box(size, at, tint(rng)), cylinder(size[0] / 2, size[1], at, tint(rng), pick(rng, *"xyz")))
+        base.append(lump)
+    order = [*rng.permutation(["front", "top"]), *rng.permutation(["right", "left"])]
+    wanted, parts, used = int(rng.choice([1, 2, 3], p=[0.36, 0.42, 0.22])), [], set()
+    wanted = min(wanted, len(on_side))  # every face gets a kind of its own, so that the labels differ
+    pair = wanted > 1 and not round_body and rng.random() < 0.5
+    for face in order[: wanted - pair]:
+        centre, across, up, behind = faces[face]
+        kind = pick(rng, *[k for k in (on_top if face == "top" else on_side) if k.split()[-1] not in used])
+        word = kind.split()[-1]
+        used.add(word)
+        part_rgb = tint(rng) if rng.random() < 0.5 else shade(rgb, pick(rng, 0.75, 1.2))
+        if pair and not parts:  # two of a kind, side by side or one above (on a top: behind) the other
+            if across >= up:
+                across /= 2
+                cells = [(s * across / 2, 0, f"{side} {word}") for s, side in LEFT_RIGHT]
+            else:
+                up, names = up / 2, ("bottom", "top") if face == "front" else ("front", "back")
+                cells = [(0, s * up / 2, f"{side} {word}") for s, side in zip(ENDS, names, strict=True)]
+        else:
+            room, (across, up) = (across, up), (across, up) * rng.uniform(0.55, 0.97, 2)
+            across *= 0.5 if round_body and face != "top" else 1
+            shift = (np.array(room) - (across, up)) / 2 * rng.uniform(-1, 1, 2) * (not round_body)
+            cells = [(*shift, word)]
+        for y, z, label in cells:
+            part = gadget_part(rng, kind, label, across, up, behind, part_rgb, face != "top")
+            parts.append(moved(part, FACES[face], FACES[face] @ (0.002, y, z) + centre))
+    return base, parts
+
+
+BUILDERS[GADGET] = gadget
+NOUNS[GADGET] = "gadget"
+MULTI_CAPABLE += (GADGET,)
+# End of what is to be deleted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""The scripted expert, and what the simulator knows of a rendered scene: labels, facts and dense targets.
+
+    scene.spawn(category, seed).render()
+    expert(scene, rng)      -> Label, a contact that works
+    attempt(scene, rng)     -> what was tried and what came of it; the scene stays as it ended
+    facts(scene, rng)       -> JSON values, for questions and answers
+    dense_targets(scene)    -> rasters for the vision stage
+    part_targets(scene)     -> rasters: which part, which way to work it, how far from its hinge
+
+The expert knows what a policy does not: the joint, the mask, the collision shapes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim import objects
+from sim.scene import BACKGROUND, BASE, INITIAL, Scene, tilt, unit
+
+MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
+
+PIXELS, TRIES = 160, 6  # of a part that are scored; contacts that are tried
+MOST_LEVER = 0.8  # of the largest lever arm: more is no better
+MOST_EDGE = 1 / 32  # of the frame: nor is more distance to an edge
+EDGE_JUMP_M = 0.02  # a jump in depth is an edge
+REGION = 0.75  # pixels with at least this share of the best score form the region
+LEAST_SCORE = 0.3  # of the best, for the other pixels that are tried
+JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # disturbances that a label must survive: of the frame, and of the direction
+JITTER_SHARE = 0.8  # of the disturbed copies that must work
+
+ATTEMPTS = ("good", "good", "good", "other", "bad", "bad")  # the expert's; on another part; in a wrong direction
+BAD_ANGLE = (math.pi / 3, math.pi / 2)  # radians, of a wrong direction
+FURTHER = (0.3, 0.8)  # where a part ends that was moved on purpose, as a share of its range
+
+GRID = 16  # raster side of dense_targets
+DEPTH_UNIT_M = 0.3  # of relative depth
+EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of what no part fills
+PART_GRID = 32  # raster side of part_targets
+
+
+@dataclass
+class Label:
+    """A contact that works: pixel (u, v) and the unit direction, CAMERA frame, along which the gripper arrives."""
+
+    u: float
+    v: float
+    approach: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A contact that works
+
+
+def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
+    """A contact on the rendered picture that works, for `part` (None: the target); None when none was found.
+
+    Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, takes the middle pixel
+    of the best region and tries it; the direction is the true motion's. A label must also survive `jitters` disturbed
+    copies (pixel and direction), else the next candidate is tried.
+    """
+    part = scene.target if part is None else part
+    mask = scene.links == part
+    if mask.sum() < MIN_PART_PIXELS:
+        return None
+    rows, columns = np.nonzero(mask)
+    step = -(-len(rows) // PIXELS)
+    rows, columns = rows[::step], columns[::step]
+    points = scene.backproject_pixels(rows, columns)
+    link, normals = scene.normals(points)
+    direction, lever = scene.motion(points, part)
+    along = (normals * direction).sum(1)
+    sense = _senses(scene, part, along)
+    edge = _edge_distance(scene.depth, mask)[rows, columns]
+    score = np.where(link == part, sense * along, 0).clip(0) * lever.clip(0, MOST_LEVER) * edge
+    if score.max() <= 0:
+        return None
+    for i in _candidates(points, score):
+        label = Label(float(columns[i]), float(rows[i]), scene.camera_rotation @ (-sense[i] * direction[i]))
+        if _works(scene, label, part, rng, jitters):
+            return label
+    return None
+
+
+def _senses(scene: Scene, part: int, along: np.ndarray) -> np.ndarray:
+    """+1 where `part` is to be pulled, -1 where it is to be pushed, (n,), for along = normal . motion (n,).
+
+    The gripper comes from outside: against the motion for a pull, with it for a push. Where either sense of motion
+    counts, the surface decides.
+    """
+    sense = scene.sense(part)
+    return np.sign(along) if sense == 0 else np.full(len(along), sense)
+
+
+def true_approach(scene: Scene, point: np.ndarray, part: int) -> np.ndarray | None:
+    """The direction (3,), camera frame, in which to work `part` at `point` (3,), world; None where it is hidden."""
+    link, normal = scene.normals(point[None])
+    direction = scene.motion(point[None], part)[0]
+    if link[0] != part:
+        return None
+    sense = _senses(scene, part, (normal * direction).sum(1))
+    return scene.camera_rotation @ (-sense[0] * direction[0])
+
+
+def why_unsolved(scene: Scene) -> str:
+    """What may be wrong with the target of a rendered scene for which `expert` found nothing, in words."""
+    part = scene.spec.parts[scene.target]
+    rows, columns = np.nonzero(scene.links == scene.target)
+    if len(rows) < MIN_PART_PIXELS:
+        return f"the {part.label} is seen on {len(rows)} pixels only: it is hidden or too small"
+    points = scene.backproject_pixels(rows, columns)
+    link, normals = scene.normals(points)
+    along = (normals * scene.motion(points, scene.target)[0]).sum(1)[link == scene.target]
+    if not len(along):
+        return f"no ray meets the {part.label}: check its mesh"
+    sense = scene.sense(scene.target)
+    if sense and (sense * along > scene.view.min_alignment).mean() < scene.view.min_workable:
+        return f"the positive motion of the {part.label} is blocked or leads into the object: check axis and limits"
+    return f"no contact that was tried moves the {part.label}"
+
+
+def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
+    """Order in which the expert tries its pixels: the middle of the best region first, then others by score."""
+    region = np.flatnonzero(score >= REGION * score.max())
+    spread = np.linalg.norm(points[region, None] - points[None, region], axis=2).sum(1)
+    ranked = np.argsort(-score, kind="stable")[: max(1, (score > LEAST_SCORE * score.max()).sum())]
+    others = ranked[np.linspace(0, len(ranked) - 1, TRIES - 1).astype(int)]
+    return list(dict.fromkeys([int(region[spread.argmin()]), *others.tolist()]))
+
+
+def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
+    """Does the label reach the long threshold, and its disturbed copies the initial one?"""
+    threshold = scene.long_threshold(part)
+    if not scene.act(label.u, label.v, label.approach, part, stop_at=threshold).long:
+        return False
+    survived = 0
+    for _ in range(jitters):
+        du, dv = rng.uniform(-1, 1, 2) * JITTER_FRAME * scene.image_size
+        approach = tilt(label.approach, math.radians(JITTER_DEG), rng)
+        survived += scene.act(label.u + du, label.v + dv, approach, part, stop_at=INITIAL).initial
+    return survived >= JITTER_SHARE * jitters
+
+
+def _edge_distance(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pixels from the nearest edge of `mask` (or jump in depth), as a share of the largest that counts, (S, S)."""
+    own = np.where(mask, depth, 0)
+    padded = np.pad(np.where(mask, depth, np.inf), 1, constant_values=np.inf)
+    inside = mask.copy()
+    for neighbour in (padded[2:, 1:-1], padded[:-2, 1:-1], padded[1:-1, 2:], padded[1:-1, :-2]):
+        inside &= ~(np.abs(neighbour - own) > EDGE_JUMP_M)
+    most = max(1, round(MOST_EDGE * len(mask)))
+    distance = mask.astype(float)
+    for _ in range(most - 1):
+        distance += inside
+        grown = np.pad(inside, 1)
+        inside = inside & grown[2:, 1:-1] & grown[:-2, 1:-1] & grown[1:-1, 2:] & grown[1:-1, :-2]
+    return distance / most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happened, and what a picture shows
+
+
+def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
+    """Simulate an attempt at the target, good or bad, and keep the end state, for pictures of afterwards.
+
+    Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long threshold)};
+    None where the expert finds no contact, and then nothing has moved. Takes the picture of the start.
+    """
+    scene.render()
+    goal = acted = scene.target
+    others = [j for j in range(len(scene.joints)) if j != goal]
+    way = ATTEMPTS[rng.integers(len(ATTEMPTS))]
+    if way == "other" and others:
+        acted = others[rng.integers(len(others))]
+    label = expert(scene, rng, acted, jitters=0)
+    if label is None:
+        return None
+    approach = tilt(label.approach, rng.uniform(*BAD_ANGLE), rng) if way == "bad" else label.approach
+    before = list(scene.joints)
+    outcome = scene.act(label.u, label.v, approach, acted)
+    parts = scene.spec.parts
+    ended = np.clip(outcome.joints or before, [part.lower for part in parts], [part.upper for part in parts])
+    success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
+    if outcome.long and not parts[acted].both_ways:  # further strokes follow the first, until it is plain
+        start = before[acted]
+        ended[acted] = max(ended[acted], start + rng.uniform(*FURTHER) * (parts[acted].upper - start))
+    scene.set_joints(ended.tolist())
+    return {
+        "goal": parts[goal].label,
+        "acted": parts[acted].label,
+        "moved": round(outcome.moved, 4),
+        "success": bool(success),
+    }
+
+
+def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: int = 1) -> dict:
+    """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
+
+    Args: scene: after `render`. rng: for the expert's jitters. expert: fill "contact" (else it is None).
+    """
+    return {
+        "category": scene.category,
+        "seed": int(scene.seed),
+        "image_size": scene.image_size,
+        "box": _box(scene.links != BACKGROUND),
+        "colour": objects.body_colour(scene.spec),
+        "parts": [_part_facts(scene, j, rng if expert else None, jitters) for j in range(len(scene.spec.parts))],
+    }
+
+
+def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None, jitters: int) -> dict:
+    """Facts of part j. rng: None leaves "contact" out."""
+    part = scene.spec.parts[j]
+    mask = scene.links == j
+    rows, columns = np.nonzero(mask)
+    shown = len(rows) >= MIN_PART_PIXELS
+    label = expert(scene, rng, j, jitters) if rng is not None and shown else None
+    return {
+        "label": part.label,
+        "kind": part.kind,
+        "verb": part.verb,
+        "primitive": part.primitive,
+        "joint": part.joint,
+        "colour": objects.part_colour(part),
+        "pixels": len(rows),
+        "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
+        "box": _box(mask) if shown else None,
+        "openness": round(scene.openness(j), 4),
+        "contact": label and {"u": label.u, "v": label.v, "approach": [round(float(d), 5) for d in label.approach]},
+    }
+
+
+def _box(mask: np.ndarray) -> list[int] | None:
+    """[x0, y0, x1, y1], inclusive, of the set pixels."""
+    rows, columns = np.nonzero(mask)
+    return [int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())] if len(rows) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rasters
+
+
+def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What the vision stage learns to see, as means over the cells of a 16 x 16 raster.
+
+    Returns:
+        targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
+            x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
+            the part that fills the cell (0: none).
+        part_kind (16, 16) int8: index into objects.PART_KINDS of the part that fills the cell (0: none, or a kind that
+            is not in the list).
+    Raises: ValueError when 16 does not divide the image size.
+    """
+    S = scene.image_size
+    if S % GRID:
+        raise ValueError(f"image_size={S} must be a multiple of {GRID} for the dense targets")
+    f, cx, cy = scene.intrinsics
+    shown = scene.links != BACKGROUND
+    depth = np.where(shown, scene.depth, 0)
+    rows, columns = np.indices((S, S))
+    cloud = np.stack([(columns - cx) / f * depth, (rows - cy) / f * depth, depth], -1)  # (S, S, 3) camera frame
+    down = np.zeros_like(cloud)
+    right = np.zeros_like(cloud)
+    down[:-1] = cloud[1:] - cloud[:-1]
+    right[:, :-1] = cloud[:, 1:] - cloud[:, :-1]
+    normal = unit(np.cross(down, right)) * shown[..., None]  # towards the camera: z < 0
+    relative = depth
+    if shown.any():
+        relative = np.where(shown, (depth - depth[shown].mean()) / DEPTH_UNIT_M, 0).clip(-3, 3)
+    maps = np.concatenate([relative[..., None], normal, shown[..., None], (scene.links >= 0)[..., None]], -1)
+
+    def cells(picture):  # (S, S, C) -> (16, 16, C)
+        return picture.reshape(GRID, S // GRID, GRID, S // GRID, -1).mean((1, 3))
+
+    share = np.stack([scene.links == j for j in range(len(scene.spec.parts))], -1)
+    share = cells(share.astype(float))  # (16, 16, parts)
+    kinds = [part.kind for part in scene.spec.parts]
+    index = np.array([objects.PART_KINDS.index(kind) if kind in objects.PART_KINDS else 0 for kind in kinds])
+    filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
+    openness = np.array([scene.openness(j) for j in range(len(kinds))])
+    opened = np.where(filled, openness[share.argmax(-1)], 0)[..., None]
+    targets = np.concatenate([cells(maps), opened], -1).astype(np.float16)
+    return targets, np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)
+
+
+def part_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a sentence asks for, at the middles of a 32 x 32 raster: pixels 4 i + 2 of a 128-pixel picture.
+
+    Returns:
+        part (32, 32) int8: j part, -1 body, -2 background.
+        act (32, 32, 3) float16: unit direction, camera frame, in which to work the part seen there; 0 where none is,
+            and where either sense counts and the surface does not say which.
+        arm (32, 32) float16: moment arm as a share of the part's largest: 0 at the hinge, 1 far from it or for a slide.
+    Raises: ValueError for a picture smaller than 32 pixels.
+    """
+    S = scene.image_size
+    if S < PART_GRID:
+        raise ValueError(f"image_size={S} must be at least {PART_GRID} for the part targets")
+    at = ((np.arange(PART_GRID) + 0.5) * S / PART_GRID).astype(int)
+    part = scene.links[np.ix_(at, at)].astype(np.int8)
+    act = np.zeros((PART_GRID, PART_GRID, 3), np.float16)
+    arm = np.zeros((PART_GRID, PART_GRID), np.float16)
+    for j in set(part.ravel().tolist()) - {BACKGROUND, BASE}:
+        rows, columns = np.nonzero(part == j)
+        points = scene.backproject_pixels(at[rows], at[columns])
+        direction, lever = scene.motion(points, j)
+        link, normals = scene.normals(points)
+        along = np.where(link == j, (normals * direction).sum(1), 0)
+        act[rows, columns] = -_senses(scene, j, along)[:, None] * direction @ scene.camera_rotation.T
+        arm[rows, columns] = lever.clip(0, 1)
+    return part, act, arm

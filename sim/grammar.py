@@ -1,0 +1,812 @@
+"""A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no category in particular.
+
+    python -m sim.grammar --sheet FILE.png     # a picture: one archetype a row
+
+An archetype is one way to put a movable part on a body. It draws a body, an edge or face, a part and fixed distractors
+from shared lists, so that few functions give very many objects. They vary what the 20 seen categories keep fixed; none
+is in a test set, and none is built to be one of the ten unseen categories.
+
+    make(name, rng) -> base shapes, parts        Scene.spawn("grammar:book", seed)
+
+Some skeletons come near an unseen category all the same: a slab hinged on a slab is what a flip phone is, too. NEAR
+lists them; training on STRICT leaves them all out. Words are those of the seen categories, in labels and in verbs.
+Frames, units and helpers are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim.objects import (
+    DARK,
+    ENDS,
+    FACES,
+    LEFT_RIGHT,
+    METAL,
+    QUARTER,
+    Part,
+    Shape,
+    box,
+    cylinder,
+    drawer,
+    handle,
+    hinge,
+    legs,
+    moved,
+    pick,
+    shade,
+    shell,
+    side_door,
+    sizes,
+    slide,
+    sphere,
+    tint,
+    turned,
+)  # fmt: skip
+
+# Letters: x, y, z metres · k an edge of the top, also quarter turns about z: 0 back, 1 left, 2 front, 3 right.
+
+PREFIX = "grammar:"  # of a category's name: "grammar:book"
+Object = tuple[list[Shape], list[Part]]
+
+ROW = {1: ("",), 2: ("left ", "right "), 3: ("left ", "middle ", "right ")}  # words of parts side by side, -y to +y
+COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
+BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small tools
+
+
+def chance(rng, share: float) -> bool:
+    return bool(rng.random() < share)
+
+
+def quarter(k: int) -> np.ndarray:
+    """(3, 3) turn by k quarters about z: what lies at the back (-x) comes to edge k."""
+    return np.linalg.matrix_power(np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), int(k))
+
+
+def turn_all(shapes, k: int, by=(0.0, 0.0, 0.0)) -> list[Shape]:
+    return [turned(shape, quarter(k), by) for shape in shapes]
+
+
+def other_colour(rng, rgb) -> tuple:
+    """The same colour, a shade of it, metal, black, or any: nobody may rely on a part being of another colour."""
+    return pick(rng, rgb, shade(rgb, 0.75), shade(rgb, 1.2), pick(rng, METAL, DARK), tint(rng))
+
+
+@dataclass
+class Body:
+    """Fixed shapes, centred on x = y = 0, with a free top face."""
+
+    shapes: list[Shape]
+    rgb: tuple
+    deep: float  # x and y extents of the top
+    wide: float
+    top: float  # z of the top
+    low: float = 0.0  # z of the lower edge of the front
+    flat: bool = True  # has a flat front and flat sides
+
+    def extents(self, k: int) -> tuple[float, float]:
+        """(away from edge k, along it), metres."""
+        return (self.wide, self.deep) if k % 2 else (self.deep, self.wide)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bodies
+
+
+def block(rng, deep=(0.2, 0.6), wide=(0.25, 0.8), tall=(0.15, 0.8)) -> Body:
+    deep, wide, tall = sizes(rng, deep, wide, tall)
+    rgb, low = tint(rng), 0.0
+    shapes = []
+    if chance(rng, 0.4):
+        low = rng.uniform(0.02, 0.08)
+        shapes = legs(wide * 0.9, deep * 0.9, low, 0.04, DARK)
+    return Body([box((deep, wide, tall), (0, 0, low + tall / 2), rgb), *shapes], rgb, deep, wide, low + tall, low)
+
+
+def slab(rng) -> Body:
+    return block(rng, (0.3, 0.7), (0.25, 0.8), (0.03, 0.12))
+
+
+def tower(rng) -> Body:
+    return block(rng, (0.18, 0.4), (0.2, 0.45), (0.5, 0.9))
+
+
+def tray(rng) -> Body:
+    """Open at the top."""
+    deep, wide, tall = sizes(rng, (0.25, 0.55), (0.3, 0.8), (0.15, 0.5))
+    rgb = tint(rng)
+    shapes = [*shell(wide, deep, tall, 0, 0.02, rgb)[:-1], box((0.015, wide, tall), (deep / 2, 0, tall / 2), rgb)]
+    return Body(shapes, rgb, deep, wide, tall)
+
+
+def oblong(rng) -> Body:
+    """A block with half-round sides."""
+    deep, long, tall = sizes(rng, (0.25, 0.5), (0.1, 0.4), (0.08, 0.5))
+    rgb = tint(rng)
+    ends = [cylinder(deep / 2, tall, (0, s * long / 2, tall / 2), rgb) for s in ENDS]
+    return Body([box((deep, long, tall), (0, 0, tall / 2), rgb), *ends], rgb, deep, long + deep, tall)
+
+
+def drum(rng) -> Body:
+    radius, tall = sizes(rng, (0.14, 0.34), (0.15, 0.7))
+    rgb = tint(rng)
+    shapes = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
+    if chance(rng, 0.5):  # a band
+        shapes += [cylinder(radius * 1.03, tall * 0.2, (0, 0, tall * rng.uniform(0.15, 0.8)), other_colour(rng, rgb))]
+    return Body(shapes, rgb, 2 * radius, 2 * radius, tall, flat=False)
+
+
+def stack(rng) -> Body:
+    """Two or three discs of different width."""
+    rgb, shapes, top = tint(rng), [], 0.0
+    for _ in range(rng.integers(2, 4)):
+        radius, tall = sizes(rng, (0.12, 0.3), (0.08, 0.28))
+        shapes.append(cylinder(radius, tall, (0, 0, top + tall / 2), pick(rng, rgb, rgb, other_colour(rng, rgb))))
+        top += tall
+    return Body(shapes, rgb, 2 * radius, 2 * radius, top, flat=False)
+
+
+def goblet(rng) -> Body:
+    """A wide disc on a narrow foot."""
+    radius, foot, thick = sizes(rng, (0.17, 0.34), (0.12, 0.4), (0.05, 0.2))
+    rgb = tint(rng)
+    shapes = [cylinder(radius, thick, (0, 0, foot + thick / 2), rgb)]
+    shapes += [cylinder(radius * rng.uniform(0.3, 0.7), foot, (0, 0, foot / 2), other_colour(rng, rgb))]
+    return Body(shapes, rgb, 2 * radius, 2 * radius, foot + thick, flat=False)
+
+
+def add_back(rng, body: Body, k: int) -> None:
+    """Something taller behind edge k of the top: an L."""
+    away, along = body.extents(k)
+    thick, rise = sizes(rng, (0.04, 0.22), (0.12, 0.5))
+    tall, rgb = body.top + rise, pick(rng, body.rgb, other_colour(rng, body.rgb))
+    back = box((thick, along * rng.uniform(0.4, 1.1), tall), (-(away + thick) / 2, 0, tall / 2), rgb)
+    body.shapes += turn_all([back], k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distractors: shapes that do not move
+
+
+def front_details(rng, body: Body) -> list[Shape]:
+    """A panel, a dial, a row of fixed studs or a stripe on the front."""
+    x, tall = body.deep / 2, body.top - body.low
+    y, z = rng.uniform(-0.35, 0.35) * body.wide, body.low + tall * rng.uniform(0.15, 0.85)
+    rgb = pick(rng, METAL, DARK, tint(rng), shade(body.rgb, 0.75))
+    return pick(
+        rng,
+        [box((0.012, body.wide * rng.uniform(0.1, 0.4), tall * 0.1), (x, y, z), rgb)],
+        [cylinder(rng.uniform(0.02, 0.05), rng.uniform(0.02, 0.06), (x, y, z), rgb, "x")],
+        [cylinder(0.016, 0.016, (x, y + i * 0.05, z), rgb, "x") for i in (-1, 0, 1)],
+        [box((0.006, body.wide * 0.98, 0.01), (x, 0, z), rgb)],
+    )
+
+
+def lump(rng, body: Body) -> list[Shape]:
+    """A box, cylinder or ball, partly inside the body and below its top."""
+    size = sizes(rng, *[(0.05, 0.18)] * 3)
+    x, y = rng.uniform(-0.5, 0.5, 2) * (body.deep, body.wide)
+    at, rgb = (x, y, body.top * rng.uniform(0.15, 0.6)), tint(rng)
+    round_lump = cylinder(size[0] / 2, size[1], at, rgb, pick(rng, *"xyz"))
+    return [pick(rng, box(size, at, rgb), round_lump, sphere(size[0] / 2, at, rgb))]
+
+
+def fixture(rng, body: Body) -> list[Shape]:
+    """A handle, a tube, a lug or a mast at one side, all fixed."""
+    k = int(rng.integers(4))
+    x, out, z = body.extents(k)[0] / 2, rng.uniform(0.06, 0.18), body.top * rng.uniform(0.35, 0.8)
+    rgb = other_colour(rng, body.rgb)
+    loop = [box((out, 0.03, 0.03), (x + out / 2, 0, z + s * 0.06), rgb) for s in ENDS]
+    made = pick(
+        rng,
+        [*loop, box((0.03, 0.03, 0.15), (x + out, 0, z), rgb)],
+        [cylinder(rng.uniform(0.015, 0.04), 1.5 * out, (x + 0.6 * out, 0, z), rgb, "x")],
+        [box((out, rng.uniform(0.05, 0.16), 0.04), (x + 0.3 * out, 0, z), rgb)],
+        [box((0.03, 0.03, body.top * 1.4), (x + 0.03, 0, body.top * 0.7), rgb)],
+    )
+    return turn_all(made, k)
+
+
+def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int = 0) -> Object:
+    """The object: its body with up to that many distractors of each sort."""
+    shapes = list(body.shapes)
+    for _ in range(rng.integers(details + 1)):
+        shapes += pick(rng, front_details, front_details, lump)(rng, body) if body.flat else lump(rng, body)
+    for _ in range(rng.integers(fixtures + 1)):
+        shapes += fixture(rng, body)
+    return shapes, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def top_grip(rng, x, z, rgb) -> list[Shape]:
+    """Something to hold on a face that looks up: a knob, a ball, a loop, a ridge, or nothing."""
+    hard = pick(rng, METAL, DARK, rgb, tint(rng))
+    loop = [box((0.02, 0.02, 0.05), (x, s * 0.05, z + 0.025), hard) for s in ENDS]
+    return pick(
+        rng,
+        [cylinder(0.02, 0.05, (x, 0, z + 0.025), hard), cylinder(0.05, 0.025, (x, 0, z + 0.05), hard)],
+        [sphere(0.04, (x, 0, z + 0.02), hard)],
+        [*loop, box((0.03, 0.14, 0.03), (x, 0, z + 0.05), hard)],
+        [box((0.03, 0.12, 0.03), (x, 0, z + 0.015), hard)],
+        [],
+        [],
+    )
+
+
+def lid(rng, label, body: Body, k: int, rgb, share=(0.85, 1.08), thick=None, cell=1.0, shift=0.0, start=None) -> Part:
+    """A plate or disc on the top, hinged at edge k, opened upwards.
+
+    share: of the top that it covers. cell: of that, along the edge. shift: along the edge, metres. start: radians.
+    """
+    away, along = np.array(body.extents(k)) * rng.uniform(*share, 2)
+    thick = thick or rng.uniform(0.015, 0.06)
+    shapes = [box((away, along * cell, thick), (away / 2, 0, thick / 2), rgb)]
+    if not body.flat and chance(rng, 0.85):
+        shapes = [cylinder(away / 2, thick, (away / 2, 0, thick / 2), rgb)]
+    shapes += top_grip(rng, away * rng.uniform(0.5, 0.85), thick, rgb)
+    if chance(rng, 0.3):  # a tab in front
+        shapes += [box((0.05, along * cell * rng.uniform(0.1, 0.4), thick), (away, 0, thick / 2), tint(rng))]
+    if start is None:
+        start = pick(rng, 0.0, rng.uniform(0, 0.5))
+    verb = pick(rng, "open", "open", "lift")
+    part = hinge(label, (0, 0, 0), (0, -1, 0), rng.uniform(1.1, 2.3), shapes, verb, start=start)
+    return moved(part, quarter(k), quarter(k) @ (-away / 2, shift, 0) + (0, 0, body.top + 0.003))
+
+
+def lid_word(rng) -> str:
+    return pick(rng, "lid", "lid", "lid", "cover", "flap", "cap")
+
+
+def front_part(rng, kind, label, at, wide, tall, deep, rgb, grip) -> Part:
+    """A drawer, a door (hinged left or right) or a flap or cover (also above or below) on a front.
+
+    at: middle of its back face. deep: of the body behind it.
+    """
+    x, y, z = at
+    thick = rng.uniform(0.015, 0.05)
+    if kind == "drawer":
+        return drawer(rng, label, (deep * 0.8, wide, tall), (x + 0.002, y, z), rgb, grip, thick)
+    quarters = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, (0, 1, 2, 3)))  # of a door hinged at the right
+    across, upright = (tall, wide) if quarters % 2 else (wide, tall)
+    part = side_door(rng, label, 1, (thick, across, upright), (0, 0, 0), rgb, grip)
+    return moved(part, np.linalg.matrix_power(QUARTER, quarters), (x + 0.002, y, z))
+
+
+def any_grip(rng) -> str:
+    return pick(rng, "knob", "bar", "upright bar", "recess", "lever", "none")
+
+
+def stick(rng, long, thick, rgb) -> list[Shape]:
+    """A square or round rod from the origin to +x, with or without something at its end."""
+    hard = other_colour(rng, rgb)
+    square = box((long, thick, thick), (long / 2, 0, 0), rgb)
+    end = pick(
+        rng,
+        [],
+        [sphere(thick * 0.9, (long, 0, 0), hard)],
+        [box((0.07, thick * 1.8, thick * 1.2), (long, 0, 0), hard)],
+        [cylinder(thick * 0.7, thick * 2, (long, 0, 0), hard, "y")],
+    )
+    return [pick(rng, square, square, cylinder(thick / 2, long, (long / 2, 0, 0), rgb, "x")), *end]
+
+
+def foot(rng, wide, rgb) -> Shape:
+    return pick(rng, cylinder(wide / 2, 0.03, (0, 0, 0.015), rgb), box((wide * 0.8, wide, 0.03), (0, 0, 0.015), rgb))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archetypes far from the unseen categories. Each returns (base shapes, parts).
+
+
+def lidded_box(rng):
+    """One lid at any edge of the top, or two side by side."""
+    body = pick(rng, block, tray, tower, oblong)(rng)
+    rgb, word = other_colour(rng, body.rgb), lid_word(rng)
+    if chance(rng, 0.35):
+        cells = [(s * body.wide / 4, f"{side} {word}") for s, side in LEFT_RIGHT]
+        lids = [lid(rng, label, body, 0, rgb, (0.97, 1.0), cell=0.48, shift=y) for y, label in cells]
+        return finish(rng, body, lids)
+    return finish(rng, body, [lid(rng, word, body, pick(rng, 0, 0, 1, 2, 3), rgb)])
+
+
+def lift_off(rng):
+    """A lid, cap or head on the top that goes straight up."""
+    body = pick(rng, drum, stack, goblet, block, tower, tray)(rng)
+    rgb, thick, share = other_colour(rng, body.rgb), *sizes(rng, (0.02, 0.14), (0.5, 1.08))
+    plate = box((body.deep * share, body.wide * share, thick), (0, 0, thick / 2), rgb)
+    disc = cylinder(min(body.deep, body.wide) * share / 2, thick, (0, 0, thick / 2), rgb)
+    shapes = [pick(rng, plate, disc) if body.flat else disc, *top_grip(rng, 0, thick, rgb)]
+    word, verb = pick(rng, "lid", "cap", "cover"), pick(rng, "lift", "pull off", "open")
+    part = slide(word, (0, 0, body.top + 0.003), (0, 0, 1), rng.uniform(0.2, 0.4), shapes, verb)
+    return finish(rng, body, [part], fixtures=2)
+
+
+def tipped_cap(rng):
+    """A tall cap that tips over at an edge of the top."""
+    body = pick(rng, tower, drum, block, stack)(rng)
+    rgb, k = other_colour(rng, body.rgb), int(rng.integers(4))
+    word, thick = pick(rng, "cap", "lid", "cover"), rng.uniform(0.07, 0.22)
+    return finish(rng, body, [lid(rng, word, body, k, rgb, (0.8, 1.05), thick, start=0.0)])
+
+
+def chest(rng):
+    """A front with a grid of drawers, doors or flaps."""
+    body = block(rng, (0.25, 0.5), (0.35, 0.9), (0.35, 0.9))
+    rows, columns = pick(rng, (1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 3))
+    kind, grip, rgb = pick(rng, "drawer", "drawer", "door", "flap"), any_grip(rng), other_colour(rng, body.rgb)
+    share_y, share_z = rng.uniform(0.65, 0.97, 2)
+    wide, tall = body.wide * share_y / columns, (body.top - body.low) * share_z / rows
+    parts = []
+    for i, row in enumerate(COLUMN[rows]):
+        for j, column in enumerate(ROW[columns]):
+            y, z = wide * (j + 0.5 - columns / 2), (body.top + body.low) / 2 + tall * (rows / 2 - i - 0.5)
+            at = (body.deep / 2, y, z)
+            parts.append(front_part(rng, kind, row + column + kind, at, wide * 0.96, tall * 0.96, body.deep, rgb, grip))
+    return finish(rng, body, parts, 1)
+
+
+def trays(rng):
+    """Flat trays one above the other in an open frame."""
+    deep, wide, tall = sizes(rng, (0.3, 0.5), (0.35, 0.8), (0.3, 0.9))
+    rgb, count = tint(rng), pick(rng, 2, 3)
+    base = pick(rng, shell(wide, deep, tall, 0, 0.02, rgb), legs(wide, deep, tall, 0.04, rgb))
+    base = [*base, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)]
+    own, lip, inner = other_colour(rng, rgb), rng.uniform(0.05, 0.1), wide - 0.1
+    parts = []
+    for i, word in enumerate(COLUMN[count]):
+        z = tall * (count - i - 0.4) / count
+        shapes = [
+            box((deep * 0.9, inner, 0.02), (-deep * 0.45, 0, -lip / 2), own),
+            box((0.03, inner, lip), (0, 0, 0), own),
+        ]
+        parts.append(slide(f"{word}drawer", (deep / 2, 0, z), (1, 0, 0), deep * 0.6, shapes))
+    return base, parts
+
+
+def side_flap(rng):
+    """One door, flap or cover that leaves much of the front free, on blocks and Ls."""
+    body = pick(rng, block, tower, tray)(rng)
+    if chance(rng, 0.4):
+        add_back(rng, body, 0)
+    front = np.array((body.wide, body.top - body.low))
+    size = front * rng.uniform(0.45, 0.95, 2)
+    y, z = (front - size) / 2 * rng.uniform(-1, 1, 2)
+    kind, at = pick(rng, "door", "flap", "cover"), (body.deep / 2, y, (body.top + body.low) / 2 + z)
+    part = front_part(rng, kind, kind, at, *size, body.deep, other_colour(rng, body.rgb), any_grip(rng))
+    return finish(rng, body, [part], 4)
+
+
+def latch(rng):
+    """A bar that lies across a front and swings out from it."""
+    body = pick(rng, block, tower)(rng)
+    front = (body.wide, body.top - body.low)
+    quarters, high, thick = int(rng.integers(4)), *sizes(rng, (0.07, 0.14), (0.03, 0.08))
+    long = max(0.15, front[quarters % 2] * rng.uniform(0.5, 1.0))
+    bar = [box((thick, long, high), (thick / 2, -long / 2, 0), other_colour(rng, body.rgb))]
+    bar += pick(rng, [], [box((0.03, 0.05, high * 1.3), (thick, 0.05 - long, 0), pick(rng, METAL, DARK))])
+    part = hinge("bar", (0, long / 2, 0), (0, 0, 1), rng.uniform(1.2, 1.8), bar, "swing out")
+    middle = (body.deep / 2 + 0.003, 0, (body.top + body.low) / 2)
+    return finish(rng, body, [moved(part, np.linalg.matrix_power(QUARTER, quarters), middle)], 2, 2)
+
+
+def hanging_flap(rng):
+    """A panel that hangs from a rail between posts, or on a body, and swings out below."""
+    wide, tall, thick, rise = sizes(rng, (0.3, 0.8), (0.25, 0.6), (0.02, 0.05), (0.05, 0.3))
+    rgb, top = tint(rng), tall + rise
+    posts = [box((0.05, 0.05, top), (0, s * (wide / 2 + 0.03), top / 2), rgb) for s in ENDS]
+    posts += [cylinder(0.025, wide + 0.1, (0, 0, top), METAL, "y"), foot(rng, wide * 0.8, rgb)]
+    wall = [box((0.25, wide * rng.uniform(0.9, 1.3), top + 0.05), (-0.15, 0, top / 2), rgb)]
+    panel = [box((thick, wide * 0.94, tall), (0, 0, -tall / 2), other_colour(rng, rgb))]
+    panel += handle(any_grip(rng), (thick / 2, 0, -tall * 0.85), 0.12, DARK)
+    part = hinge(pick(rng, "flap", "flap", "cover"), (0, 0, top), (0, -1, 0), 1.2, panel, pick(rng, "open", "lift"))
+    return pick(rng, posts, wall), [part]
+
+
+def wings(rng):
+    """Leaves that hang at the sides of a body and are folded up."""
+    body = pick(rng, block, tower, tray)(rng)
+    thick, drop = rng.uniform(0.02, 0.05), max(0.12, body.top * rng.uniform(0.4, 0.9))
+    long, rgb = body.deep * rng.uniform(0.6, 1.0), other_colour(rng, body.rgb)
+    parts = []
+    for s, word in LEFT_RIGHT:
+        leaf = [box((long, thick, drop), (0, s * thick / 2, -drop / 2), rgb)]
+        at = (0, s * (body.wide / 2 + 0.003), body.top)
+        parts.append(hinge(f"{word} flap", at, (s, 0, 0), rng.uniform(1.2, 1.6), leaf, "lift"))
+    if chance(rng, 0.4):
+        parts = [parts[rng.integers(2)]]
+        parts[0].label = "flap"
+    return finish(rng, body, parts, 2)
+
+
+def sash(rng):
+    """A screen with a grip that slides in a frame, sideways or up."""
+    wide, tall = sizes(rng, (0.5, 1.0), (0.4, 0.8))
+    rgb, pane_rgb, z = tint(rng), tint(rng), 0.1 + tall / 2
+    base = [box((0.1, wide + 0.08, 0.04), (0, 0, z + s * (tall / 2 + 0.02)), rgb) for s in ENDS]
+    base += [box((0.1, 0.04, tall), (0, s * (wide / 2 + 0.02), z), rgb) for s in ENDS]
+    base += [box((0.25, wide * 0.7, 0.08), (0, 0, 0.04), other_colour(rng, rgb))]
+    k = int(rng.integers(3))  # slides to the right, up, to the left; down would be seen from below only
+    room, across = (tall, wide) if k % 2 else (wide, tall)
+    pane = [box((0.03, room / 2, across * 0.97), (0, 0, 0), pane_rgb)]
+    pane += pick(rng, [], [box((0.034, room * 0.4, across * 0.7), (0, 0, 0), tint(rng))])
+    pane += [box((0.13, 0.06, across * rng.uniform(0.3, 0.7)), (0.075, room * rng.uniform(-0.2, 0.0), 0), DARK)]
+    part = slide("screen", (0.02, -room / 4, 0), (0, 1, 0), room * 0.45, pane, "slide")
+    return base, [moved(part, np.linalg.matrix_power(QUARTER, k), (0, 0, z))]
+
+
+def sliders(rng):
+    """Blocks that slide in tracks on the top."""
+    body = pick(rng, block, slab, oblong)(rng)
+    k = int(rng.integers(4))
+    away, along = body.extents(k)
+    forward, aside = quarter(k) @ (1, 0, 0), np.array((1.0, 0, 0) if k % 2 else (0, 1.0, 0))
+    pair = BACK_FRONT if k % 2 else LEFT_RIGHT
+    cells = [(s * along / 4, f"{word} slider") for s, word in pair] if along > 0.3 else [(0.0, "slider")]
+    rgb, size = other_colour(rng, body.rgb), sizes(rng, (0.05, 0.12), (0.06, 0.13), (0.07, 0.14))
+    parts = []
+    for offset, label in cells:
+        centre = offset * aside + (0, 0, body.top)
+        body.shapes += turn_all([box((away * 0.8, 0.03, 0.006), (0, 0, 0), DARK)], k, centre)
+        travel, block_shape = max(0.13, away * 0.5), [box(size, (0, 0, size[2] / 2), rgb)]
+        part = slide(label, (0, 0, 0.004), (1, 0, 0), travel, block_shape, "slide")
+        parts.append(moved(part, quarter(k), centre - away * 0.28 * forward))
+    return finish(rng, body, parts)
+
+
+def sliding_cover(rng):
+    """A cover with a ridge that is pushed back along the top."""
+    body = pick(rng, block, slab, oblong, tower)(rng)
+    k = int(rng.integers(4))
+    away, along = body.extents(k)
+    rgb, thick, share, ridge = other_colour(rng, body.rgb), *sizes(rng, (0.015, 0.05), (0.3, 0.55), (0.05, 0.09))
+    cover = [box((away * share, along * 0.85, thick), (0, 0, thick / 2), rgb)]
+    at = (away * share * rng.uniform(-0.3, 0.3), 0, thick + ridge / 2)
+    cover += [box((0.025, along * rng.uniform(0.3, 0.7), ridge), at, other_colour(rng, rgb))]
+    part = slide(
+        "cover", (-away * 0.2, 0, 0.004), (1, 0, 0), max(0.14, away * 0.45), cover, "push back", primitive="push"
+    )
+    return finish(rng, body, [moved(part, quarter(k), (0, 0, body.top))])
+
+
+def tilting_panel(rng):
+    """A panel on a post or between two uprights that tilts forward."""
+    wide, tall, pivot, thick = sizes(rng, (0.25, 0.9), (0.25, 0.6), (0.2, 0.5), (0.015, 0.06))
+    rgb, rise = tint(rng), tall * rng.uniform(0.15, 0.45)
+    post = [box((0.03, 0.06, pivot), (-0.03, 0, pivot / 2), other_colour(rng, rgb))]
+    uprights = [box((0.04, 0.03, pivot + 0.05), (0, s * (wide / 2 + 0.03), pivot / 2), rgb) for s in ENDS]
+    panel = [box((thick, wide, tall), (0.01, 0, rise), other_colour(rng, rgb))]
+    face = (0.006, wide * rng.uniform(0.5, 0.95), tall * rng.uniform(0.4, 0.9))
+    panel += pick(rng, [], [box(face, (0.01 + thick / 2, 0, rise), tint(rng))])
+    part = hinge(pick(rng, "screen", "screen", "head"), (0, 0, pivot), (0, 1, 0), 0.7, panel, "tilt", lower=-0.25)
+    return [foot(rng, wide * 0.5, rgb), *pick(rng, post, uprights)], [part]
+
+
+def pull_up(rng):
+    """A handle, bar or head that comes straight up out of a body: a U, a T or a mushroom."""
+    body = pick(rng, block, tower, drum, stack, slab)(rng)
+    wide, high, thick = sizes(rng, (0.12, 0.35), (0.06, 0.2), (0.04, 0.08))
+    rgb, stem = other_colour(rng, body.rgb), cylinder(0.025, high, (0, 0, high / 2), METAL)
+    beam = box((thick, wide + 0.04, thick), (0, 0, high), rgb)
+    shapes = pick(
+        rng,
+        [*(box((0.025, 0.025, high), (0, s * wide * 0.45, high / 2), METAL) for s in ENDS), beam],
+        [stem, beam],
+        [stem, cylinder(wide / 2, thick, (0, 0, high), rgb)],
+    )
+    word, verb = pick(rng, "handle", "handle", "head", "bar"), pick(rng, "pull up", "lift")
+    part = slide(word, (0, 0, body.top), (0, 0, 1), rng.uniform(0.2, 0.35), shapes, verb)
+    return finish(rng, body, [moved(part, quarter(int(rng.integers(2))))])
+
+
+def plunger(rng):
+    """A button or head on a stem that is pressed down into a body."""
+    body = pick(rng, block, tower, drum, stack, slab)(rng)
+    radius, high, thick = sizes(rng, (0.05, 0.13), (0.13, 0.22), (0.03, 0.08))
+    rgb, size = other_colour(rng, body.rgb), (2 * radius, 2 * radius, thick)
+    top = pick(rng, cylinder(radius, thick, (0, 0, high), rgb), box(size, (0, 0, high), rgb))
+    shapes = [top, cylinder(0.025, high, (0, 0, high / 2), METAL)]
+    label = pick(rng, "button", "head", "lever")
+    part = slide(label, (0, 0, body.top), (0, 0, -1), high - 0.01, shapes, "press down", primitive="push")
+    return finish(rng, body, [part], fixtures=2)
+
+
+def buttons(rng):
+    """Keys that are lifted at a hinge, on a flat top."""
+    body = pick(rng, slab, block, oblong)(rng)
+    deep, thick = body.deep * rng.uniform(0.4, 0.7), rng.uniform(0.03, 0.09)
+    cells = [(s * body.wide / 4, f"{word} button") for s, word in LEFT_RIGHT]
+    if chance(rng, 0.4):
+        cells = [(body.wide * rng.uniform(-0.2, 0.2), "button")]
+    rgb, wide, x = other_colour(rng, body.rgb), body.wide * rng.uniform(0.25, 0.42), -body.deep * rng.uniform(0.1, 0.45)
+    key = [box((deep, wide, thick), (deep / 2, 0, thick / 2), rgb)]
+    parts = [hinge(label, (x, y, body.top), (0, -1, 0), 0.5, key, "lift") for y, label in cells]
+    return finish(rng, body, parts)
+
+
+def folding_plate(rng):
+    """A level plate on a wall or between uprights that folds up."""
+    wide, deep, z, more, thick = sizes(rng, (0.3, 0.7), (0.22, 0.45), (0.3, 0.55), (0.1, 0.4), (0.02, 0.06))
+    rgb, tall = tint(rng), z + more
+    wall = [
+        box((0.05, wide * 1.1, tall), (-0.05, 0, tall / 2), rgb),
+        box((deep, wide * 0.8, 0.03), (0.1, 0, 0.015), rgb),
+    ]
+    frame = [box((0.035, 0.035, tall), (-0.03, s * wide / 2, tall / 2), rgb) for s in ENDS]
+    frame += [box((deep, 0.035, 0.03), (deep / 2, s * wide / 2, 0.015), rgb) for s in ENDS]
+    plate = [box((deep, wide * rng.uniform(0.6, 0.94), thick), (deep / 2, 0, 0), other_colour(rng, rgb))]
+    word, verb = pick(rng, ("seat", "fold up"), ("flap", "lift"), ("cover", "lift"))
+    part = hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb)
+    k = int(rng.integers(4))
+    return turn_all(pick(rng, wall, frame), k), [moved(part, quarter(k))]
+
+
+def boom(rng):
+    """An arm on a mast that is raised, with a weight, lamp or hook at its end; another arm may be fixed."""
+    pole, arm, thick = sizes(rng, (0.3, 0.7), (0.22, 0.45), (0.03, 0.06))
+    rgb, metal = tint(rng), pick(rng, METAL, DARK, tint(rng))
+    base = [foot(rng, rng.uniform(0.2, 0.4), rgb), cylinder(rng.uniform(0.015, 0.04), pole, (0, 0, pole / 2), metal)]
+    if chance(rng, 0.4):
+        base += turn_all([cylinder(0.02, arm, (arm / 2, 0, pole * rng.uniform(0.2, 0.5)), metal, "x")], rng.integers(4))
+    shapes, own = stick(rng, arm, thick, metal), other_colour(rng, rgb)
+    end = (arm, 0, -0.02)
+    shapes.append(pick(rng, cylinder(0.08, 0.1, end, own), sphere(0.07, end, own), box((0.12, 0.15, 0.08), end, own)))
+    word, verb, at = pick(rng, "head", "bar"), pick(rng, "raise", "lift"), (0, 0, pole * rng.uniform(0.7, 1.0))
+    part = hinge(word, at, (0, -1, 0), 0.9, shapes, verb, lower=-0.3)
+    return base, [moved(part, quarter(rng.integers(4)))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archetypes that come near an unseen category (NEAR says which)
+
+
+def book(rng):
+    """A slab hinged on a slab, at any edge, closed or ajar."""
+    body = slab(rng)
+    word, k = pick(rng, "lid", "cover", "screen", "flap"), int(rng.integers(4))
+    studs = [(i * 0.08, j * 0.08) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    body.shapes += pick(rng, [], [box((0.04, 0.04, 0.01), (x, y, body.top), METAL) for x, y in studs])
+    rgb = pick(rng, body.rgb, other_colour(rng, body.rgb))
+    thick = pick(rng, 0.02, 0.1) * rng.uniform(0.7, 1.3)
+    part = lid(rng, word, body, k, rgb, (0.85, 1.02), thick, start=rng.uniform(0, 0.6))
+    part.verb = "open"
+    return finish(rng, body, [part], 2)
+
+
+def clamp_arm(rng):
+    """A long arm over a long base, hinged at one end, raised or pressed down."""
+    long, wide, high = sizes(rng, (0.4, 0.85), (0.08, 0.22), (0.08, 0.35))
+    rgb, x = tint(rng), -long / 2 + 0.04
+    base = [box((long, wide * rng.uniform(0.9, 1.8), 0.04), (0, 0, 0.02), other_colour(rng, rgb))]
+    base += [box((0.08, wide, high + 0.02), (x, 0, high / 2), rgb)]
+    thick, reach = rng.uniform(0.04, 0.08), long * rng.uniform(0.6, 1.0)
+    arm = [box((reach, wide * rng.uniform(0.5, 1.0), thick), (reach / 2, 0, thick / 2), other_colour(rng, rgb))]
+    arm += pick(rng, [], [box((0.1, wide * 1.1, thick * 1.2), (reach, 0, thick / 2), other_colour(rng, rgb))])
+    word, k = pick(rng, "bar", "lever", "handle", "head"), int(rng.integers(4))
+    if high > 0.2 and chance(rng, 0.4):
+        more = dict(lower=-rng.uniform(0.1, 0.4), primitive="push")
+        part = hinge(word, (x, 0, high), (0, 1, 0), 0.6, arm, "press down", **more)
+    else:
+        verb, start = pick(rng, "lift", "raise"), rng.uniform(0, 0.4)
+        part = hinge(word, (x, 0, high), (0, -1, 0), rng.uniform(0.9, 1.5), arm, verb, start=start)
+    return turn_all(base, k), [moved(part, quarter(k))]
+
+
+def lidded_drum(rng):
+    """A round body with a hinged lid; handles, tubes and masts that do not move."""
+    body = pick(rng, drum, stack, goblet)(rng)
+    part = lid(rng, lid_word(rng), body, int(rng.integers(4)), other_colour(rng, body.rgb))
+    return finish(rng, body, [part], 1, 3)
+
+
+def backed_lid(rng):
+    """A lid in front of something taller that does not move."""
+    body = pick(rng, goblet, drum, oblong, block)(rng)
+    k = int(rng.integers(4))
+    add_back(rng, body, k)
+    word = pick(rng, "lid", "lid", "cover", "seat")
+    return finish(rng, body, [lid(rng, word, body, pick(rng, k, k, (k + 2) % 4), other_colour(rng, body.rgb))], 2)
+
+
+def post_levers(rng):
+    """Levers that turn either way on posts, beside sticks that do not."""
+    rgb, long, thick = tint(rng), *sizes(rng, (0.16, 0.3), (0.04, 0.07))
+    base = [foot(rng, rng.uniform(0.4, 0.6), other_colour(rng, rgb))]
+    for _ in range(rng.integers(3)):
+        x, y, tall = sizes(rng, (-0.2, 0.2), (-0.2, 0.2), (0.15, 0.5))
+        base += [cylinder(0.03, tall, (x, y, tall / 2), other_colour(rng, rgb))]
+        base += turn_all([cylinder(0.025, 0.2, (0.1, 0, tall * 0.9), rgb, "x")], rng.integers(4), (x, y, 0))
+    lever = [turned(s, np.eye(3), (0, 0, 0.05)) for s in stick(rng, long, thick, other_colour(rng, rgb))]
+    lever += [cylinder(thick, 0.06, (0, 0, 0.03), rgb)]
+    cells = [(s * 0.2, f"{word} ") for s, word in LEFT_RIGHT] if chance(rng, 0.4) else [(0.0, "")]
+    tall, kind, k, parts = rng.uniform(0.1, 0.45), pick(rng, "lever", "handle", "bar"), int(rng.integers(4)), []
+    for y, word in cells:
+        base += [cylinder(rng.uniform(0.04, 0.09), tall, (0, y, tall / 2), rgb)]
+        part = hinge(word + kind, (0, 0, 0), (0, 0, 1), 1.0, lever, "turn", lower=-1.0, start=0.0, both_ways=True)
+        parts.append(moved(part, quarter(k), (0, y, tall)))
+    return base, parts
+
+
+def wall_levers(rng):
+    """One to three levers on an upright plate or box: pressed down, raised or turned."""
+    count, way = pick(rng, 1, 2, 3), pick(rng, "press down", "press down", "raise", "turn")
+    tall, deep, long, thick = sizes(rng, (0.35, 0.8), (0.03, 0.3), (0.18, 0.26), (0.04, 0.08))
+    rgb, wide = tint(rng), rng.uniform(0.2, 0.3) * (1 + 0.6 * (count - 1))
+    body = Body([box((deep, wide, tall), (0, 0, tall / 2), rgb)], rgb, deep, wide, tall)
+    body.shapes += [box((deep + 0.2, wide * 0.7, 0.04), (0, 0, 0.02), other_colour(rng, rgb))]
+    lever, z, lower = (
+        stick(rng, long, thick, other_colour(rng, rgb)),
+        tall * rng.uniform(0.4, 0.7),
+        -rng.uniform(0.1, 0.4),
+    )
+    joint = {
+        "press down": dict(axis=(0, 1, 0), upper=0.6, lower=lower, primitive="push"),
+        "raise": dict(axis=(0, -1, 0), upper=0.7, lower=lower),
+        "turn": dict(axis=(0, 0, 1), upper=0.9, lower=-0.9, start=0.0, both_ways=True),
+    }[way]
+    kind, slot = pick(rng, "lever", "bar", "handle"), (0.01, thick * 1.6, tall * 0.4)
+    parts = []
+    for i, word in enumerate(ROW[count]):
+        y = wide * ((i + 0.5) / count - 0.5)
+        body.shapes += pick(rng, [], [box(slot, (deep / 2 + 0.002, y, z), DARK)])
+        parts.append(hinge(word + kind, (deep / 2, y, z), shapes=lever, verb=way, **joint))
+    return finish(rng, body, parts, 2)
+
+
+def capped_stick(rng):
+    """A long stick, lying or upright, with a cap at one end or at both."""
+    long, thick, cap_long, neck = sizes(rng, (0.35, 0.8), (0.08, 0.2), (0.1, 0.25), (0.0, 0.08))
+    rgb, flat, is_round = tint(rng), rng.uniform(0.5, 1.0), chance(rng, 0.45)
+
+    def piece(length, x, colour, wider=1.0):
+        if is_round:
+            return cylinder(thick / 2 * wider, length, (x, 0, 0), colour, "x")
+        return box((length, thick * wider, thick * flat * wider), (x, 0, 0), colour)
+
+    base = [piece(long, 0, rgb)]
+    base += [
+        piece(rng.uniform(0.03, 0.15), rng.uniform(-0.35, 0.3) * long, tint(rng), 1.04) for _ in range(rng.integers(3))
+    ]
+    cap, way = piece(cap_long, cap_long / 2, other_colour(rng, rgb), rng.uniform(0.9, 1.2)), pick(rng, "x", "y", "z")
+    ends = [(1, "cap")]
+    if way != "z" and chance(rng, 0.3):
+        ends = [(s, f"{word} cap") for s, word in (BACK_FRONT if way == "x" else LEFT_RIGHT)]
+    parts = []
+    for s, label in ends:
+        flip = np.diag([s, s, 1.0])
+        base += [turned(piece(neck + 0.02, long / 2 + neck / 2, METAL, 0.6), flip)]
+        part = slide(label, (long / 2 + neck, 0, 0), (1, 0, 0), rng.uniform(0.2, 0.35), [cap], "pull off")
+        parts.append(moved(part, flip))
+    turn, up = {"x": np.eye(3), "y": quarter(1), "z": FACES["top"]}[way], long / 2 if way == "z" else thick * 0.6
+    return [turned(s, turn, (0, 0, up)) for s in base], [moved(part, turn, (0, 0, up)) for part in parts]
+
+
+def plugged_face(rng):
+    """A cap plugged into the front, pulled off towards the viewer."""
+    body = pick(rng, block, tower)(rng)
+    front = np.array((body.wide, body.top - body.low))
+    size, high = min(front) * rng.uniform(0.4, 0.8), rng.uniform(0.06, 0.22)
+    y, z = (front - size) / 2 * rng.uniform(-1, 1, 2)
+    rgb, at = other_colour(rng, body.rgb), (high / 2, 0, 0)
+    cap = [pick(rng, cylinder(size / 2, high, at, rgb, "x"), box((high, size, size), at, rgb))]
+    cap += handle(any_grip(rng), (high, 0, 0), size * 0.6, pick(rng, METAL, DARK))
+    middle = (body.deep / 2 + 0.003, y, (body.top + body.low) / 2 + z)
+    return finish(rng, body, [slide("cap", middle, (1, 0, 0), rng.uniform(0.2, 0.3), cap, "pull off")], 3, 2)
+
+
+def crossed(rng):
+    """Two arms that cross or meet at a pivot and lie flat; the one in front swings out."""
+    long, half, thick, wide = sizes(rng, (0.35, 0.6), (0.15, 0.6), (0.04, 0.07), (0.04, 0.08))
+    rgb, back, side = tint(rng), rng.uniform(0.0, 0.7) * long, pick(rng, *ENDS)
+    hand, tip_rgb, hand_rgb = pick(rng, "plain", "thick", "ball"), other_colour(rng, rgb), other_colour(rng, rgb)
+
+    def arm(front):
+        x, y = front * math.sin(half), -side * math.cos(half)
+        yaw = math.atan2(y, x)
+        shapes = [box((long, wide, thick), (x * long / 2, y * long / 2, 0.03), rgb, yaw)]
+        shapes += [box((back + 0.03, wide, thick), (-x * back / 2, -y * back / 2, 0.03), tip_rgb, yaw)]
+        if hand == "thick":
+            shapes += [
+                box((long / 2, wide * 1.6, thick * 1.3), (x * 0.75 * long, y * 0.75 * long, 0.03), hand_rgb, yaw)
+            ]
+        if hand == "ball":
+            shapes += [sphere(wide, (x * long, y * long, 0.03), hand_rgb)]
+        return shapes
+
+    base = [*arm(-1), cylinder(0.035, 0.13, (0, 0, 0.06), other_colour(rng, rgb))]
+    label, verb = pick(rng, ("front handle", "open"), ("front bar", "swing out"))
+    return base, [hinge(label, (0, 0, 0.005 + thick), (0, 0, side), 0.9, arm(1), verb)]
+
+
+def frame_drawers(rng):
+    """A slab on legs, walls or a column, with drawers or a flap below it."""
+    wide, deep, tall, low = sizes(rng, (0.45, 1.0), (0.3, 0.6), (0.3, 0.75), (0.1, 0.22))
+    rgb, count, share = tint(rng), pick(rng, 1, 1, 2, 3), rng.uniform(0.5, 0.9)
+    dark, z, span = other_colour(rng, rgb), tall - 0.01 - low / 2, wide * share
+    column = [cylinder(0.05, tall, (0, 0, tall / 2), dark), cylinder(0.22, 0.03, (0, 0, 0.015), dark)]
+    walls = [box((deep * 0.9, 0.04, tall), (0, s * wide * 0.47, tall / 2), dark) for s in ENDS]
+    base = [box((deep, wide, 0.03), (0, 0, tall), rgb), box((deep * 0.8, span, low), (-0.03, 0, z), dark)]
+    base += pick(rng, legs(wide * 0.95, deep * 0.9, tall, 0.05, dark), walls, column)
+    kind, grip, own = pick(rng, "drawer", "drawer", "drawer", "flap"), any_grip(rng), other_colour(rng, rgb)
+    cells = [(span * ((i + 0.5) / count - 0.5), word + kind) for i, word in enumerate(ROW[count])]
+    at, size = deep * 0.4 - 0.03, (span / count * 0.96, low * 0.95)
+    return base, [front_part(rng, kind, label, (at, y, z), *size, deep * 0.8, own, grip) for y, label in cells]
+
+
+def round_door(rng):
+    """A round door or cover on a front, hinged at any side, or on the end of a lying drum."""
+    if chance(rng, 0.3):
+        radius, long, rgb = *sizes(rng, (0.15, 0.3), (0.3, 0.6)), tint(rng)
+        shapes = [
+            cylinder(radius, long, (0, 0, radius + 0.05), rgb, "x"),
+            box((long * 0.7, radius, 0.1), (0, 0, 0.05), DARK),
+        ]
+        body = Body(shapes, rgb, long, 2 * radius, 2 * radius + 0.1, 0.0, flat=False)
+    else:
+        body = block(rng, (0.2, 0.6), (0.35, 0.7), (0.35, 0.9))
+        radius = min(body.wide, body.top - body.low) / 2 * rng.uniform(0.45, 0.9)
+    rgb, thick = other_colour(rng, body.rgb), rng.uniform(0.025, 0.08)
+    shapes = [cylinder(radius, thick, (thick / 2, -radius, 0), rgb, "x")]
+    shapes += pick(rng, [], [cylinder(radius * rng.uniform(0.3, 0.7), 0.02, (thick, -radius, 0), tint(rng), "x")])
+    shapes += handle(any_grip(rng), (thick, 0.05 - 2 * radius, 0), 0.1, pick(rng, METAL, DARK))
+    part = hinge(pick(rng, "door", "door", "cover", "lid"), (0, radius, 0), (0, 0, 1), rng.uniform(1.2, 1.9), shapes)
+    middle = (body.deep / 2 + 0.003, 0, (body.top + body.low) / 2)
+    return finish(rng, body, [moved(part, np.linalg.matrix_power(QUARTER, int(rng.integers(4))), middle)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+NEAR: dict[str, tuple[str, ...]] = {  # archetype -> the unseen categories it comes near
+    "book": ("Phone",), "clamp_arm": ("Stapler",), "lidded_drum": ("Kettle",), "backed_lid": ("Toilet",),
+    "post_levers": ("Faucet",), "wall_levers": ("Switch",), "capped_stick": ("USB",), "plugged_face": ("USB",),
+    "crossed": ("Scissors",), "frame_drawers": ("Table",), "round_door": ("WashingMachine",),
+}  # fmt: skip
+ARCHETYPES: dict[str, Callable[[np.random.Generator], Object]] = {
+    build.__name__: build
+    for build in (
+        lidded_box, lift_off, tipped_cap, chest, trays, side_flap, latch, hanging_flap, wings, sash,
+        sliders, sliding_cover, tilting_panel, pull_up, plunger, buttons, folding_plate, boom,
+        book, clamp_arm, lidded_drum, backed_lid, post_levers, wall_levers, capped_stick, plugged_face, crossed,
+        frame_drawers, round_door,
+    )
+}  # fmt: skip
+STRICT = tuple(name for name in ARCHETYPES if name not in NEAR)
+
+
+def draw_sheet(path: str, columns: int = 10, seed: int = 0) -> None:
+    """A picture file with one archetype a row."""
+    from PIL import Image, ImageDraw  # only here: objects are built without pictures
+
+    from sim.scene import Scene
+
+    scene = Scene()
+    S = scene.image_size
+    sheet = Image.new("RGB", (columns * S, len(ARCHETYPES) * S))
+    for i, name in enumerate(ARCHETYPES):
+        for j in range(columns):
+            sheet.paste(Image.fromarray(scene.spawn(PREFIX + name, seed + j).render()), (j * S, i * S))
+        ImageDraw.Draw(sheet).text((3, i * S + 2), name + "".join(f" ~ {c}" for c in NEAR.get(name, ())), fill="black")
+    scene.close()
+    sheet.save(path)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2 or arguments[0] != "--sheet":
+        print("usage: python -m sim.grammar --sheet FILE.png", file=sys.stderr)
+        return 2
+    draw_sheet(arguments[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

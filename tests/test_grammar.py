@@ -1,0 +1,121 @@
+"""pytest tests/test_grammar.py -q
+
+The grammar of training objects: every archetype builds, moves as its words say, and is solved by the expert.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_objects import corners, place
+
+from sim import grammar
+from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
+from sim.expert import expert
+from sim.grammar import ARCHETYPES, NEAR, PREFIX, STRICT
+from sim.objects import PART_KINDS, body_colour, part_colour, to_urdf
+from sim.scene import Scene
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = {part.verb for c in SEEN for seed in range(20) for part in make_object(c, np.random.default_rng(seed)).parts}
+
+
+def instances(name, n=30):
+    return [make_object(PREFIX + name, np.random.default_rng(seed)) for seed in range(n)]
+
+
+def test_strict_leaves_out_what_comes_near_an_unseen_category():
+    assert len(ARCHETYPES) >= 24 and len(STRICT) + len(NEAR) == len(ARCHETYPES) and set(NEAR) < set(ARCHETYPES)
+    assert {category for near in NEAR.values() for category in near} == set(UNSEEN)
+    assert not {name.lower() for name in (*SEEN, *UNSEEN)} & set(ARCHETYPES)
+    assert all(NOUNS[PREFIX + name] == "object" for name in ARCHETYPES)
+
+
+@pytest.mark.parametrize("name", ARCHETYPES)
+def test_every_instance_is_well_formed(name):
+    for spec in instances(name):
+        labels = [part.label for part in spec.parts]
+        assert spec.category == PREFIX + name and 1 <= len(labels) == len(set(labels)) <= 6, labels
+        assert [part.name for part in spec.parts] == [f"part_{i}" for i in range(len(labels))]
+        for part in spec.parts:
+            assert part.kind in PART_KINDS[1:] and part.verb in VERBS | {"turn", "swing out", "slide"}
+            assert (part.primitive == "push") == (part.verb in ("press down", "push back"))
+            assert part.both_ways == (part.verb == "turn")
+            assert abs(np.linalg.norm(part.axis) - 1) < 1e-9
+            assert part.lower <= part.start < part.start + 0.1 < part.upper
+        for shape in [*spec.base, *itertools.chain(*(part.shapes for part in spec.parts))]:
+            assert min(shape.size) > 0 and all(0 <= value <= 1 for value in shape.rgb)
+        everything = np.concatenate([corners(spec.base), *(place(p, corners(p.shapes), p.start) for p in spec.parts)])
+        assert 0.3 < np.ptp(everything, axis=0).max() < 1.5
+        assert body_colour(spec) and all(part_colour(part) for part in spec.parts)
+
+
+def test_objects_depend_on_the_seed_alone_and_vary():
+    for name in ARCHETYPES:
+        texts = [to_urdf(spec) for spec in instances(name, 6)]
+        assert texts == [to_urdf(spec) for spec in instances(name, 6)] and len(set(texts)) == 6
+
+
+def test_words_of_position_are_true():
+    """Left is at smaller y than right (seen from the front), top above bottom, front at larger x than back."""
+    order = {"left": ("right", 1), "bottom": ("top", 2), "back": ("front", 0)}
+    checked = 0
+    for name in ARCHETYPES:
+        for spec in instances(name):
+            centre = {p.label: place(p, corners(p.shapes), p.start).mean(0) for p in spec.parts}
+            for label, (low, (high, axis)) in itertools.product(centre, order.items()):
+                other = " ".join(high if word == low else word for word in label.split())
+                if other != label and other in centre:
+                    assert centre[label][axis] < centre[other][axis] - 0.02, (name, label, other)
+                    checked += 1
+    assert checked > 100
+
+
+UP = ("lift", "pull up", "raise", "fold up")
+
+
+def test_parts_move_as_their_verb_says():
+    """The point farthest from the joint's axis goes up, down, or away from the body."""
+    for name in ARCHETYPES:
+        for spec in instances(name):
+            for part in spec.parts:
+                points = corners(part.shapes)
+                far = points[[np.linalg.norm(np.cross(points, part.axis), axis=1).argmax()]]
+                step = place(part, far, part.start + 0.1)[0] - place(part, far, part.start)[0]
+                if part.verb == "press down":
+                    assert step[2] < 0, (name, part)
+                elif part.verb in UP and name not in ("hanging_flap", "wings"):  # these start by going out
+                    assert step[2] > 0, (name, part)
+                elif part.kind == "drawer":
+                    assert step[0] > 0.05, (name, part)
+
+
+def test_the_expert_solves_every_archetype():
+    scene, solved = Scene(), {}
+    try:
+        for name in ARCHETYPES:
+            solved[name] = 0
+            for seed in range(4):
+                scene.spawn(PREFIX + name, 8_000_000 + seed).render()
+                label = expert(scene, np.random.default_rng(seed))
+                solved[name] += label is not None and scene.act(label.u, label.v, label.approach).long
+    finally:
+        scene.close()
+    assert sum(solved.values()) >= 0.95 * 4 * len(ARCHETYPES) and min(solved.values()) >= 3, solved
+
+
+def test_an_unknown_archetype_is_named():
+    with pytest.raises(ValueError, match="grammar:spaceship"):
+        make_object("grammar:spaceship", np.random.default_rng(0))
+
+
+def test_the_sheet_has_a_row_an_archetype(tmp_path, capsys):
+    code = f"from sim import grammar; grammar.draw_sheet(r'{tmp_path / 'sheet.png'}', columns=1)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (128, 128 * len(ARCHETYPES))
+    assert grammar.main([]) == 2 and "--sheet" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""Packaging: what an installation may touch, and how the Makefile finds its Python.
+
+pytest tests/test_install.py
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools import build_meta
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SHELL = "#!/bin/sh\n"
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Packaging files and Makefile alone in a folder with a space, and a PATH that holds a shell's tools only."""
+    tree = tmp_path / "a copy"
+    tree.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "robomamba.py"):
+        shutil.copy(ROOT / name, tree)
+    for folder in ("data", "sim", "common"):
+        (tree / folder).mkdir()
+        (tree / folder / "__init__.py").touch()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "make", "test", "touch", "echo", "mkdir"):
+        (tools / name).symlink_to(shutil.which(name))
+    return tree, tools
+
+
+def make(tree: Path, tools: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": str(tools), "HOME": os.environ.get("HOME", "/")}
+    return subprocess.run(["make", *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def fake_python(path: Path, minor: int) -> None:
+    """A program that says its version as Python does; made into .venv/bin/python, it notes what it is called with."""
+    text = (
+        SHELL
+        + f"""case "$1" in
+-c) [ {minor} -ge 11 ] ;;
+-m) if [ "$2" = venv ]; then mkdir "$3" "$3/bin"; echo "{SHELL.strip()}" > "$3/log"; cp "$0" "$3/bin/python"; fi
+    if [ "$2" = pip ]; then echo "$@" >> .venv/log; fi ;;
+esac
+"""
+    )
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_an_installation_puts_no_module_into_site_packages(bare, tmp_path, monkeypatch):
+    """A wheel of this project holds its metadata only: `data`, `sim`, `common` would shadow other people's modules."""
+    monkeypatch.chdir(bare[0])
+    wheel = build_meta.build_wheel(str(tmp_path))
+    names = zipfile.ZipFile(tmp_path / wheel).namelist()
+    assert names and all(".dist-info/" in name for name in names), names
+
+
+def test_the_simulator_is_an_extra_and_every_extra_has_what_it_promises():
+    extras = PROJECT["optional-dependencies"]
+    assert {"sim", "test", "dev", "plots", "bench", "parity", "gym", "play", "notebook"} == set(extras)
+    assert not any("pybullet" in need for need in PROJECT["dependencies"])
+    assert extras["sim"][0].startswith("pybullet")
+    assert PROJECT["requires-python"] == ">=3.11"
+
+
+def test_constraints_pin_what_make_installs():
+    makefile = (ROOT / "Makefile").read_text()
+    installed = {name for group in re.findall(r'"\.\[([\w,]+)\]"', makefile) for name in group.split(",")}
+    needs = PROJECT["dependencies"] + [n for e in installed for n in PROJECT["optional-dependencies"][e]]
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
+    assert {re.match(r"[\w-]+", need)[0] for need in needs} <= pinned
+
+
+def test_make_says_what_to_do_without_a_python(bare):
+    tree, tools = bare
+    for minor in (8, 10):
+        fake_python(tools / "python3", minor)
+        done = make(tree, tools, ".venv/ready")
+        assert done.returncode != 0 and not (tree / ".venv").exists()
+        first, *rest = done.stderr.strip().splitlines()
+        assert "No Python >= 3.11" in first and "uv venv" in first and "PYTHON=" in first
+        assert all(line.startswith("make:") for line in rest), rest
+
+
+@pytest.mark.parametrize(("names", "taken"), [({"python3.11": 11, "python3": 12}, 11), ({"python3": 13}, 13)])
+def test_make_takes_the_first_python_that_answers(bare, names, taken):
+    """A command that exists but does not start, as pyenv's shims do, is passed over."""
+    tree, tools = bare
+    (tools / "python3.12").write_text(SHELL + "echo not installed >&2; exit 127\n")
+    (tools / "python3.12").chmod(0o755)
+    (tools / "cp").symlink_to(shutil.which("cp"))
+    for name, minor in names.items():
+        fake_python(tools / name, minor)
+    done = make(tree, tools, ".venv/ready")
+    assert done.returncode == 0, done.stderr
+    assert f"[ {taken} -ge 11 ]" in (tree / ".venv/bin/python").read_text()
+    log = (tree / ".venv/log").read_text()
+    assert ".[sim]" in log and ".[test" in log
+
+
+def test_make_uses_an_environment_that_is_there(bare):
+    tree, tools = bare
+    (tree / ".venv/bin").mkdir(parents=True)
+    fake_python(tree / ".venv/bin/python", 12)
+    done = make(tree, tools, ".venv/ready")
+    assert done.returncode == 0, done.stderr  # there is no Python on the PATH
+    assert ".[test" in (tree / ".venv/log").read_text()
+
+
+BLOCKED = """
+import sys
+sys.modules["pybullet"] = None
+import robomamba, train, finetune_policy, data.dataset, data.depth
+model = robomamba.RoboMamba.from_pretrained("data/pretrained/robomamba-tiny")
+picture = "data/figures/examples/microwave.png"
+print(model.generate(picture, "What is this object?"), model.predict_action(picture, "open the door").u > 0)
+"""
+
+
+def test_model_and_training_load_without_pybullet():
+    done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "True" in done.stdout
+
+
+def test_asking_for_the_simulator_without_pybullet_is_one_sentence():
+    code = "import sys, runpy; sys.modules['pybullet'] = None; sys.argv = ['sim_eval.py', '--demo']; "
+    code += "runpy.run_path('sim_eval.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the simulator needs PyBullet" in last and "Python 3.11" in last, done.stderr[-1500:]

@@ -1,0 +1,57 @@
+"""A folder of toy data in the layout of data.build, made in a moment: coloured boxes on grey, with questions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.prompts import number
+from data.tokenizer import train_ranks, write_ranks
+from sim.objects import COLOURS, SEEN
+
+COLOUR_NAMES = list(COLOURS)
+SIDE = 32
+
+
+def write_data(folder: Path, n: int, seed: int = 0) -> Path:
+    """n pictures of 32 pixels, a box each: conversations.json, dense.npz, manipulation.jsonl, vocab.tiktoken."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    records, samples = [], []
+    targets = np.zeros((n, 16, 16, 7), np.float16)
+    kinds = np.zeros((n, 16, 16), np.int8)
+    category, colour = rng.integers(0, 3, n), rng.integers(0, 3, n)
+    for i in range(n):
+        x, y = rng.integers(1, 9, 2)  # cells
+        picture = np.full((SIDE, SIDE, 3), 128, np.uint8)
+        picture[2 * y : 2 * y + 10, 2 * x : 2 * x + 10] = 30 + 100 * np.eye(3, dtype=np.uint8)[colour[i]]
+        targets[i, y : y + 5, x : x + 5] = (0.5, 0, 0, -1, 1, 1, 0.3)
+        kinds[i, y : y + 5, x : x + 5] = 1 + category[i]
+        image = f"images/{i}.png"
+        Image.fromarray(picture).save(folder / image)
+        u, v = 2.0 * x + 5, 2.0 * y + 5
+        name, tint = SEEN[category[i]].lower(), COLOUR_NAMES[colour[i]]
+        pixel = f"{number(u, SIDE)} {number(v, SIDE)}"
+        asked = {
+            "object": ("What is this?", name),
+            "caption": ("What is in the picture?", f"a {tint} {name}"),
+            "colour": ("Which colour has it?", tint),
+            "presence": ("Is there a cup?", ("no", "yes")[i % 2]),
+            "where": ("Where is the box?", pixel),
+            "plan": ("What can be done?", f"open the {name}"),
+            "contact": (f"Predict the contact point and direction: open the {name}.", f"{pixel} 50 50 00"),
+        }
+        if i % 3 == 0:
+            del asked["colour"]
+        turns = [text for question, answer in asked.values() for text in ("<image>\n" + question, answer)]
+        said = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
+        records.append({"id": str(i), "image": image, "conversations": said, "families": list(asked)})
+        sample = {"image": image, "instruction": f"open the {name}", "u": u, "v": v}
+        samples.append(sample | {"approach": [0.0, 0.0, -1.0], "rotation6d": [0.0, 0.0, -1.0, 0.0, 1.0, 0.0]})
+    (folder / "conversations.json").write_text(json.dumps(records))
+    (folder / "manipulation.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    np.savez(folder / "dense.npz", targets=targets, kinds=kinds, category=category, colour=colour)
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    write_ranks(folder / "vocab.tiktoken", train_ranks(texts, 400))
+    return folder
