@@ -58,7 +58,7 @@ The parallel form
     on tensors S times as large. The recurrence is linear, so the state that enters a chunk only adds to its states:
         h_t = local_t + P_t h_before,     P_t = decay_1 .. decay_t = exp((dt_1 + .. + dt_t) A)
     With t = T this carries the S boundary states, in S steps; then one operation adds P_t h_before to all states. The
-    adjoint G runs through the same function with time reversed. About 6 sqrt(L) calls instead of 3 L, for a second
+    adjoint G runs through the same function with time reversed. About 4 sqrt(L) calls instead of 3 L, for a second
     exponential per number of the state: on a CPU the chunked form is faster.
 
 Ways this goes wrong (`python -m extras.scan_bench` shows the first two, tests/test_scan.py plants most of the others)
@@ -131,8 +131,7 @@ def selective_scan(u, dt, A, B, C, D=None, state=None, *, method="auto", chunk=N
         None: zeros. All float64, or any mix of float32, bfloat16 and float16, which is computed in float32; all on one
         device.
         method: "reference" (the definition), "chunked", "parallel", or "auto": chunked on a CPU, where it is faster;
-        parallel elsewhere, as it launches fewer kernels; under torch.func and torch.compile the definition, whose
-        plain operations they can take apart.
+        parallel elsewhere, as it launches fewer kernels; the definition under torch.compile, which takes it apart.
         chunk: time steps per chunk of the chunked form; None chooses. The result does not depend on it.
     Returns: y (B, L, E) in u's dtype; the state after the last token (B, E, N) in float32 (float64 for float64).
         Both are differentiable in every argument. A sequence may be split anywhere, handing the state on.
@@ -140,7 +139,7 @@ def selective_scan(u, dt, A, B, C, D=None, state=None, *, method="auto", chunk=N
     Source: paper, Algorithm 2, lines 5 and 6. Differs: takes and returns a state; time before channels, as in the paper
         (the CUDA kernel has (B, E, L)); dt comes after its bias and softplus, the gate with z is the caller's.
     """
-    if method == "auto" and _traced():
+    if method == "auto" and torch.compiler.is_compiling():
         method = "reference"
     elif method == "auto":
         method = "chunked" if u.device.type == "cpu" else "parallel"
@@ -179,23 +178,28 @@ def _prepare(u, dt, A, B, C, D, state, step=False):
     return [x if x.dtype == dtype else x.to(dtype) for x in (u, dt, A, B, C, D, state)]
 
 
-def _traced():
-    """Whether torch.compile or a transform of torch.func (grad, vmap, ..) is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+class _Scan(torch.autograd.Function):
+    """What the two fast forms share. Arguments as in `selective_scan`, of one dtype, but A (N, E), states (B, N, E).
+
+    forward returns y, the state after the last token, and bounds: where `keep`, states to make the others from again.
+    """
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        u, dt, A, B, C, D, _, _, *ctx.options = inputs
+        bounds = output[2]
+        ctx.mark_non_differentiable(bounds)
+        ctx.save_for_backward(u, dt, A, B, C, D, bounds)
 
 
 def _fast(form, u, dt, A, B, C, D, state, *options):
-    """Apply one of the two autograd functions below: A as (N, E), states as (B, N, E), autocast off."""
-    if _traced():
-        raise RuntimeError(
-            "the chunked and parallel scans do not go through torch.func and torch.compile; use method='reference'"
-        )
+    """Check and cast the arguments, apply one of the two fast forms, and lay the states out as the caller's."""
     y_dtype = u.dtype
     tensors = _prepare(u, dt, A, B, C, D, state)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)  # states for a backward pass
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     u, dt, A, B, C, D, state = tensors
     with _no_autocast(u):
-        y, state = form.apply(u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, *options)
+        y, state, _ = form.apply(u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, *options)
     return y.to(y_dtype), state.transpose(1, 2)
 
 
@@ -204,16 +208,16 @@ def _no_autocast(u):
     return torch.autocast(device, enabled=False)
 
 
-def _refuse_second_gradients():
-    if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("the fast scans give no gradients of gradients; use method='reference' for those")
+def _refuse_graph():
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fast scans give no gradients under create_graph=True and torch.func; method='reference' does"
+        )
 
 
 # --- the chunked form: u, dt, gy (T, b, E); A (N, E), and A2 = A * LOG2_E; B, C (T, b, N); states (b, N, E) ---
 
-LOG2_E = math.log2(
-    math.e
-)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes a half to a third of torch.exp's time
+LOG2_E = math.log2(math.e)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes at most half of torch.exp's time
 SLAB = 512 * 1024  # elements of a working buffer, 2 MiB in float32: three of them stay in a usual last-level cache
 MIN_CHUNK, MAX_CHUNK = 16, 128  # time steps: with fewer the kept states are many, with more only memory is spent
 
@@ -221,8 +225,7 @@ MIN_CHUNK, MAX_CHUNK = 16, 128  # time steps: with fewer the kept states are man
 def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None):
     """Chunk after chunk (see "The chunked form" above). Same contract as `selective_scan`.
 
-    Raises: RuntimeError where gradients of gradients are asked for (create_graph=True), and under torch.func and
-        torch.compile; `scan_reference` serves them.
+    Raises: RuntimeError under torch.func and for gradients of gradients, which `scan_reference` has.
     """
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
         raise ValueError(f"chunk: got {chunk!r}, expected None or an integer of at least 1")
@@ -232,13 +235,13 @@ def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None):
 def _sum_states(w, x):
     """sum_n w[.., n] x[.., n, e] -> (.., E)"""
     N, E = x.shape[-2:]
-    return torch.bmm(w.reshape(-1, 1, N), x.view(-1, N, E)).view(*x.shape[:-2], E)
+    return torch.bmm(w.reshape(-1, 1, N), x.reshape(-1, N, E)).view(*x.shape[:-2], E)
 
 
 def _sum_channels(w, x):
     """sum_e w[.., e] x[.., n, e] -> (.., N); as row times matrix, 10 times as fast as matrix times column"""
     N, E = x.shape[-2:]
-    return torch.bmm(w.reshape(-1, 1, E), x.view(-1, N, E).transpose(1, 2)).view(x.shape[:-1])
+    return torch.bmm(w.reshape(-1, 1, E), x.reshape(-1, N, E).transpose(1, 2)).view(x.shape[:-1])
 
 
 def _states(dt, dtu, A2, B, h, decay, hs):
@@ -251,44 +254,40 @@ def _states(dt, dtu, A2, B, h, decay, hs):
 
 def _forward_chunk(dt, dtu, A2, B, C, h, buffers):
     """-> C h (T, b, E), the state after the chunk"""
-    decay, hs = buffers[:2]
-    _states(dt, dtu, A2, B, h, decay, hs)
+    _states(dt, dtu, A2, B, h, *buffers)
+    hs = buffers[1]
     return _sum_states(C, hs), hs[-1].clone()  # a clone, as the next chunk overwrites the buffers
 
 
-def _backward_chunk(dt, dtu, A, A2, B, C, gy, h, carry, buffers):
-    """-> gB, gC (T, b, N); s and sum_n W A (T, b, E); gA (N, E); dLoss/d(state before the chunk). `carry`: after it."""
+def _backward_chunk(u, dt, A, B, C, gy, h, carry, buffers):
+    """-> gu without D gy, gdt, gB, gC; gA; dLoss/d(the state before the chunk, h). carry: dLoss/d(the one after it)."""
     decay, hs, G = buffers
-    _states(dt, dtu, A2, B, h, decay, hs)
-    gC = _sum_channels(gy, hs)
+    dtu = torch.mul(dt, u, out=u.new_empty(u.shape))
+    _states(dt, dtu, A * LOG2_E, B, h, decay, hs)
     torch.mul(gy.unsqueeze(2), C.unsqueeze(3), out=G)
+    G[-1].add_(carry)
     G_t, decay_t = G.unbind(0), decay.unbind(0)
-    G_t[-1].add_(carry)
     for t in range(len(G) - 1, 0, -1):
         G_t[t - 1].addcmul_(decay_t[t], G_t[t])
-    gB, s = _sum_channels(dtu, G), _sum_states(B, G)
+    s, gB, gC = _sum_states(B, G), _sum_channels(dtu, G), _sum_channels(gy, hs)
     W = G.mul_(decay)
     carry = W[0].clone()
     W[1:].mul_(hs[:-1])
     W[0].mul_(h)
-    WA = torch.zeros_like(s)
+    gdt = s * u
     for W_n, A_n in zip(W.unbind(2), A, strict=True):
-        WA.addcmul_(W_n, A_n)
+        gdt.addcmul_(W_n, A_n)
     W.mul_(dt.unsqueeze(2))
     gA = torch.mm(W.new_ones(1, W.shape[0] * W.shape[1]), W.view(-1, A.numel())).view_as(A)
-    return gB, gC, s, WA, gA, carry
+    return (s.mul_(dt), gdt, gB, gC), gA, carry
 
 
 def _block_sizes(batch, L, N, E, chunk):
-    """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements a thread.
-
-    More threads get more rows: PyTorch shares an operation among threads from 32,768 numbers for each of them.
-    """
-    slab = SLAB * torch.get_num_threads()
+    """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements."""
     T = min(L, chunk or min(max(SLAB // (batch * N * E), MIN_CHUNK), MAX_CHUNK))
     if chunk is None:
         T = math.ceil(L / math.ceil(L / T))  # even: a last chunk of one step would cost nearly as much as a full one
-    rows = min(batch, max(1, slab // (T * N * E)))
+    rows = min(batch, max(1, SLAB // (T * N * E)))
     return T, math.ceil(batch / math.ceil(batch / rows))
 
 
@@ -296,11 +295,13 @@ def _blocks(total, size):
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-class _ChunkedScan(torch.autograd.Function):
-    """Arguments as in `scan_chunked`, but A (N, E) and states (B, N, E)."""
+def _views(buffers, size):
+    return [x[: math.prod(size)].view(size) for x in buffers]
 
+
+class _ChunkedScan(_Scan):
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, state, keep, chunk):
+    def forward(u, dt, A, B, C, D, state, keep, chunk):
         """Fill y, `last` (the state after the last token) and, where `keep`, bounds: the state BEFORE each chunk.
 
         Batch rows are worked on in blocks of `n_rows`, time in chunks of T (the last of either may be smaller). The
@@ -311,7 +312,7 @@ class _ChunkedScan(torch.autograd.Function):
         A2 = A * LOG2_E
         buffers = u.new_empty(2, T * n_rows * N * E)
         y, last = u.new_empty(batch, L, E), u.new_empty(batch, N, E)
-        bounds = u.new_empty(math.ceil(L / T) if keep else 0, batch, N, E)  # the state before each chunk
+        bounds = u.new_empty(math.ceil(L / T) if keep else 0, batch, N, E)
         # exercise 3: the chunked scan
         for rows in _blocks(batch, n_rows):
             h = state[rows].contiguous()
@@ -321,145 +322,126 @@ class _ChunkedScan(torch.autograd.Function):
                 if keep:
                     bounds[i, rows] = h
                 dtu = torch.mul(dt_, u_, out=u.new_empty(dt_.shape))
-                y_, h = _forward_chunk(dt_, dtu, A2, B_, C_, h, [x[: math.prod(size)].view(size) for x in buffers])
+                y_, h = _forward_chunk(dt_, dtu, A2, B_, C_, h, _views(buffers, size))
                 y[rows, steps] = y_.addcmul_(u_, D).transpose(0, 1)
             last[rows] = h
         # end of exercise 3
-        ctx.save_for_backward(u, dt, A, B, C, D, bounds)
-        ctx.sizes = T, n_rows
-        return y, last
+        return y, last, bounds
 
     @staticmethod
-    def backward(ctx, gy, g_last):
-        _refuse_second_gradients()
+    def backward(ctx, gy, g_last, _):
+        _refuse_graph()
         u, dt, A, B, C, D, bounds = ctx.saved_tensors
         (batch, L, E), N = u.shape, A.shape[0]
-        T, n_rows = ctx.sizes
-        A2 = A * LOG2_E
+        T, n_rows = _block_sizes(batch, L, N, E, *ctx.options)
         buffers = u.new_empty(3, T * n_rows * N * E)
-        gu, gdt, gB, gC = (x.new_empty(x.shape) for x in (u, dt, B, C))
-        gA, gD, g_first = torch.zeros_like(A), torch.zeros_like(D), u.new_empty(batch, N, E)
+        grads = [x.new_empty(x.shape) for x in (u, dt, B, C)]
+        gA, g_first = torch.zeros_like(A), u.new_empty(batch, N, E)
         with _no_autocast(u):
             for rows in _blocks(batch, n_rows):
                 carry = g_last[rows].contiguous()
                 for i, steps in reversed(list(enumerate(_blocks(L, T)))):
                     u_, dt_, B_, C_, gy_ = (x[rows, steps].transpose(0, 1) for x in (u, dt, B, C, gy))
-                    gy_, size = gy_.contiguous(), (*dt_.shape[:2], N, E)
-                    dtu = torch.mul(dt_, u_, out=u.new_empty(dt_.shape))
-                    views = [x[: math.prod(size)].view(size) for x in buffers]
-                    gB_, gC_, s, WA, gA_, carry = _backward_chunk(
-                        dt_, dtu, A, A2, B_, C_, gy_, bounds[i, rows], carry, views
-                    )
+                    views = _views(buffers, (*dt_.shape[:2], N, E))
+                    found, gA_, carry = _backward_chunk(u_, dt_, A, B_, C_, gy_, bounds[i, rows], carry, views)
                     gA += gA_
-                    gD += (gy_ * u_).sum((0, 1))
-                    gB[rows, steps], gC[rows, steps] = gB_.transpose(0, 1), gC_.transpose(0, 1)
-                    gdt[rows, steps] = WA.addcmul_(s, u_).transpose(0, 1)
-                    gu[rows, steps] = s.mul_(dt_).addcmul_(gy_, D).transpose(0, 1)
+                    for whole, part in zip(grads, found, strict=True):
+                        whole[rows, steps] = part.transpose(0, 1)
                 g_first[rows] = carry
-        return gu, gdt, gA, gB, gC, gD, g_first, None, None
+        gu, gdt, gB, gC = grads
+        return gu.addcmul_(gy, D), gdt, gA, gB, gC, (gy * u).sum((0, 1)), g_first, None, None
 
 
-# --- the parallel form: T steps on all S chunks at once; (T, S, b, ..) layout, token s T + t at [t, s] ---
+# --- the parallel form: tokens in (T, S, b, ..) layout, token s T + t at [t, s] ---
 
 PARALLEL_SLAB = 64 * SLAB  # elements of a buffer, 128 MiB in float32: a GPU wants large operations; on a CPU one SLAB
 
 
 def scan_parallel(u, dt, A, B, C, D=None, state=None):
-    """Chunks side by side (see "The parallel form" above), at most 12 sqrt(L) + 60 calls a slab of the sequence.
+    """Chunks side by side (see "The parallel form" above), through one slab of the sequence after the other.
 
-    Same contract as `selective_scan`. Raises: RuntimeError as `scan_chunked` does.
+    Forward and backward issue at most 12 sqrt(L) + 60 tensor operators a slab of L tokens. Same contract as
+    `selective_scan`. Raises: RuntimeError as `scan_chunked` does.
     """
     return _fast(_ParallelScan, u, dt, A, B, C, D, state)
 
 
-def _split(x):
-    """(b, n, ..) -> (T, S, b, ..); short of S T tokens, zeros follow: dt = 0 leaves the state as it is."""
-    T = math.isqrt(x.shape[1])
-    return F.pad(x, (0, 0, 0, -x.shape[1] % T)).unflatten(1, (-1, T)).permute(2, 1, 0, 3).contiguous()
+def _slabs(A, *tensors):
+    """For each slab, every tensor (b, L, k) as (T, S, b, k). Zeros follow the last token: dt = 0 keeps the state."""
+    x = torch.cat(tensors, 2)
+    batch, L, _ = x.shape
+    room = SLAB if x.device.type == "cpu" else PARALLEL_SLAB
+    tokens = min(L, max(room // (batch * A.numel()), MIN_CHUNK))
+    T = math.isqrt(tokens)
+    x = F.pad(x, (0, 0, 0, -L % T)).unflatten(1, (-1, T)).permute(2, 1, 0, 3).contiguous()
+    return [slab.split([tensor.shape[2] for tensor in tensors], 3) for slab in x.split(math.ceil(tokens / T), 1)]
 
 
-def _join(x, like):
-    """(T, S, b, ..) -> (b, n, ..), as long as `like`"""
-    return x.permute(2, 1, 0, 3).flatten(1, 2)[:, : like.shape[1]]
+def _join(slabs, L):
+    """(T, S, b, k) of every slab -> (b, L, k)"""
+    return torch.cat(slabs, 1).permute(2, 1, 0, 3).flatten(1, 2)[:, :L]
 
 
-def _side_by_side(dt, hs, A2, h):
-    """Turn hs (T, S, b, N, E) from writes into states, in place. h (b, N, E): the state before the first token.
+def _side_by_side(dt, x, w, A, h):
+    """h_t = exp(dt_t A) h_{t-1} + w_t x_t over a slab; dt, x (T, S, b, E), w (T, S, b, N), h (b, N, E) at its start.
 
-    Returns: decay (T, S, b, N, E); the states before each chunk (S, b, N, E); the state after the last token.
+    Returns: decays and states (T, S, b, N, E); the state before each chunk (S, b, N, E); the one after the slab.
     """
+    A2 = A * LOG2_E
     decay = (dt.unsqueeze(3) * A2).exp2_()
-    # local_t = decay_t local_{t-1} + write_t, from zero in every chunk
+    product = (dt.cumsum(0).unsqueeze(3) * A2).exp2_()  # P_t
+    hs = x.unsqueeze(3) * w.unsqueeze(4)
+    # T steps, all chunks at once and from zero: local_t = decay_t local_{t-1} + w_t x_t
     local, *rest = hs.unbind(0)
     for decay_t, h_t in zip(decay.unbind(0)[1:], rest, strict=True):
         local = h_t.addcmul_(decay_t, local)
-    # P_t = exp((dt_1 + .. + dt_t) A); the next chunk starts from local_T + P_T h
-    product = (dt.cumsum(0).unsqueeze(3) * A2).exp2_()
+    # S steps, from chunk to chunk: the next one begins at local_T + P_T h
     before = []
     for product_s, local_s in zip(product[-1].unbind(0), local.unbind(0), strict=True):
         before.append(h)
         h = torch.addcmul(local_s, product_s, h)
     before = torch.stack(before)
-    # h_t = local_t + P_t h_before
-    hs.addcmul_(product, before)
-    return decay, before, h
+    return decay, hs.addcmul_(product, before), before, h  # h_t = local_t + P_t h_before
 
 
-class _ParallelScan(torch.autograd.Function):
-    """Arguments as in `_ChunkedScan`. Kept for the backward pass: the state before each slab."""
+class _ParallelScan(_Scan):
+    @staticmethod
+    def forward(u, dt, A, B, C, D, state, keep):
+        """`bounds`: the state before each slab."""
+        ys, bounds = [], []
+        for dt_, dtu, B_, C_ in _slabs(A, dt, dt * u, B, C):
+            bounds.append(state)
+            _, hs, _, state = _side_by_side(dt_, dtu, B_, A, state)
+            ys.append(_sum_states(C_, hs))
+        y = torch.addcmul(_join(ys, u.shape[1]), u, D)
+        return y, state.contiguous(), torch.stack(bounds) if keep else state.new_empty(0)
 
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, state, keep):
-        (batch, L, E), N = u.shape, A.shape[0]
-        slab = (SLAB if u.device.type == "cpu" else PARALLEL_SLAB) // (batch * N * E)
-        slabs = _blocks(L, max(slab, MIN_CHUNK))
-        y = D * u
-        tokens = torch.cat([dt, dt * u, B, C], 2)
-        bounds = []
-        for now in slabs:
-            bounds += [state] * keep
-            dt_, dtu_, B_, C_ = _split(tokens[:, now]).split([E, E, N, N], 3)
-            hs = torch.mul(dtu_.unsqueeze(3), B_.unsqueeze(4))
-            _, _, state = _side_by_side(dt_, hs, A * LOG2_E, state)
-            y[:, now] += _join(_sum_states(C_, hs), y[:, now])
-        ctx.save_for_backward(u, dt, A, B, C, D, *bounds)
-        ctx.slabs = slabs
-        return y, state.contiguous()
-
-    @staticmethod
-    def backward(ctx, gy, carry):
-        _refuse_second_gradients()
-        u, dt, A, B, C, D, *bounds = ctx.saved_tensors
-        E, N = D.shape[0], A.shape[0]
-        next_dt = F.pad(dt[:, 1:], (0, 0, 0, 1))
-        tokens = torch.cat([dt, next_dt, dt * u, gy, B, C], 2)
-        found = torch.cat([u, u, B, C], 2)  # to be overwritten
+    def backward(ctx, gy, carry, _):
+        _refuse_graph()
+        u, dt, A, B, C, D, bounds = ctx.saved_tensors
         gA = torch.zeros_like(A)
+        grads = []
         with _no_autocast(u):
-            for now, state in zip(reversed(ctx.slabs), reversed(bounds), strict=True):
-                chunks = _split(tokens[:, now])
-                dt_, _, dtu_, gy_, B_, C_ = chunks.split([E, E, E, E, N, N], 3)
-                hs = torch.mul(dtu_.unsqueeze(3), B_.unsqueeze(4))
-                decay, before, _ = _side_by_side(dt_, hs, A * LOG2_E, state)
-                # G_t = C_t gy_t + decay_{t+1} G_{t+1}: the same recurrence, from the last token to the first
-                _, next_, _, gy_back, _, C_back = chunks.flip(0, 1).split([E, E, E, E, N, N], 3)
-                G = torch.mul(gy_back.unsqueeze(3), C_back.unsqueeze(4))
-                _side_by_side(next_, G, A * LOG2_E, carry)
+            slabs = _slabs(A, dt, F.pad(dt[:, 1:], (0, 0, 0, 1)), dt * u, gy, B, C)
+            for (dt_, next_dt, dtu, gy_, B_, C_), state in zip(reversed(slabs), reversed(bounds.unbind()), strict=True):
+                # G_t = C_t gy_t + decay_{t+1} G_{t+1} is the same recurrence from the last token to the first; both run
+                # at once, G in further rows of the batch
+                pairs = (dt_, next_dt), (dtu, gy_), (B_, C_)
+                both = [torch.cat([x, back.flip(0, 1)], 2) for x, back in pairs]
+                found = _side_by_side(*both, A, torch.cat([state, carry]))
+                (decay, _), (hs, G), (before, _), (_, carry) = (x.chunk(2, -3) for x in found)
                 G = G.flip(0, 1)
-                carry = G[0, 0].clone()
-                gC_ = _sum_channels(gy_, hs)
-                gB_ = _sum_channels(dtu_, G)
-                s = _sum_states(B_, G)
+                s, gB, gC = _sum_states(B_, G), _sum_channels(dtu, G), _sum_channels(gy_, hs)
                 W = G.mul_(decay)
-                g_first = W[0, 0].clone()
-                W[1:] *= hs[:-1]
-                W[0] *= before
-                WA = (W * A).sum(3)
-                gA += W.mul_(dt_.unsqueeze(3)).sum((0, 1, 2))
-                found[:, now] = _join(torch.cat([s, WA, gB_, gC_], 3), found[:, now])
-        s, WA, gB, gC = found.split([E, E, N, N], 2)
-        gu = torch.addcmul(s * dt, gy, D)
-        return gu, torch.addcmul(WA, s, u), gA, gB, gC, (gy * u).sum((0, 1)), g_first, None
+                W[1:].mul_(hs[:-1])
+                W[0].mul_(before)
+                gA += (W * dt_.unsqueeze(3)).sum((0, 1, 2))
+                grads.insert(0, torch.cat([s, (W * A).sum(3), gB, gC], 3))
+        s, WA, gB, gC = _join(grads, u.shape[1]).split([*u.shape[2:] * 2, *B.shape[2:] * 2], 2)
+        gu, gdt = torch.addcmul(s * dt, gy, D), torch.addcmul(WA, s, u)
+        g_first = torch.exp(dt[:, 0].unsqueeze(1) * A) * carry
+        return gu, gdt, gA, gB, gC, (gy * u).sum((0, 1)), g_first, None
 
 
 # --- inputs to try it on, and the ladder ---
@@ -481,9 +463,7 @@ def main():
     try:
         from extras.scan_bench import main as bench
     except ModuleNotFoundError as error:
-        if error.name not in ("extras", "extras.scan_bench"):
-            raise
-        print("the benchmark is extras/scan_bench.py, which is not there")
+        print(f"the ladder is printed by extras/scan_bench.py, which cannot be loaded: {error}")
     else:
         bench(short=True)
 

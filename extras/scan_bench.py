@@ -131,7 +131,8 @@ def ladder(shape, methods, threads, rounds):
         ratios = [ms / base for ms, base in zip(both[name], both["chunked"], strict=True)]
         row = {"method": name} | errors(scan, inputs, exact)
         row |= {"forward_ms": statistics.median(alone[name]), "train_ms": statistics.median(both[name])}
-        row |= {"times": [min(ratios), max(ratios)], "peak_mib": peak_mib(train, scan, inputs)}
+        row |= {"train_range_ms": [min(both[name]), max(both[name])], "times": [min(ratios), max(ratios)]}
+        row["peak_mib"] = peak_mib(train, scan, inputs)
         rows.append(row)
     print_rows(f"(B, L, E, N) = {shape}, threads: {threads}", rows)
     return {"shape": shape, "threads": threads, "methods": rows}
@@ -139,14 +140,14 @@ def ladder(shape, methods, threads, rounds):
 
 def print_rows(title, rows):
     """Print dicts with the same keys."""
-    print(f"\n{title}\n" + "".join(f"{key:>14}" for key in rows[0]))
+    print(f"\n{title}\n" + "".join(f"{key:>15}" for key in rows[0]))
     for row in rows:
-        print("".join(f"{cell(x):>14}" for x in row.values()), flush=True)
+        print("".join(f"{cell(x):>15}" for x in row.values()), flush=True)
 
 
 def cell(x):
     if isinstance(x, list):
-        return f"{x[0]:.2f}..{x[1]:.2f}"
+        return f"{x[0]:.3g}..{x[1]:.3g}"
     return f"{x:.3g}" if isinstance(x, float) else str(x)
 
 
@@ -191,10 +192,7 @@ def cumprod():
 def figure(path):
     """One channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
     L, T = 32, 8
@@ -204,7 +202,8 @@ def figure(path):
     whole = scan_reference(u, dt, A, B, one)[0].flatten()  # C = 1, no skip: y is the state
     chunks = [slice(k, k + T) for k in range(0, L, T)]
     local = torch.cat([scan_reference(u[:, c], dt[:, c], A, B[:, c], one[:, c])[0].flatten() for c in chunks])
-    drawing, axes = pyplot.subplots(figsize=(9, 3.2))
+    drawing = Figure((7, 2.8), dpi=100, layout="constrained")
+    axes = drawing.subplots()
     tokens = range(1, L + 1)
     axes.bar(tokens, local.tolist(), color="#4477aa", label="local: the chunk alone, from a zero state")
     carried_label = "carried: $P_t$ times the state before the chunk"
@@ -216,9 +215,7 @@ def figure(path):
     axes.set_xlabel(f"token; dotted: a chunk of {T} ends, its last state (arrow) enters the next")
     axes.set_ylabel("state")
     axes.legend(fontsize=8)
-    drawing.tight_layout()
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    drawing.savefig(path)
 
 
 def main(short=False):

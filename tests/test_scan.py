@@ -9,7 +9,7 @@ finds it be named; `test_planted_bug` does that. Gaps are max|difference| / max|
 
 import math
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from selective_scan import example_inputs, scan_chunked, scan_parallel, scan_ref
 NAMES = ("u", "dt", "A", "B", "C", "D", "state")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 FOUR_DECADES = (1e-4, 1.0)  # of dt; with A = -1 .. -N the decays go from 0.9999 to 0.02
-LENGTHS = (1, 2, 3, 17, 64, 65, 257, 1000)
+LENGTHS = (1, 2, 3, 17, 64, 65, 257, 600)
 
 
 def gap(got, wanted):
@@ -69,21 +69,30 @@ def with_gradients(scan, inputs, seed=1):
     """y, last state, then the gradient of every input, for random gradients of y and of the last state."""
     y, state = scan(*inputs)
     draw = torch.Generator().manual_seed(seed)
-    gy, gs = (torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.dtype) for x in (y, state))
+    gy, gs = (torch.randn(x.shape, generator=draw).to(x.dtype) for x in (y, state))
     return y, state, *torch.autograd.grad((y, state), inputs, (gy, gs))
 
 
 # --- the checks ---
 
 
-def check_definition(scan, L=40, dtype=torch.float32, zero_state=False, **sizes):
-    """Values and all gradients against the definition in float64."""
+@cache
+def exact(L, zero_state, **sizes):
+    """y, last state and all gradients of the definition in float64."""
+    return with_gradients(definition, start(L, torch.float64, zero_state, **sizes))
+
+
+def start(L, dtype, zero_state, **sizes):
     inputs = inputs_of(L=L, dtype=dtype, **sizes)
     if zero_state:
         inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)
-    exact = with_gradients(definition, [x.detach().double().requires_grad_() for x in inputs])
-    got = with_gradients(scan, inputs)
-    for name, x, wanted in zip(("y", "last state", *NAMES), got, exact, strict=True):
+    return inputs
+
+
+def check_definition(scan, L=40, dtype=torch.float32, zero_state=False, **sizes):
+    """Values and all gradients against the definition in float64; the inputs are float32 numbers in either dtype."""
+    got = with_gradients(scan, start(L, dtype, zero_state, **sizes))
+    for name, x, wanted in zip(("y", "last state", *NAMES), got, exact(L, zero_state, **sizes), strict=True):
         close(x, wanted, TOLERANCE[dtype] * (1 if name in ("y", "last state") else 10), name)
 
 
@@ -131,7 +140,7 @@ def check_bfloat16(scan):
 
 def check_finite(scan):
     """Strong decay over a long sequence: the product of all decays underflows, no output may."""
-    inputs = inputs_of(L=1000, N=16, dt_range=(1e-1, 1.0))
+    inputs = inputs_of(L=1000, N=4, dt_range=(1e-1, 1.0))
     y, _ = scan(*inputs)
     close(y, definition(*(x.detach().double() for x in inputs))[0], TOLERANCE[torch.float32], "y")
 
@@ -203,15 +212,11 @@ def test_blocks_of_batch_rows(monkeypatch, sizes, rows):
     check_definition(scan_chunked, 25, torch.float64, **sizes)
 
 
-@pytest.mark.parametrize("threads", (1, 2, 8))
-def test_a_buffer_holds_about_a_slab_for_each_thread(monkeypatch, threads):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_a_buffer_holds_about_a_slab():
     for B, L, E, N in ((8, 128, 512, 16), (1, 4096, 256, 16), (64, 65, 384, 8), (1, 1, 1, 1), (1000, 3, 5120, 16)):
         T, rows = module._block_sizes(B, L, N, E, None)
         assert 1 <= T <= min(L, module.MAX_CHUNK) and 1 <= rows <= B
-        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB * threads
-    _, rows = module._block_sizes(8, 128, 16, 512, None)
-    assert rows * 16 * 512 >= 32768 * min(threads, 2)  # PyTorch gives a second thread work from there on
+        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB
 
 
 def test_linear_graph_of_the_reference():
@@ -243,10 +248,10 @@ def test_official_formulas():
 
 @pytest.mark.parametrize("method", ("chunked", "parallel", "reference"))
 def test_gradcheck(method):
-    inputs = inputs_of(2, 5, 3, 2, torch.float64)
+    inputs = inputs_of(1, 5, 2, 2, torch.float64)
     scan = partial(selective_scan, method=method, **({"chunk": 2} if method == "chunked" else {}))
     assert torch.autograd.gradcheck(scan, inputs)
-    assert torch.autograd.gradcheck(scan, inputs[:5])  # neither D nor state
+    assert torch.autograd.gradcheck(scan, inputs[:5], fast_mode=True)  # neither D nor state
 
 
 def test_without_d_and_state():
@@ -328,7 +333,7 @@ def test_keeps_only_the_states_between_chunks():
 @pytest.mark.parametrize("scan", (scan_chunked, scan_parallel))
 def test_gradients_of_gradients_are_refused(scan):
     inputs = inputs_of(1, 3, 2, 2)
-    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+    with pytest.raises(RuntimeError, match="no gradients under create_graph=True and torch.func; method='reference'"):
         torch.autograd.grad(scan(*inputs)[0].sum(), inputs[0], create_graph=True)
 
 
@@ -350,15 +355,18 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("L", (256, 1024, 4096))
+@pytest.mark.parametrize("L", (200, 256, 1024, 4096))
 def test_the_parallel_form_calls_few_operators(L):
     inputs = example_inputs(1, L, 4, 2)
     with Watch() as parallel:
         with_gradients(scan_parallel, inputs)
-    assert parallel.calls <= 12 * math.sqrt(L) + 60
+    assert 4 * math.isqrt(L) - 4 <= parallel.calls <= 12 * math.sqrt(L) + 60
+
+
+def test_the_chunked_form_calls_three_operators_a_token():
     with Watch() as chunked:
-        with_gradients(scan_chunked, inputs)
-    assert chunked.calls > 3 * L  # what it is compared with; and the count counts
+        with_gradients(scan_chunked, example_inputs(1, 256, 4, 2))
+    assert 3 * 256 <= chunked.calls <= 5 * 256
 
 
 @pytest.mark.parametrize("D_and_state", (True, False))
@@ -385,19 +393,19 @@ def test_auto_goes_by_the_device(monkeypatch):
 
 
 def test_torch_func_and_compile():
-    """Under them "auto" is the definition; a fast form asked for by name says so in one line."""
+    """torch.func has the definition, and a fast form says so in one line; torch.compile has "auto"."""
     inputs = [x.detach() for x in inputs_of(L=5, dtype=torch.float64)]
     u, *rest = inputs
-    wanted = torch.autograd.grad(scan_chunked(u.requires_grad_(), *rest)[0].sum(), u)[0]
-    u = u.detach()
-    close(torch.func.grad(lambda x: selective_scan(x, *rest)[0].sum())(u), wanted, 1e-12)
-    many = torch.func.vmap(lambda x: selective_scan(x, *rest)[0])(torch.stack([u, 2 * u]))
-    close(many[1], selective_scan(2 * u, *rest)[0], 1e-12)
+    leaf = u.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(scan_chunked(leaf, *rest)[0].sum(), leaf)
+    close(torch.func.grad(lambda x: scan_reference(x, *rest)[0].sum())(u), wanted, 1e-12)
+    for scan in (scan_chunked, scan_parallel):
+        with pytest.raises(RuntimeError, match="no gradients under create_graph=True and torch.func"):
+            torch.func.grad(lambda x, scan=scan: scan(x, *rest)[0].sum())(u)
+        with pytest.raises(RuntimeError, match="tried to vmap over _.*Scan, but it does not have vmap support"):
+            torch.func.vmap(lambda x, scan=scan: scan(x, *rest)[0])(torch.stack([u, u]))
     compiled = torch.compile(lambda *x: selective_scan(*x)[0], backend="eager", fullgraph=True)
-    close(compiled(*inputs), selective_scan(*inputs)[0], 1e-12)
-    for method in ("chunked", "parallel"):
-        with pytest.raises(RuntimeError, match="do not go through torch.func and torch.compile"):
-            torch.func.vmap(lambda x, m=method: selective_scan(x, *rest, method=m)[0])(torch.stack([u, u]))
+    close(compiled(*inputs), scan_reference(*inputs)[0], 1e-12)
 
 
 # --- errors ---
