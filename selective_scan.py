@@ -53,13 +53,11 @@ The chunked form
         dLoss/d(dt_t) = s_t u_t + sum_n W_t A                  dLoss/dA = sum over B and L of W_t dt_t
 
 The parallel form
-    The chunked form has 3 L dependent steps, each a call that a GPU finishes before the next is launched. Here the
-    sequence is split into S chunks of T steps, T near sqrt(L). All chunks run side by side from a zero state: T steps
-    on tensors S times as large. The recurrence is linear, so the state that enters a chunk only adds to its states:
+    On a GPU the 3 L dependent calls of the chunked form each end before the next is launched. Here S chunks of T steps,
+    T near sqrt(L), run side by side from a zero state. What enters a chunk only adds to its states:
         h_t = local_t + P_t h_before,     P_t = decay_1 .. decay_t = exp((dt_1 + .. + dt_t) A)
-    With t = T this carries the S boundary states, in S steps; then one operation adds P_t h_before to all states. The
-    adjoint G runs through the same function with time reversed. About 4 sqrt(L) calls instead of 3 L, for a second
-    exponential per number of the state: on a CPU the chunked form is faster.
+    With t = T this carries the S boundary states in S steps; then one operation adds P_t h_before to all. The backward
+    pass runs h and, reversed in time, G at once: about 4 sqrt(L) calls, for a second exponential per state.
 
 Ways this goes wrong (`python -m extras.scan_bench` shows the first two, tests/test_scan.py plants most of the others)
   * Divide by the cumulative product of decays to get rid of the loop: the product underflows and 0 / 0 follows.
