@@ -38,6 +38,7 @@ QUICK_SHAPES = [(2, 128, 256, 16)]
 class Config:
     quick: bool = flag(False, "one small shape, one thread, few rounds")
     rounds: int = flag(5, "how often each method is timed", low=2, high=1000)
+    shapes: int = flag(6, "how many of the six shapes", low=1, high=6)
     out: str = flag("", "write the numbers to this JSON file")
     figure: str = flag("", "only draw chunk boundaries to this PNG file")
 
@@ -232,7 +233,7 @@ def main(short=False):
     print(f"{result['hardware']}; torch {result['versions']['torch']}, float32; medians of {cfg.rounds} rounds")
     print("forward_ms; train_ms: forward + backward, times: least and most it took of chunked's in the same round;")
     print("peak_mib: tensors made by forward + backward; errors: against the definition in float64")
-    shapes = QUICK_SHAPES if cfg.quick else SHAPES + TRAINING_SHAPES
+    shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
     threads = (1,) if cfg.quick else (1, 2)
     before = torch.get_num_threads()
     result["shapes"] = [ladder(shape, methods, n, cfg.rounds) for shape in shapes for n in threads]
