@@ -12,7 +12,7 @@
     reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
     paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
 
-    scan_table, speed_table       of selective_scan.py --out and of extras/speed.py
+    speed_table                   of extras/speed.py
 
 Every function takes what a committed JSON file holds and returns Markdown.
 """
@@ -423,21 +423,7 @@ def paper_table1(results: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-# ---- tables of selective_scan.py and extras/speed.py -----------------------------------------------------------------
-
-
-def scan_table(results: dict) -> str:
-    """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, peak extra memory."""
-    methods = ("chunked", "loop (definition)", "compile=True", "mambapy")
-    lines = [header("(B, L, E, N)", *methods, "faster than mambapy", "memory")]
-    for shape in results["shapes"]:
-        m = {method["method"]: method for method in shape["methods"]}
-        chunked, theirs = m["chunked"], m["mambapy"]
-        times = [f"{m[name]['train_ms']:.0f} ms" for name in ("chunked", "reference", "compile=True", "mambapy")]
-        memory = f"{chunked['peak_mib']:.0f} against {theirs['peak_mib']:.0f} MiB"
-        faster = f"{theirs['train_ms'] / chunked['train_ms']:.1f}x"
-        lines.append(row(tuple(shape["shape"]), *times, faster, memory))
-    return "\n".join(lines)
+# ---- tables of extras/speed.py ---------------------------------------------------------------------------------------
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")

@@ -125,14 +125,25 @@ def physics(results: dict) -> str:
 
 
 def scan(results: dict) -> str:
-    """Forward and backward of every method and shape, then the classic failures and the time per element."""
+    """Forward and backward of every method, shape and thread count; the classic failures; the time per element."""
     names = list(dict.fromkeys(method["method"] for shape in results["shapes"] for method in shape["methods"]))
-    lines = [header("(B, L, E, N)", *names)]
+    lines = [header("(B, L, E, N)", "threads", *names)]
     for shape in results["shapes"]:
         found = {method["method"]: method for method in shape["methods"]}
-        cells = [f"{found[n]['train_ms']:.0f} ms, {found[n]['peak_mib']:.0f} MiB" if n in found else "" for n in names]
-        lines.append(row(tuple(shape["shape"]), *cells))
-    lines += ["", "Forward and backward, float32: median time, peak memory on top of the inputs.", ""]
+        cells = []
+        for name in names:
+            low, high = found[name]["train_range_ms"]
+            cell = f"{low:.0f} to {high:.0f} ms, {found[name]['peak_mib']:.0f} MiB"
+            if name != "chunked":
+                least, most = found[name]["times"]
+                cell += f", {least:.1f} to {most:.1f}x"
+            cells.append(cell)
+        lines.append(row(tuple(shape["shape"]), shape["threads"], *cells))
+    lines += [
+        "",
+        "Forward and backward, float32: least and most time of all rounds, peak memory on top of the inputs, and",
+    ]
+    lines += ["least and most of the time as a multiple of chunked's in the same round.", ""]
     for key, text in (
         ("linear", "The chunked scan is linear in L:"),
         ("indexed", "Indexing a tensor inside an autograd loop is quadratic in L; `unbind` once is not:"),

@@ -42,7 +42,7 @@ WRONG = {
         [(STORE, EARLY + STORE)],
         "off by one: a chunk starts from the state before the last token",
     ),
-    4: ("selective_scan.py", [("((after * C", "((state * C")], "the old state: update it first"),
+    4: ("selective_scan.py", [("(after * C", "(state * C")], "the old state: update it first"),
     5: ("robomamba.py", [("dt, -torch.exp(", "dt, torch.exp(")], "without the minus"),
     6: ("data/dataset.py", [("[len(item[0]) for item in items]", "[T for item in items]")], "a pad position"),
     7: ("finetune_policy.py", [("1 - 1e-6))", "1 - 1e-6)).rad2deg()")], "degrees instead of radians"),
