@@ -13,10 +13,11 @@ from torch import Tensor
 from common.files import read_npz
 from data.dataset import load_records, read_picture, to_tensor
 from sim import objects
+from sim.catalogue import SEEN, UNSEEN
 
 GRID = 16  # cells along one side
 N_KINDS = len(objects.PART_KINDS)
-N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
+N_CATEGORIES = len(SEEN) + len(UNSEEN) + 1
 N_COLOURS = len(objects.COLOURS)
 MAX_SHIFT = 2  # augmentation: pictures are shifted by up to so many cells
 LIGHT = 0.15  # augmentation: brightness and contrast vary by this fraction

@@ -343,11 +343,3 @@ def top_lid(label, back, size, upper, rgb, extra=(), verb="open", **more) -> Par
     """A lid hinged along its back edge (axis -y): extends to +x, opens upwards. back: middle of the hinge line."""
     depth, _, thick = size
     return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], verb, **more)
-
-
-def __getattr__(name: str):  # to be removed: the names that moved to sim/catalogue.py, for those who import them here
-    if name.startswith("_"):
-        raise AttributeError(name)
-    from sim import catalogue
-
-    return getattr(catalogue, name)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from sim import partnet  # noqa: E402
 from sim import scene as world  # noqa: E402
-from sim.catalogue import make_object  # noqa: E402
+from sim.catalogue import SEEDS, make_object  # noqa: E402
 from sim.expert import expert, why_unsolved  # noqa: E402
 from sim.objects import rotation  # noqa: E402
 from sim.partnet import ObjectScene, find_objects, labels, read_obj, read_object  # noqa: E402
@@ -216,7 +216,7 @@ def test_objects_are_a_split_and_broken_ones_are_named_and_counted(library, tmp_
     assert results["splits"]["objects"]["n"] == 3 == results["splits"]["objects"]["initial"]["k"]
     assert list(results["splits"]["objects"]["categories"]) == ["StorageFurniture"]
     assert set(results["skipped"]["objects"]) == {"2", "3"} and "not XML" in results["skipped"]["objects"]["2"]
-    assert all(r["object"] == "objects/1" and r["seed"] >= 40_000_000 for r in results["episodes"])
+    assert all(r["object"] == "objects/1" and r["seed"] >= SEEDS["objects"] for r in results["episodes"])
     assert results["skipped"]["held_joints"] == {"objects/1": 1}
     assert "Joints held fixed" in said.out and "(objects/1 1)" in said.out
     assert "skipped 2: " in said.err and "Skipped 2 objects" in said.out
@@ -290,7 +290,7 @@ def test_an_object_that_loads_nowhere_is_skipped_by_name(library, tmp_path, monk
 
 
 def test_an_object_that_nobody_can_open_is_named(library, tmp_path, monkeypatch):
-    monkeypatch.setattr(ObjectScene, "expert", lambda *_, **__: None)
+    monkeypatch.setattr("sim.expert.expert", lambda *_, **__: None)
     flags = ["--policy", "expert", "--objects", str(library), "--episodes", "2", "--workers", "1"]
     with pytest.raises(ValueError, match="nothing could be evaluated. objects/45261: the expert found no contact"):
         main([*flags, "--out", str(tmp_path)])

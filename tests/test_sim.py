@@ -260,9 +260,9 @@ def test_body_and_wrong_part_are_failures_with_their_reason(scene):
         scene.spawn("StorageFurniture", seed).render()
         for link in (BASE, *(j for j in range(len(scene.spec.parts)) if j != scene.target)):
             for row, column in np.argwhere(scene.links == link)[::150]:
-                normal, _ = scene.normal(scene.backproject(column, row))
-                if normal is not None:
-                    outcome = scene.act(column, row, scene.camera_rotation @ -normal)
+                seen, normals = scene.normals(scene.backproject(column, row)[None])
+                if seen[0] != BACKGROUND:
+                    outcome = scene.act(column, row, scene.camera_rotation @ -normals[0])
                     assert not outcome.initial and outcome.moved == 0, outcome
                     reasons.add(outcome.reason)
     assert {"on body", "wrong part"} <= reasons
@@ -330,10 +330,10 @@ def test_dense_targets(scene):
         for row, column in np.argwhere(np.abs(targets[..., 4]) == 1):  # cells that are full of object
             block = scene.links[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
             point = scene.backproject(column * cell + cell // 2, row * cell + cell // 2)
-            normal, _ = scene.normal(point)
+            seen, normals = scene.normals(point[None])
             mean = targets[row, column, 1:4].astype(float)
-            if normal is not None and np.linalg.norm(mean) > 0.97:  # flat
-                angles.append(math.degrees(math.acos(np.clip(unit(mean) @ scene.camera_rotation @ normal, -1, 1))))
+            if seen[0] != BACKGROUND and np.linalg.norm(mean) > 0.97:  # flat
+                angles.append(math.degrees(math.acos(np.clip(unit(mean) @ scene.camera_rotation @ normals[0], -1, 1))))
             if (block == block[0, 0]).all():
                 want = scene.spec.parts[block[0, 0]].kind if block[0, 0] >= 0 else "none"
                 assert objects.PART_KINDS[kind[row, column]] == want
