@@ -1,7 +1,7 @@
 """Pictures of the world and of what policies do in it.
 
     python -m sim.pictures --sheet categories.png                      # one scene of every category
-    python -m sim.pictures --sheet grammar.png --grammar               # one scene of every archetype
+    python -m sim.pictures --sheet grammar.png --grammar               # one archetype of the grammar a row
     python -m sim.pictures --affordance Door,Microwave --out runs/maps # where on a part does a pull work?
 
 draw_strips is what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF.
@@ -132,7 +132,7 @@ def save(path: str, sheet: Image.Image) -> None:
 
 
 def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7) -> None:
-    """Draw one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
+    """Draw one scene of every category (or of `names`, a name again: the next seed) into one picture file."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
     names = names or [*SEEN, *UNSEEN]
     scene = Scene(image_size=192, view=view)
@@ -142,7 +142,7 @@ def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, colu
     for i, name in enumerate(names):
         x = i % columns * S
         y = i // columns * (S + caption)
-        sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
+        sheet.paste(Image.fromarray(scene.spawn(name, seed + names[:i].count(name)).render()), (x, y))
         kind = " (unseen)" if name in UNSEEN else ""
         ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
     scene.close()
@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in NOUNS:
             raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        contact_sheet(cfg.sheet, cfg.seed, [PREFIX + name for name in ARCHETYPES] if cfg.grammar else None)
+        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)]
+        contact_sheet(cfg.sheet, cfg.seed, rows if cfg.grammar else None)
         print(cfg.sheet)
     if names:
         path = Path(cfg.out) / "affordance.png"
