@@ -58,7 +58,10 @@ from common.report import report, summarise, write_results
 from common.scripts import cli, environment, flag, parallel, progress, run_main
 from data import depth, questions
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
-from sim import objects
+from sim import catalogue
+from sim import expert as oracle
+from sim.catalogue import SEED_SPAN, SEEDS
+from sim.expert import Label
 from sim.partnet import ObjectScene, find_objects
 from sim.pictures import ZOOM, draw_strips
 from sim.policies import (
@@ -75,23 +78,21 @@ from sim.policies import (
     scripted,
     user_function,
 )
-from sim.scene import Label, Outcome, Scene, facts, stream, unit
+from sim.scene import Outcome, Scene, stream, unit
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
-VAL = 10_000_000  # where the seeds start; training has those below
-SEEN = 20_000_000
-UNSEEN = 30_000_000
-USER = 40_000_000
 SPLITS = {  # --split -> {name in the results: (categories, first seed)}
-    "seen": {"seen": (objects.SEEN, SEEN)},
-    "unseen": {"unseen": (objects.UNSEEN, UNSEEN)},
-    "both": {"seen": (objects.SEEN, SEEN), "unseen": (objects.UNSEEN, UNSEEN)},
-    "val": {"val": (objects.SEEN, VAL)},  # for choosing; never the test seeds
-    "drawer-door": {"seen": (objects.DRAWER_DOOR_SEEN, SEEN), "unseen": (objects.DRAWER_DOOR_UNSEEN, UNSEEN)},
+    "seen": {"seen": (catalogue.SEEN, SEEDS["seen"])},
+    "unseen": {"unseen": (catalogue.UNSEEN, SEEDS["unseen"])},
+    "both": {"seen": (catalogue.SEEN, SEEDS["seen"]), "unseen": (catalogue.UNSEEN, SEEDS["unseen"])},
+    "val": {"val": (catalogue.SEEN, SEEDS["val"])},  # for choosing; never the test seeds
+    "drawer-door": {
+        "seen": (catalogue.DRAWER_DOOR_SEEN, SEEDS["seen"]),
+        "unseen": (catalogue.DRAWER_DOOR_UNSEEN, SEEDS["unseen"]),
+    },
 }
-SEED_SPAN = 9_000_000  # seeds of a split
 MAX_TRIES = 20  # scenes tried for one episode before it is given up
 
 MODELS = ("model", "model-depth", "model-text", "model-pixel", "model-direction")  # --checkpoint, used in several ways
@@ -254,7 +255,7 @@ def make_plan(cfg: EvalConfig) -> Plan:
     if not cfg.objects:
         return Plan(groups, {}, {})
     names, broken, held = find_objects(cfg.objects)
-    groups["objects"] = (tuple(names), USER)
+    groups["objects"] = (tuple(names), SEEDS["objects"])
     return Plan(groups, broken, held)
 
 
@@ -326,7 +327,7 @@ def score(o: Observation, done: Attempt) -> dict:
 def sentence(scene: Scene, part: int) -> str:
     """The instruction for `part`, one of several phrasings, a function of (category, seed, part)."""
     rng = stream(scene.category, scene.seed, f"sentence {part}")
-    noun = objects.NOUNS.get(scene.category, scene.category.lower())
+    noun = catalogue.NOUNS.get(scene.category, scene.category.lower())
     return questions.instruction(scene.spec.parts[part], noun, rng)
 
 
@@ -364,7 +365,7 @@ class Bench:
         for number in range(MAX_TRIES):
             seed = job.scene_seed(number)
             self.scene.spawn(job.category, seed).render()
-            label = self.scene.expert(stream(job.category, seed, "expert"))
+            label = oracle.expert(self.scene, stream(job.category, seed, "expert"))
             if label is not None:
                 return number + 1, label
         return MAX_TRIES, None
@@ -414,7 +415,8 @@ def all_labels(scene: Scene, label: Label) -> dict[int, Label]:
     """The expert's contact of every part of the picture that has one; `label` is the target's."""
     found = {scene.target: label}
     for part in range(len(scene.spec.parts)):
-        other = part != scene.target and scene.expert(stream(scene.category, scene.seed, f"expert {part}"), part)
+        rng = stream(scene.category, scene.seed, f"expert {part}")
+        other = part != scene.target and oracle.expert(scene, rng, part)
         if other:
             found[part] = other
     return found
@@ -519,18 +521,18 @@ def show_dialogue(bench: Bench, out: Path) -> None:
     """Print what the model says about one test scene, and what is true; write OUT/scene.png."""
     model = bench.models[bench.cfg.checkpoint]
     S = bench.image_size
-    job = Job("seen", "StorageFurniture", 0, SEEN, bench.cfg.seed)
+    job = Job("seen", "StorageFurniture", 0, SEEDS["seen"], bench.cfg.seed)
     bench.find(job)
     scene = bench.scene
     rng = stream(job.category, scene.seed, "dialogue")
-    known = facts(scene, rng)
+    known = oracle.facts(scene, rng)
     Image.fromarray(scene.rgb).resize((ZOOM * S,) * 2, Image.Resampling.BICUBIC).save(out / "scene.png")
     turns = [(turn.question, turn.answer) for turn in questions.dialogue(known, rng)]
     contact = known["parts"][scene.target]["contact"]
     if contact:
         asked = contact_question(sentence(scene, scene.target))
         turns.append((asked, questions.contact_answer(contact, S)))
-    print(f"A picture of a {objects.NOUNS[job.category]} it has never seen ({out / 'scene.png'}):\n")
+    print(f"A picture of a {catalogue.NOUNS[job.category]} it has never seen ({out / 'scene.png'}):\n")
     for question, truth in turns:
         print(f"  you    {question}\n  model  {model.generate(scene.rgb, question)}\n  truth  {truth}\n")
 

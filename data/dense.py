@@ -15,13 +15,14 @@ from torch import Tensor
 from common.files import read_json_lines, read_npz
 from data.dataset import load_records, read_geometry, read_picture, to_tensor
 from sim import objects
+from sim.catalogue import SEEN, UNSEEN
 
 GRID = 16  # cells along one side
 FINE = 32  # the same of what is told of a named part
 ASKED = 2  # parts asked for in a picture
 DEPTH_DROPPED = 0.3  # fraction of the pictures whose depth an RGB-D encoder does not see (modality dropout)
 N_KINDS = len(objects.PART_KINDS)
-N_CATEGORIES = len(objects.SEEN) + len(objects.UNSEEN) + 1
+N_CATEGORIES = len(SEEN) + len(UNSEEN) + 1
 N_COLOURS = len(objects.COLOURS)
 MAX_SHIFT = 2  # augmentation: pictures are shifted by up to so many cells
 LIGHT = 0.15  # augmentation: brightness and contrast vary by this fraction

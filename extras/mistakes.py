@@ -35,19 +35,20 @@ DECAY_STEPS = 1000  # tokens of the memory test: with dt * A = -1 / DECAY_STEPS 
 class Sample(NamedTuple):
     rgb: np.ndarray  # uint8 (S, S, 3)
     instruction: str
-    label: object  # sim.scene.Label, the expert's contact
+    label: object  # sim.expert.Label, the expert's contact
 
 
 def samples(size: int) -> list[Sample]:
     """One validation scene of each of the 20 seen categories, with the expert's contact where it finds one."""
-    from sim import objects
+    from sim.catalogue import SEEN
+    from sim.expert import expert
     from sim.scene import Scene
 
     scene, found = Scene(size), []
     try:
-        for k, category in enumerate(objects.SEEN):
+        for k, category in enumerate(SEEN):
             scene.spawn(category, FIRST_SEED + k).render()
-            label = scene.expert(np.random.default_rng(k))
+            label = expert(scene, np.random.default_rng(k))
             if label is not None:
                 instruction = f"open the {scene.spec.parts[scene.target].label}"
                 found.append(Sample(scene.rgb, instruction, label))

@@ -2,10 +2,9 @@
 
     python -m sim.catalogue          # print the catalogue: category, split, parts of three sample instances
 
-A builder takes a random generator and returns the fixed base (a list of shapes) and the movable parts. Frames and units
-are those of sim/objects.py: front +x, up +z, "left" is -y, positive joint motion as instructed; metres, radians.
-
     make_object(category, rng) -> ObjectSpec(base shapes, parts) -> to_urdf(spec) -> text for any URDF simulator
+
+Frames and units are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed.
 
 | category         | split    | joint of the moving part        | moving part                           | primitive |
 |------------------|----------|---------------------------------|---------------------------------------|-----------|
@@ -47,38 +46,16 @@ PartNet-Mobility may not be redistributed.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
 from sim.grammar import ARCHETYPES, PREFIX
-from sim.objects import (
-    COLOURS,
-    DARK,
-    ENDS,
-    FACES,
-    LEFT_RIGHT,
-    METAL,
-    QUARTER,
-    ObjectSpec,
-    body_colour,
-    box,
-    colour_name,
-    cylinder,
-    drawer,
-    handle,
-    hinge,
-    legs,
-    moved,
-    pick,
-    shade,
-    shell,
-    side_door,
-    sizes,
-    slide,
-    sphere,
-    tint,
-    top_lid,
-)
+
+from sim.objects import (  # isort: skip
+    COLOURS, DARK, ENDS, LEFT_RIGHT, METAL, ObjectSpec, body_colour, box, colour_name, cylinder, drawer, handle, hinge,
+    legs, pick, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
@@ -121,7 +98,7 @@ SEEDS = {
 STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; less, and low-polygon cylinders mix
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Seen categories. A builder returns (base shapes, parts); numbers are metres and radians.
+# Seen categories. A builder takes a random generator and returns (fixed shapes, parts); metres and radians.
 
 
 def safe(rng):
@@ -256,12 +233,11 @@ def trash_can(rng):
     tall, half, rgb = rng.uniform(0.5, 0.75), rng.uniform(0.2, 0.28), tint(rng)
     lid_rgb = tint(rng) if rng.random() < 0.3 else shade(rgb, 0.75)
     pedal = [box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)]
+    tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
     if rng.random() < 0.6:  # two compartments side by side
         base, wide = [box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb), *pedal], 1.5 * half
-        tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
         size, at = (2 * half + 0.01, wide - 0.01, 0.04), [(s * wide / 2, word) for s, word in LEFT_RIGHT]
         return base, [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
-    tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
     if rng.random() < 0.5:
         base, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
         return [base, *pedal], [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
@@ -302,7 +278,7 @@ def suitcase(rng):
     return base, [slide("handle", (0, 0, tall + 0.05), (0, 0, 1), 0.35, grip, "pull up")]
 
 
-def crossed_levers(rng, scissors):
+def crossed_levers(rng, scissors=False):
     """Pliers or scissors, lying flat with the jaws to one side; the handle in front moves towards the viewer."""
     long, half_angle, side, rgb = rng.uniform(0.4, 0.5), rng.uniform(0.15, 0.3), pick(rng, *ENDS), tint(rng)
 
@@ -320,10 +296,6 @@ def crossed_levers(rng, scissors):
 
     base = [*lever(-1, 0.03), cylinder(0.03, 0.11, (0, 0, 0.055), DARK)]
     return base, [hinge("front handle", (0, 0, 0.045), (0, 0, side), 0.9, lever(1, 0.03))]
-
-
-def pliers(rng):
-    return crossed_levers(rng, scissors=False)
 
 
 def storage_furniture(rng):
@@ -447,10 +419,6 @@ def toilet(rng):
     return base, [top_lid("lid", (-0.18, 0, 0.415), (0.25, wide, 0.025), 1.6, shade(rgb, 0.92), [seat])]
 
 
-def scissors(rng):
-    return crossed_levers(rng, scissors=True)
-
-
 def table(rng):
     wide, deep, tall, low = sizes(rng, (0.8, 1.0), (0.45, 0.55), (0.5, 0.6), (0.1, 0.15))  # low: height of a drawer
     rgb = tint(rng)
@@ -562,10 +530,10 @@ def phone(rng):
 BUILDERS = {
     "Safe": safe, "Door": door, "Display": display, "Refrigerator": refrigerator, "Laptop": laptop, "Lighter": lighter,
     "Microwave": microwave, "Mouse": mouse, "Box": box_with_flaps, "TrashCan": trash_can, "KitchenPot": kitchen_pot,
-    "Suitcase": suitcase, "Pliers": pliers, "StorageFurniture": storage_furniture, "Remote": remote, "Bottle": bottle,
-    "FoldingChair": folding_chair, "Toaster": toaster, "Lamp": lamp, "Dispenser": dispenser, "Toilet": toilet,
-    "Scissors": scissors, "Table": table, "Stapler": stapler, "Kettle": kettle, "USB": usb, "Switch": switch,
-    "WashingMachine": washing_machine, "Faucet": faucet, "Phone": phone,
+    "Suitcase": suitcase, "Pliers": crossed_levers, "StorageFurniture": storage_furniture, "Remote": remote,
+    "Bottle": bottle, "FoldingChair": folding_chair, "Toaster": toaster, "Lamp": lamp, "Dispenser": dispenser,
+    "Toilet": toilet, "Scissors": partial(crossed_levers, scissors=True), "Table": table, "Stapler": stapler,
+    "Kettle": kettle, "USB": usb, "Switch": switch, "WashingMachine": washing_machine, "Faucet": faucet, "Phone": phone,
 } | {PREFIX + name: build for name, build in ARCHETYPES.items()}  # fmt: skip
 
 
@@ -589,106 +557,6 @@ def main():
                 spec = make_object(category, np.random.default_rng(seed))
                 parts = ", ".join(f"{p.verb} the {p.label}" for p in spec.parts)
                 print(f"{category:17s} {split:8s} {body_colour(spec):7s} {parts}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DEPRECATED, to be deleted with GADGET in data/build.py and data/questions.py: random gadgets, now sim/grammar.py
-
-GADGET = "Gadget"
-SPARE = ()
-
-
-def gadget_part(rng, kind, label, wide, tall, deep, rgb, upright):
-    """A part on a front of wide x tall x deep, centred on the origin. upright: the front will not become a top."""
-    hardware, thick = pick(rng, METAL, DARK, tint(rng)), rng.uniform(0.02, 0.06)
-    if kind == "drawer":
-        grip = pick(rng, "knob", "bar", "recess")
-        return drawer(rng, label, (deep * 0.7, wide, tall), (0, 0, 0), rgb, grip, thick)
-    if kind in ("door", "flap", "lid", "bar"):
-        # A door hinged at the right, turned by quarters: flaps are hinged above or below, lids and bars anywhere.
-        quarters = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, range(4)))
-        across, along = (tall, wide) if quarters % 2 else (wide, tall)
-        along = min(along, rng.uniform(0.08, 0.16)) if kind == "bar" else along
-        grip = "none" if kind == "bar" else pick(rng, "knob", "bar", "upright bar", "lever", "none")
-        part = side_door(rng, label, 1, (thick, across, along), (0, 0, 0), rgb, grip)
-        part.verb = "swing out" if kind == "bar" else "open"
-        return moved(part, np.linalg.matrix_power(QUARTER, quarters))
-    if kind in ("cap", "lift-off lid"):
-        small, high = min(wide, tall) * rng.uniform(0.5, 0.95), rng.uniform(0.08, 0.25) if kind == "cap" else thick
-        at = (high / 2, 0, 0)
-        shapes = [pick(rng, cylinder(small / 2, high, at, rgb, "x"), box((high, small, small), at, rgb))]
-        if kind != "cap":
-            shapes += [cylinder(0.02, 0.05, (high + 0.025, 0, 0), hardware, "x")]
-            shapes += [cylinder(0.05, 0.025, (high + 0.05, 0, 0), hardware, "x")]
-        verb = "pull off" if kind == "cap" else "lift"
-        return slide(label, (0, 0, 0), (1, 0, 0), rng.uniform(0.2, 0.3), shapes, verb)
-    if kind == "lever":
-        long, thick = sizes(rng, (0.15, 0.28), (0.05, 0.09))
-        shapes = [box((long, thick, thick), (long / 2, 0, 0), rgb), sphere(thick * 0.8, (long, 0, 0), hardware)]
-        if upright and rng.random() < 0.5:
-            more = dict(lower=rng.uniform(-0.3, -0.1), primitive="push")
-            return hinge(label, (0, 0, 0), (0, 1, 0), 0.6, shapes, "press down", **more)
-        axis = pick(rng, (0, 1, 0), (0, 0, 1))
-        return hinge(label, (0, 0, 0), axis, 0.9, shapes, "turn", lower=-0.9, start=0.0, both_ways=True)
-    quarters = pick(rng, *range(4))  # a slider, towards any of the four sides
-    track, size = tall if quarters % 2 else wide, sizes(rng, (0.06, 0.13), (0.06, 0.12), (0.08, 0.16))
-    block = [box(size, (size[0] / 2, 0, 0), rgb)]
-    part = slide(label, (0.01, -track * 0.3, 0), (0, 1, 0), max(0.12, track * 0.55), block, "slide")
-    return moved(part, np.linalg.matrix_power(QUARTER, quarters))
-
-
-def gadget(rng):
-    """A random body with one to three movable parts on random faces, like no category in particular."""
-    wide, deep, tall, bottom = sizes(rng, (0.2, 0.9), (0.2, 0.7), (0.18, 0.9), (0.03, 0.08))
-    rgb, round_body, bottom = tint(rng), rng.random() < 0.25, bottom * (rng.random() < 0.5)
-    deep, middle = wide if round_body else deep, bottom + tall / 2
-    body = cylinder(wide / 2, tall, (0, 0, middle), rgb) if round_body else box((deep, wide, tall), (0, 0, middle), rgb)
-    base = [body, *(legs(wide * 0.7, deep * 0.7, bottom, 0.05, DARK) if bottom else [])]
-    faces = {  # centre, width, height, depth of the body behind it
-        "front": ((deep / 2, 0, middle), wide, tall, deep),
-        "top": ((0, 0, bottom + tall), wide, deep, tall),
-        "right": ((0, wide / 2, middle), deep, tall, wide),
-        "left": ((0, -wide / 2, middle), deep, tall, wide),
-    }
-    on_side = ("cap", "lever") if round_body else ("drawer", "door", "flap", "cap", "lever", "slider", "bar")
-    on_top = ("lid", "lid", "lift-off lid", "cap", "lever", "slider", "bar")
-    for _ in range(rng.integers(4)):  # lumps that mean nothing, partly inside the body: nobody may rely on plain boxes
-        size, at = np.array(sizes(rng, *[(0.04, 0.3)] * 3)), (deep / 2, wide / 2, tall / 2) * rng.uniform(-1, 1, 3)
-        at = at + (0, 0, middle + size[2] / 2)
-        lump = pick(rng, box(size, at, tint(rng)), cylinder(size[0] / 2, size[1], at, tint(rng), pick(rng, *"xyz")))
-        base.append(lump)
-    order = [*rng.permutation(["front", "top"]), *rng.permutation(["right", "left"])]
-    wanted, parts, used = int(rng.choice([1, 2, 3], p=[0.36, 0.42, 0.22])), [], set()
-    wanted = min(wanted, len(on_side))  # every face gets a kind of its own, so that the labels differ
-    pair = wanted > 1 and not round_body and rng.random() < 0.5
-    for face in order[: wanted - pair]:
-        centre, across, up, behind = faces[face]
-        kind = pick(rng, *[k for k in (on_top if face == "top" else on_side) if k.split()[-1] not in used])
-        word = kind.split()[-1]
-        used.add(word)
-        part_rgb = tint(rng) if rng.random() < 0.5 else shade(rgb, pick(rng, 0.75, 1.2))
-        if pair and not parts:  # two of a kind, side by side or one above (on a top: behind) the other
-            if across >= up:
-                across /= 2
-                cells = [(s * across / 2, 0, f"{side} {word}") for s, side in LEFT_RIGHT]
-            else:
-                up, names = up / 2, ("bottom", "top") if face == "front" else ("front", "back")
-                cells = [(0, s * up / 2, f"{side} {word}") for s, side in zip(ENDS, names, strict=True)]
-        else:
-            room, (across, up) = (across, up), (across, up) * rng.uniform(0.55, 0.97, 2)
-            across *= 0.5 if round_body and face != "top" else 1
-            shift = (np.array(room) - (across, up)) / 2 * rng.uniform(-1, 1, 2) * (not round_body)
-            cells = [(*shift, word)]
-        for y, z, label in cells:
-            part = gadget_part(rng, kind, label, across, up, behind, part_rgb, face != "top")
-            parts.append(moved(part, FACES[face], FACES[face] @ (0.002, y, z) + centre))
-    return base, parts
-
-
-BUILDERS[GADGET] = gadget
-NOUNS[GADGET] = "gadget"
-MULTI_CAPABLE += (GADGET,)
-# End of what is to be deleted
 
 
 if __name__ == "__main__":

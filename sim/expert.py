@@ -48,16 +48,11 @@ class Label:
     approach: np.ndarray
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A contact that works
-
-
 def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
     """A contact on the rendered picture that works, for `part` (None: the target); None when none was found.
 
-    Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, takes the middle pixel
-    of the best region and tries it; the direction is the true motion's. A label must also survive `jitters` disturbed
-    copies (pixel and direction), else the next candidate is tried.
+    Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, tries the middle one
+    of the best region along the true motion, then others. A label must also survive `jitters` disturbed copies.
     """
     part = scene.target if part is None else part
     mask = scene.links == part
@@ -83,10 +78,9 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
 
 
 def _senses(scene: Scene, part: int, along: np.ndarray) -> np.ndarray:
-    """+1 where `part` is to be pulled, -1 where it is to be pushed, (n,), for along = normal . motion (n,).
+    """+1 where `part` is to be pulled (against its motion), -1 where pushed, (n,), for along = normal . motion (n,).
 
-    The gripper comes from outside: against the motion for a pull, with it for a push. Where either sense of motion
-    counts, the surface decides.
+    Where either sense of motion counts, the surface decides: the gripper comes from outside.
     """
     sense = scene.sense(part)
     return np.sign(along) if sense == 0 else np.full(len(along), sense)
@@ -157,15 +151,11 @@ def _edge_distance(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return distance / most
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What happened, and what a picture shows
-
-
 def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     """Simulate an attempt at the target, good or bad, and keep the end state, for pictures of afterwards.
 
     Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long threshold)};
-    None where the expert finds no contact, and then nothing has moved. Takes the picture of the start.
+    None where the expert finds no contact: nothing has moved.
     """
     scene.render()
     goal = acted = scene.target
@@ -186,18 +176,14 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
         start = before[acted]
         ended[acted] = max(ended[acted], start + rng.uniform(*FURTHER) * (parts[acted].upper - start))
     scene.set_joints(ended.tolist())
-    return {
-        "goal": parts[goal].label,
-        "acted": parts[acted].label,
-        "moved": round(outcome.moved, 4),
-        "success": bool(success),
-    }
+    done = {"moved": round(outcome.moved, 4), "success": bool(success)}
+    return {"goal": parts[goal].label, "acted": parts[acted].label} | done
 
 
 def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: int = 1) -> dict:
     """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
 
-    Args: scene: after `render`. rng: for the expert's jitters. expert: fill "contact" (else it is None).
+    Args: rng: for the expert's jitters. expert: fill "contact" (else it is None).
     """
     return {
         "category": scene.category,
@@ -216,12 +202,7 @@ def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None, jitters: 
     rows, columns = np.nonzero(mask)
     shown = len(rows) >= MIN_PART_PIXELS
     label = expert(scene, rng, j, jitters) if rng is not None and shown else None
-    return {
-        "label": part.label,
-        "kind": part.kind,
-        "verb": part.verb,
-        "primitive": part.primitive,
-        "joint": part.joint,
+    return {name: getattr(part, name) for name in ("label", "kind", "verb", "primitive", "joint")} | {
         "colour": objects.part_colour(part),
         "pixels": len(rows),
         "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
@@ -237,10 +218,6 @@ def _box(mask: np.ndarray) -> list[int] | None:
     return [int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())] if len(rows) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rasters
-
-
 def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What the vision stage learns to see, as means over the cells of a 16 x 16 raster.
 
@@ -248,8 +225,7 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
             x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
             the part that fills the cell (0: none).
-        part_kind (16, 16) int8: index into objects.PART_KINDS of the part that fills the cell (0: none, or a kind that
-            is not in the list).
+        part_kind (16, 16) int8: index into objects.PART_KINDS of that part (0: none, or no such kind).
     Raises: ValueError when 16 does not divide the image size.
     """
     S = scene.image_size
@@ -273,12 +249,11 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     def cells(picture):  # (S, S, C) -> (16, 16, C)
         return picture.reshape(GRID, S // GRID, GRID, S // GRID, -1).mean((1, 3))
 
-    share = np.stack([scene.links == j for j in range(len(scene.spec.parts))], -1)
-    share = cells(share.astype(float))  # (16, 16, parts)
-    kinds = [part.kind for part in scene.spec.parts]
-    index = np.array([objects.PART_KINDS.index(kind) if kind in objects.PART_KINDS else 0 for kind in kinds])
+    parts = scene.spec.parts
+    share = cells(np.stack([scene.links == j for j in range(len(parts))], -1).astype(float))  # (16, 16, parts)
+    index = np.array([objects.PART_KINDS.index(p.kind) if p.kind in objects.PART_KINDS else 0 for p in parts])
+    openness = np.array([scene.openness(j) for j in range(len(parts))])
     filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
-    openness = np.array([scene.openness(j) for j in range(len(kinds))])
     opened = np.where(filled, openness[share.argmax(-1)], 0)[..., None]
     targets = np.concatenate([cells(maps), opened], -1).astype(np.float16)
     return targets, np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)

@@ -1,50 +1,28 @@
 """A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no category in particular.
 
-    python -m sim.grammar --sheet FILE.png     # a picture: one archetype a row
+    python -m sim.pictures --sheet FILE.png --grammar     # a picture: one archetype a row
 
-An archetype is one way to put a movable part on a body. It draws a body, an edge or face, a part and fixed distractors
-from shared lists, so that few functions give very many objects. They vary what the 20 seen categories keep fixed; none
-is in a test set, and none is built to be one of the ten unseen categories.
+An archetype puts a movable part on a body. It draws a body, an edge or face, a part and fixed distractors from shared
+lists, so that few functions give very many objects. They vary what the 20 seen categories keep fixed; none is in a test
+set, and none is built to be one of the ten unseen categories. Some come near one all the same: a slab hinged on a slab
+is what a flip phone is, too. NEAR lists them; training on STRICT leaves them out.
 
-    make(name, rng) -> base shapes, parts        Scene.spawn("grammar:book", seed)
+    make_object("grammar:book", rng) -> base shapes, parts        Scene.spawn("grammar:book", seed)
 
-Some skeletons come near an unseen category all the same: a slab hinged on a slab is what a flip phone is, too. NEAR
-lists them; training on STRICT leaves them all out. Words are those of the seen categories, in labels and in verbs.
-Frames, units and helpers are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed.
+Words are those of the seen categories. Frames, units and helpers are those of sim/objects.py: front +x, up +z, "left"
+is -y, metres, radians, positive motion as instructed.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from sim.objects import (
-    DARK,
-    ENDS,
-    FACES,
-    LEFT_RIGHT,
-    METAL,
-    QUARTER,
-    Part,
-    Shape,
-    box,
-    cylinder,
-    drawer,
-    handle,
-    hinge,
-    legs,
-    moved,
-    pick,
-    shade,
-    shell,
-    side_door,
-    sizes,
-    slide,
-    sphere,
-    tint,
-    turned,
+from sim.objects import (  # isort: skip
+    DARK, ENDS, FACES, LEFT_RIGHT, METAL, QUARTER, Part, Shape, box, cylinder, drawer, handle, hinge, legs, moved, pair,
+    pick, shade, shell, side_door, sizes, slide, sphere, tint, turned,
 )  # fmt: skip
 
 # Letters: x, y, z metres · k an edge of the top, also quarter turns about z: 0 back, 1 left, 2 front, 3 right.
@@ -57,10 +35,6 @@ COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
 BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small tools
-
-
 def chance(rng, share: float) -> bool:
     return bool(rng.random() < share)
 
@@ -70,6 +44,11 @@ def quarter(k: int) -> np.ndarray:
     return np.linalg.matrix_power(np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), int(k))
 
 
+def spin(k: int) -> np.ndarray:
+    """(3, 3) turn by k quarters in the plane of a front."""
+    return np.linalg.matrix_power(QUARTER, int(k))
+
+
 def turn_all(shapes, k: int, by=(0.0, 0.0, 0.0)) -> list[Shape]:
     return [turned(shape, quarter(k), by) for shape in shapes]
 
@@ -77,6 +56,10 @@ def turn_all(shapes, k: int, by=(0.0, 0.0, 0.0)) -> list[Shape]:
 def other_colour(rng, rgb) -> tuple:
     """The same colour, a shade of it, metal, black, or any: nobody may rely on a part being of another colour."""
     return pick(rng, rgb, shade(rgb, 0.75), shade(rgb, 1.2), pick(rng, METAL, DARK), tint(rng))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bodies
 
 
 @dataclass
@@ -95,27 +78,21 @@ class Body:
         """(away from edge k, along it), metres."""
         return (self.wide, self.deep) if k % 2 else (self.deep, self.wide)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bodies
+    def front(self, y=0.0, z=0.0, out=0.003) -> tuple[float, float, float]:
+        """A place y to the right and z above the middle of the front, `out` before it."""
+        return self.deep / 2 + out, y, (self.top + self.low) / 2 + z
 
 
 def block(rng, deep=(0.2, 0.6), wide=(0.25, 0.8), tall=(0.15, 0.8)) -> Body:
     deep, wide, tall = sizes(rng, deep, wide, tall)
-    rgb, low = tint(rng), 0.0
-    shapes = []
-    if chance(rng, 0.4):
-        low = rng.uniform(0.02, 0.08)
-        shapes = legs(wide * 0.9, deep * 0.9, low, 0.04, DARK)
-    return Body([box((deep, wide, tall), (0, 0, low + tall / 2), rgb), *shapes], rgb, deep, wide, low + tall, low)
+    rgb = tint(rng)
+    low = rng.uniform(0.02, 0.08) if chance(rng, 0.4) else 0.0
+    feet = legs(wide * 0.9, deep * 0.9, low, 0.04, DARK) if low else []
+    return Body([box((deep, wide, tall), (0, 0, low + tall / 2), rgb), *feet], rgb, deep, wide, low + tall, low)
 
 
-def slab(rng) -> Body:
-    return block(rng, (0.3, 0.7), (0.25, 0.8), (0.03, 0.12))
-
-
-def tower(rng) -> Body:
-    return block(rng, (0.18, 0.4), (0.2, 0.45), (0.5, 0.9))
+slab = partial(block, deep=(0.3, 0.7), tall=(0.03, 0.12))
+tower = partial(block, deep=(0.18, 0.4), wide=(0.2, 0.45), tall=(0.5, 0.9))
 
 
 def tray(rng) -> Body:
@@ -134,13 +111,18 @@ def oblong(rng) -> Body:
     return Body([box((deep, long, tall), (0, 0, tall / 2), rgb), *ends], rgb, deep, long + deep, tall)
 
 
+def round_body(shapes, rgb, radius, top) -> Body:
+    return Body(shapes, rgb, 2 * radius, 2 * radius, top, flat=False)
+
+
 def drum(rng) -> Body:
+    """A cylinder, with or without a band."""
     radius, tall = sizes(rng, (0.14, 0.34), (0.15, 0.7))
     rgb = tint(rng)
     shapes = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
-    if chance(rng, 0.5):  # a band
+    if chance(rng, 0.5):
         shapes += [cylinder(radius * 1.03, tall * 0.2, (0, 0, tall * rng.uniform(0.15, 0.8)), other_colour(rng, rgb))]
-    return Body(shapes, rgb, 2 * radius, 2 * radius, tall, flat=False)
+    return round_body(shapes, rgb, radius, tall)
 
 
 def stack(rng) -> Body:
@@ -150,16 +132,16 @@ def stack(rng) -> Body:
         radius, tall = sizes(rng, (0.12, 0.3), (0.08, 0.28))
         shapes.append(cylinder(radius, tall, (0, 0, top + tall / 2), pick(rng, rgb, rgb, other_colour(rng, rgb))))
         top += tall
-    return Body(shapes, rgb, 2 * radius, 2 * radius, top, flat=False)
+    return round_body(shapes, rgb, radius, top)
 
 
 def goblet(rng) -> Body:
     """A wide disc on a narrow foot."""
-    radius, foot, thick = sizes(rng, (0.17, 0.34), (0.12, 0.4), (0.05, 0.2))
+    radius, high, thick = sizes(rng, (0.17, 0.34), (0.12, 0.4), (0.05, 0.2))
     rgb = tint(rng)
-    shapes = [cylinder(radius, thick, (0, 0, foot + thick / 2), rgb)]
-    shapes += [cylinder(radius * rng.uniform(0.3, 0.7), foot, (0, 0, foot / 2), other_colour(rng, rgb))]
-    return Body(shapes, rgb, 2 * radius, 2 * radius, foot + thick, flat=False)
+    shapes = [cylinder(radius, thick, (0, 0, high + thick / 2), rgb)]
+    shapes += [cylinder(radius * rng.uniform(0.3, 0.7), high, (0, 0, high / 2), other_colour(rng, rgb))]
+    return round_body(shapes, rgb, radius, high + thick)
 
 
 def add_back(rng, body: Body, k: int) -> None:
@@ -180,13 +162,10 @@ def front_details(rng, body: Body) -> list[Shape]:
     x, tall = body.deep / 2, body.top - body.low
     y, z = rng.uniform(-0.35, 0.35) * body.wide, body.low + tall * rng.uniform(0.15, 0.85)
     rgb = pick(rng, METAL, DARK, tint(rng), shade(body.rgb, 0.75))
-    return pick(
-        rng,
-        [box((0.012, body.wide * rng.uniform(0.1, 0.4), tall * 0.1), (x, y, z), rgb)],
-        [cylinder(rng.uniform(0.02, 0.05), rng.uniform(0.02, 0.06), (x, y, z), rgb, "x")],
-        [cylinder(0.016, 0.016, (x, y + i * 0.05, z), rgb, "x") for i in (-1, 0, 1)],
-        [box((0.006, body.wide * 0.98, 0.01), (x, 0, z), rgb)],
-    )
+    panel = box((0.012, body.wide * rng.uniform(0.1, 0.4), tall * 0.1), (x, y, z), rgb)
+    dial = cylinder(rng.uniform(0.02, 0.05), rng.uniform(0.02, 0.06), (x, y, z), rgb, "x")
+    studs = [cylinder(0.016, 0.016, (x, y + i * 0.05, z), rgb, "x") for i in (-1, 0, 1)]
+    return pick(rng, [panel], [dial], studs, [box((0.006, body.wide * 0.98, 0.01), (x, 0, z), rgb)])
 
 
 def lump(rng, body: Body) -> list[Shape]:
@@ -204,14 +183,11 @@ def fixture(rng, body: Body) -> list[Shape]:
     x, out, z = body.extents(k)[0] / 2, rng.uniform(0.06, 0.18), body.top * rng.uniform(0.35, 0.8)
     rgb = other_colour(rng, body.rgb)
     loop = [box((out, 0.03, 0.03), (x + out / 2, 0, z + s * 0.06), rgb) for s in ENDS]
-    made = pick(
-        rng,
-        [*loop, box((0.03, 0.03, 0.15), (x + out, 0, z), rgb)],
-        [cylinder(rng.uniform(0.015, 0.04), 1.5 * out, (x + 0.6 * out, 0, z), rgb, "x")],
-        [box((out, rng.uniform(0.05, 0.16), 0.04), (x + 0.3 * out, 0, z), rgb)],
-        [box((0.03, 0.03, body.top * 1.4), (x + 0.03, 0, body.top * 0.7), rgb)],
-    )
-    return turn_all(made, k)
+    loop += [box((0.03, 0.03, 0.15), (x + out, 0, z), rgb)]
+    tube = cylinder(rng.uniform(0.015, 0.04), 1.5 * out, (x + 0.6 * out, 0, z), rgb, "x")
+    lug = box((out, rng.uniform(0.05, 0.16), 0.04), (x + 0.3 * out, 0, z), rgb)
+    mast = box((0.03, 0.03, body.top * 1.4), (x + 0.03, 0, body.top * 0.7), rgb)
+    return turn_all(pick(rng, loop, [tube], [lug], [mast]), k)
 
 
 def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int = 0) -> Object:
@@ -231,16 +207,10 @@ def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int =
 def top_grip(rng, x, z, rgb) -> list[Shape]:
     """Something to hold on a face that looks up: a knob, a ball, a loop, a ridge, or nothing."""
     hard = pick(rng, METAL, DARK, rgb, tint(rng))
-    loop = [box((0.02, 0.02, 0.05), (x, s * 0.05, z + 0.025), hard) for s in ENDS]
-    return pick(
-        rng,
-        [cylinder(0.02, 0.05, (x, 0, z + 0.025), hard), cylinder(0.05, 0.025, (x, 0, z + 0.05), hard)],
-        [sphere(0.04, (x, 0, z + 0.02), hard)],
-        [*loop, box((0.03, 0.14, 0.03), (x, 0, z + 0.05), hard)],
-        [box((0.03, 0.12, 0.03), (x, 0, z + 0.015), hard)],
-        [],
-        [],
-    )
+    knob = [cylinder(0.02, 0.05, (x, 0, z + 0.025), hard), cylinder(0.05, 0.025, (x, 0, z + 0.05), hard)]
+    loop = [*pair((0.02, 0.02, 0.05), (x, 0.05, z + 0.025), hard), box((0.03, 0.14, 0.03), (x, 0, z + 0.05), hard)]
+    ridge = box((0.03, 0.12, 0.03), (x, 0, z + 0.015), hard)
+    return pick(rng, knob, [sphere(0.04, (x, 0, z + 0.02), hard)], loop, [ridge], [], [])
 
 
 def lid(rng, label, body: Body, k: int, rgb, share=(0.85, 1.08), thick=None, cell=1.0, shift=0.0, start=None) -> Part:
@@ -276,10 +246,9 @@ def front_part(rng, kind, label, at, wide, tall, deep, rgb, grip) -> Part:
     thick = rng.uniform(0.015, 0.05)
     if kind == "drawer":
         return drawer(rng, label, (deep * 0.8, wide, tall), (x + 0.002, y, z), rgb, grip, thick)
-    quarters = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, (0, 1, 2, 3)))  # of a door hinged at the right
-    across, upright = (tall, wide) if quarters % 2 else (wide, tall)
-    part = side_door(rng, label, 1, (thick, across, upright), (0, 0, 0), rgb, grip)
-    return moved(part, np.linalg.matrix_power(QUARTER, quarters), (x + 0.002, y, z))
+    k = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, (0, 1, 2, 3)))  # quarters of a door hinged at the right
+    across, upright = (tall, wide) if k % 2 else (wide, tall)
+    return moved(side_door(rng, label, 1, (thick, across, upright), (0, 0, 0), rgb, grip), spin(k), (x + 0.002, y, z))
 
 
 def any_grip(rng) -> str:
@@ -290,13 +259,9 @@ def stick(rng, long, thick, rgb) -> list[Shape]:
     """A square or round rod from the origin to +x, with or without something at its end."""
     hard = other_colour(rng, rgb)
     square = box((long, thick, thick), (long / 2, 0, 0), rgb)
-    end = pick(
-        rng,
-        [],
-        [sphere(thick * 0.9, (long, 0, 0), hard)],
-        [box((0.07, thick * 1.8, thick * 1.2), (long, 0, 0), hard)],
-        [cylinder(thick * 0.7, thick * 2, (long, 0, 0), hard, "y")],
-    )
+    block_end = box((0.07, thick * 1.8, thick * 1.2), (long, 0, 0), hard)
+    cross = cylinder(thick * 0.7, thick * 2, (long, 0, 0), hard, "y")
+    end = pick(rng, [], [sphere(thick * 0.9, (long, 0, 0), hard)], [block_end], [cross])
     return [pick(rng, square, square, cylinder(thick / 2, long, (long / 2, 0, 0), rgb, "x")), *end]
 
 
@@ -314,8 +279,7 @@ def lidded_box(rng):
     rgb, word = other_colour(rng, body.rgb), lid_word(rng)
     if chance(rng, 0.35):
         cells = [(s * body.wide / 4, f"{side} {word}") for s, side in LEFT_RIGHT]
-        lids = [lid(rng, label, body, 0, rgb, (0.97, 1.0), cell=0.48, shift=y) for y, label in cells]
-        return finish(rng, body, lids)
+        return finish(rng, body, [lid(rng, w, body, 0, rgb, (0.97, 1.0), cell=0.48, shift=y) for y, w in cells])
     return finish(rng, body, [lid(rng, word, body, pick(rng, 0, 0, 1, 2, 3), rgb)])
 
 
@@ -344,13 +308,11 @@ def chest(rng):
     body = block(rng, (0.25, 0.5), (0.35, 0.9), (0.35, 0.9))
     rows, columns = pick(rng, (1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 3))
     kind, grip, rgb = pick(rng, "drawer", "drawer", "door", "flap"), any_grip(rng), other_colour(rng, body.rgb)
-    share_y, share_z = rng.uniform(0.65, 0.97, 2)
-    wide, tall = body.wide * share_y / columns, (body.top - body.low) * share_z / rows
+    wide, tall = (body.wide, body.top - body.low) * rng.uniform(0.65, 0.97, 2) / (columns, rows)
     parts = []
     for i, row in enumerate(COLUMN[rows]):
         for j, column in enumerate(ROW[columns]):
-            y, z = wide * (j + 0.5 - columns / 2), (body.top + body.low) / 2 + tall * (rows / 2 - i - 0.5)
-            at = (body.deep / 2, y, z)
+            at = body.front(wide * (j + 0.5 - columns / 2), tall * (rows / 2 - i - 0.5), 0.0)
             parts.append(front_part(rng, kind, row + column + kind, at, wide * 0.96, tall * 0.96, body.deep, rgb, grip))
     return finish(rng, body, parts, 1)
 
@@ -359,18 +321,14 @@ def trays(rng):
     """Flat trays one above the other in an open frame."""
     deep, wide, tall = sizes(rng, (0.3, 0.5), (0.35, 0.8), (0.3, 0.9))
     rgb, count = tint(rng), pick(rng, 2, 3)
-    base = pick(rng, shell(wide, deep, tall, 0, 0.02, rgb), legs(wide, deep, tall, 0.04, rgb))
-    base = [*base, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)]
-    own, lip, inner = other_colour(rng, rgb), rng.uniform(0.05, 0.1), wide - 0.1
-    parts = []
+    frame = pick(rng, shell(wide, deep, tall, 0, 0.02, rgb), legs(wide, deep, tall, 0.04, rgb))
+    own, lip, parts = other_colour(rng, rgb), rng.uniform(0.05, 0.1), []
     for i, word in enumerate(COLUMN[count]):
-        z = tall * (count - i - 0.4) / count
-        shapes = [
-            box((deep * 0.9, inner, 0.02), (-deep * 0.45, 0, -lip / 2), own),
-            box((0.03, inner, lip), (0, 0, 0), own),
-        ]
-        parts.append(slide(f"{word}drawer", (deep / 2, 0, z), (1, 0, 0), deep * 0.6, shapes))
-    return base, parts
+        shapes = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
+        shapes += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
+        at = (deep / 2, 0, tall * (count - i - 0.4) / count)
+        parts.append(slide(f"{word}drawer", at, (1, 0, 0), deep * 0.6, shapes))
+    return [*frame, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)], parts
 
 
 def side_flap(rng):
@@ -380,8 +338,7 @@ def side_flap(rng):
         add_back(rng, body, 0)
     front = np.array((body.wide, body.top - body.low))
     size = front * rng.uniform(0.45, 0.95, 2)
-    y, z = (front - size) / 2 * rng.uniform(-1, 1, 2)
-    kind, at = pick(rng, "door", "flap", "cover"), (body.deep / 2, y, (body.top + body.low) / 2 + z)
+    at, kind = body.front(*(front - size) / 2 * rng.uniform(-1, 1, 2), 0.0), pick(rng, "door", "flap", "cover")
     part = front_part(rng, kind, kind, at, *size, body.deep, other_colour(rng, body.rgb), any_grip(rng))
     return finish(rng, body, [part], 4)
 
@@ -389,21 +346,19 @@ def side_flap(rng):
 def latch(rng):
     """A bar that lies across a front and swings out from it."""
     body = pick(rng, block, tower)(rng)
-    front = (body.wide, body.top - body.low)
-    quarters, high, thick = int(rng.integers(4)), *sizes(rng, (0.07, 0.14), (0.03, 0.08))
-    long = max(0.15, front[quarters % 2] * rng.uniform(0.5, 1.0))
+    k, high, thick = int(rng.integers(4)), *sizes(rng, (0.07, 0.14), (0.03, 0.08))
+    long = max(0.15, (body.wide, body.top - body.low)[k % 2] * rng.uniform(0.5, 1.0))
     bar = [box((thick, long, high), (thick / 2, -long / 2, 0), other_colour(rng, body.rgb))]
     bar += pick(rng, [], [box((0.03, 0.05, high * 1.3), (thick, 0.05 - long, 0), pick(rng, METAL, DARK))])
     part = hinge("bar", (0, long / 2, 0), (0, 0, 1), rng.uniform(1.2, 1.8), bar, "swing out")
-    middle = (body.deep / 2 + 0.003, 0, (body.top + body.low) / 2)
-    return finish(rng, body, [moved(part, np.linalg.matrix_power(QUARTER, quarters), middle)], 2, 2)
+    return finish(rng, body, [moved(part, spin(k), body.front())], 2, 2)
 
 
 def hanging_flap(rng):
     """A panel that hangs from a rail between posts, or on a body, and swings out below."""
     wide, tall, thick, rise = sizes(rng, (0.3, 0.8), (0.25, 0.6), (0.02, 0.05), (0.05, 0.3))
     rgb, top = tint(rng), tall + rise
-    posts = [box((0.05, 0.05, top), (0, s * (wide / 2 + 0.03), top / 2), rgb) for s in ENDS]
+    posts = [*pair((0.05, 0.05, top), (0, wide / 2 + 0.03, top / 2), rgb)]
     posts += [cylinder(0.025, wide + 0.1, (0, 0, top), METAL, "y"), foot(rng, wide * 0.8, rgb)]
     wall = [box((0.25, wide * rng.uniform(0.9, 1.3), top + 0.05), (-0.15, 0, top / 2), rgb)]
     panel = [box((thick, wide * 0.94, tall), (0, 0, -tall / 2), other_colour(rng, rgb))]
@@ -416,8 +371,7 @@ def wings(rng):
     """Leaves that hang at the sides of a body and are folded up."""
     body = pick(rng, block, tower, tray)(rng)
     thick, drop = rng.uniform(0.02, 0.05), max(0.12, body.top * rng.uniform(0.4, 0.9))
-    long, rgb = body.deep * rng.uniform(0.6, 1.0), other_colour(rng, body.rgb)
-    parts = []
+    long, rgb, parts = body.deep * rng.uniform(0.6, 1.0), other_colour(rng, body.rgb), []
     for s, word in LEFT_RIGHT:
         leaf = [box((long, thick, drop), (0, s * thick / 2, -drop / 2), rgb)]
         at = (0, s * (body.wide / 2 + 0.003), body.top)
@@ -433,7 +387,7 @@ def sash(rng):
     wide, tall = sizes(rng, (0.5, 1.0), (0.4, 0.8))
     rgb, pane_rgb, z = tint(rng), tint(rng), 0.1 + tall / 2
     base = [box((0.1, wide + 0.08, 0.04), (0, 0, z + s * (tall / 2 + 0.02)), rgb) for s in ENDS]
-    base += [box((0.1, 0.04, tall), (0, s * (wide / 2 + 0.02), z), rgb) for s in ENDS]
+    base += pair((0.1, 0.04, tall), (0, wide / 2 + 0.02, z), rgb)
     base += [box((0.25, wide * 0.7, 0.08), (0, 0, 0.04), other_colour(rng, rgb))]
     k = int(rng.integers(3))  # slides to the right, up, to the left; down would be seen from below only
     room, across = (tall, wide) if k % 2 else (wide, tall)
@@ -441,7 +395,7 @@ def sash(rng):
     pane += pick(rng, [], [box((0.034, room * 0.4, across * 0.7), (0, 0, 0), tint(rng))])
     pane += [box((0.13, 0.06, across * rng.uniform(0.3, 0.7)), (0.075, room * rng.uniform(-0.2, 0.0), 0), DARK)]
     part = slide("screen", (0.02, -room / 4, 0), (0, 1, 0), room * 0.45, pane, "slide")
-    return base, [moved(part, np.linalg.matrix_power(QUARTER, k), (0, 0, z))]
+    return base, [moved(part, spin(k), (0, 0, z))]
 
 
 def sliders(rng):
@@ -449,17 +403,15 @@ def sliders(rng):
     body = pick(rng, block, slab, oblong)(rng)
     k = int(rng.integers(4))
     away, along = body.extents(k)
-    forward, aside = quarter(k) @ (1, 0, 0), np.array((1.0, 0, 0) if k % 2 else (0, 1.0, 0))
-    pair = BACK_FRONT if k % 2 else LEFT_RIGHT
-    cells = [(s * along / 4, f"{word} slider") for s, word in pair] if along > 0.3 else [(0.0, "slider")]
-    rgb, size = other_colour(rng, body.rgb), sizes(rng, (0.05, 0.12), (0.06, 0.13), (0.07, 0.14))
-    parts = []
+    aside, words = (np.array((1.0, 0, 0)), BACK_FRONT) if k % 2 else (np.array((0, 1.0, 0)), LEFT_RIGHT)
+    cells = [(s * along / 4, f"{word} slider") for s, word in words] if along > 0.3 else [(0.0, "slider")]
+    rgb, size, parts = other_colour(rng, body.rgb), sizes(rng, (0.05, 0.12), (0.06, 0.13), (0.07, 0.14)), []
     for offset, label in cells:
         centre = offset * aside + (0, 0, body.top)
         body.shapes += turn_all([box((away * 0.8, 0.03, 0.006), (0, 0, 0), DARK)], k, centre)
-        travel, block_shape = max(0.13, away * 0.5), [box(size, (0, 0, size[2] / 2), rgb)]
-        part = slide(label, (0, 0, 0.004), (1, 0, 0), travel, block_shape, "slide")
-        parts.append(moved(part, quarter(k), centre - away * 0.28 * forward))
+        knob = [box(size, (0, 0, size[2] / 2), rgb)]
+        part = slide(label, (0, 0, 0.004), (1, 0, 0), max(0.13, away * 0.5), knob, "slide")
+        parts.append(moved(part, quarter(k), centre - away * 0.28 * (quarter(k) @ (1, 0, 0))))
     return finish(rng, body, parts)
 
 
@@ -472,9 +424,8 @@ def sliding_cover(rng):
     cover = [box((away * share, along * 0.85, thick), (0, 0, thick / 2), rgb)]
     at = (away * share * rng.uniform(-0.3, 0.3), 0, thick + ridge / 2)
     cover += [box((0.025, along * rng.uniform(0.3, 0.7), ridge), at, other_colour(rng, rgb))]
-    part = slide(
-        "cover", (-away * 0.2, 0, 0.004), (1, 0, 0), max(0.14, away * 0.45), cover, "push back", primitive="push"
-    )
+    at, travel = (-away * 0.2, 0, 0.004), max(0.14, away * 0.45)
+    part = slide("cover", at, (1, 0, 0), travel, cover, "push back", primitive="push")
     return finish(rng, body, [moved(part, quarter(k), (0, 0, body.top))])
 
 
@@ -483,7 +434,7 @@ def tilting_panel(rng):
     wide, tall, pivot, thick = sizes(rng, (0.25, 0.9), (0.25, 0.6), (0.2, 0.5), (0.015, 0.06))
     rgb, rise = tint(rng), tall * rng.uniform(0.15, 0.45)
     post = [box((0.03, 0.06, pivot), (-0.03, 0, pivot / 2), other_colour(rng, rgb))]
-    uprights = [box((0.04, 0.03, pivot + 0.05), (0, s * (wide / 2 + 0.03), pivot / 2), rgb) for s in ENDS]
+    uprights = pair((0.04, 0.03, pivot + 0.05), (0, wide / 2 + 0.03, pivot / 2), rgb)
     panel = [box((thick, wide, tall), (0.01, 0, rise), other_colour(rng, rgb))]
     face = (0.006, wide * rng.uniform(0.5, 0.95), tall * rng.uniform(0.4, 0.9))
     panel += pick(rng, [], [box(face, (0.01 + thick / 2, 0, rise), tint(rng))])
@@ -497,15 +448,11 @@ def pull_up(rng):
     wide, high, thick = sizes(rng, (0.12, 0.35), (0.06, 0.2), (0.04, 0.08))
     rgb, stem = other_colour(rng, body.rgb), cylinder(0.025, high, (0, 0, high / 2), METAL)
     beam = box((thick, wide + 0.04, thick), (0, 0, high), rgb)
-    shapes = pick(
-        rng,
-        [*(box((0.025, 0.025, high), (0, s * wide * 0.45, high / 2), METAL) for s in ENDS), beam],
-        [stem, beam],
-        [stem, cylinder(wide / 2, thick, (0, 0, high), rgb)],
-    )
+    posts = pair((0.025, 0.025, high), (0, wide * 0.45, high / 2), METAL)
+    shapes = pick(rng, [*posts, beam], [stem, beam], [stem, cylinder(wide / 2, thick, (0, 0, high), rgb)])
     word, verb = pick(rng, "handle", "handle", "head", "bar"), pick(rng, "pull up", "lift")
     part = slide(word, (0, 0, body.top), (0, 0, 1), rng.uniform(0.2, 0.35), shapes, verb)
-    return finish(rng, body, [moved(part, quarter(int(rng.integers(2))))])
+    return finish(rng, body, [moved(part, quarter(rng.integers(2)))])
 
 
 def plunger(rng):
@@ -514,8 +461,7 @@ def plunger(rng):
     radius, high, thick = sizes(rng, (0.05, 0.13), (0.13, 0.22), (0.03, 0.08))
     rgb, size = other_colour(rng, body.rgb), (2 * radius, 2 * radius, thick)
     top = pick(rng, cylinder(radius, thick, (0, 0, high), rgb), box(size, (0, 0, high), rgb))
-    shapes = [top, cylinder(0.025, high, (0, 0, high / 2), METAL)]
-    label = pick(rng, "button", "head", "lever")
+    shapes, label = [top, cylinder(0.025, high, (0, 0, high / 2), METAL)], pick(rng, "button", "head", "lever")
     part = slide(label, (0, 0, body.top), (0, 0, -1), high - 0.01, shapes, "press down", primitive="push")
     return finish(rng, body, [part], fixtures=2)
 
@@ -529,25 +475,23 @@ def buttons(rng):
         cells = [(body.wide * rng.uniform(-0.2, 0.2), "button")]
     rgb, wide, x = other_colour(rng, body.rgb), body.wide * rng.uniform(0.25, 0.42), -body.deep * rng.uniform(0.1, 0.45)
     key = [box((deep, wide, thick), (deep / 2, 0, thick / 2), rgb)]
-    parts = [hinge(label, (x, y, body.top), (0, -1, 0), 0.5, key, "lift") for y, label in cells]
-    return finish(rng, body, parts)
+    return finish(rng, body, [hinge(label, (x, y, body.top), (0, -1, 0), 0.5, key, "lift") for y, label in cells])
 
 
 def folding_plate(rng):
     """A level plate on a wall or between uprights that folds up."""
     wide, deep, z, more, thick = sizes(rng, (0.3, 0.7), (0.22, 0.45), (0.3, 0.55), (0.1, 0.4), (0.02, 0.06))
     rgb, tall = tint(rng), z + more
-    wall = [
-        box((0.05, wide * 1.1, tall), (-0.05, 0, tall / 2), rgb),
-        box((deep, wide * 0.8, 0.03), (0.1, 0, 0.015), rgb),
-    ]
-    frame = [box((0.035, 0.035, tall), (-0.03, s * wide / 2, tall / 2), rgb) for s in ENDS]
-    frame += [box((deep, 0.035, 0.03), (deep / 2, s * wide / 2, 0.015), rgb) for s in ENDS]
+    wall = [box((0.05, wide * 1.1, tall), (-0.05, 0, tall / 2), rgb)]
+    wall += [box((deep, wide * 0.8, 0.03), (0.1, 0, 0.015), rgb)]
+    frame = pair((0.035, 0.035, tall), (-0.03, wide / 2, tall / 2), rgb)
+    frame += pair((deep, 0.035, 0.03), (deep / 2, wide / 2, 0.015), rgb)
     plate = [box((deep, wide * rng.uniform(0.6, 0.94), thick), (deep / 2, 0, 0), other_colour(rng, rgb))]
     word, verb = pick(rng, ("seat", "fold up"), ("flap", "lift"), ("cover", "lift"))
-    part = hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb)
     k = int(rng.integers(4))
-    return turn_all(pick(rng, wall, frame), k), [moved(part, quarter(k))]
+    return turn_all(pick(rng, wall, frame), k), [
+        moved(hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb), quarter(k))
+    ]
 
 
 def boom(rng):
@@ -557,12 +501,10 @@ def boom(rng):
     base = [foot(rng, rng.uniform(0.2, 0.4), rgb), cylinder(rng.uniform(0.015, 0.04), pole, (0, 0, pole / 2), metal)]
     if chance(rng, 0.4):
         base += turn_all([cylinder(0.02, arm, (arm / 2, 0, pole * rng.uniform(0.2, 0.5)), metal, "x")], rng.integers(4))
-    shapes, own = stick(rng, arm, thick, metal), other_colour(rng, rgb)
-    end = (arm, 0, -0.02)
+    shapes, own, end = stick(rng, arm, thick, metal), other_colour(rng, rgb), (arm, 0, -0.02)
     shapes.append(pick(rng, cylinder(0.08, 0.1, end, own), sphere(0.07, end, own), box((0.12, 0.15, 0.08), end, own)))
     word, verb, at = pick(rng, "head", "bar"), pick(rng, "raise", "lift"), (0, 0, pole * rng.uniform(0.7, 1.0))
-    part = hinge(word, at, (0, -1, 0), 0.9, shapes, verb, lower=-0.3)
-    return base, [moved(part, quarter(rng.integers(4)))]
+    return base, [moved(hinge(word, at, (0, -1, 0), 0.9, shapes, verb, lower=-0.3), quarter(rng.integers(4)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,19 +535,17 @@ def clamp_arm(rng):
     arm += pick(rng, [], [box((0.1, wide * 1.1, thick * 1.2), (reach, 0, thick / 2), other_colour(rng, rgb))])
     word, k = pick(rng, "bar", "lever", "handle", "head"), int(rng.integers(4))
     if high > 0.2 and chance(rng, 0.4):
-        more = dict(lower=-rng.uniform(0.1, 0.4), primitive="push")
-        part = hinge(word, (x, 0, high), (0, 1, 0), 0.6, arm, "press down", **more)
+        more = dict(axis=(0, 1, 0), upper=0.6, verb="press down", lower=-rng.uniform(0.1, 0.4), primitive="push")
     else:
         verb, start = pick(rng, "lift", "raise"), rng.uniform(0, 0.4)
-        part = hinge(word, (x, 0, high), (0, -1, 0), rng.uniform(0.9, 1.5), arm, verb, start=start)
-    return turn_all(base, k), [moved(part, quarter(k))]
+        more = dict(axis=(0, -1, 0), upper=rng.uniform(0.9, 1.5), verb=verb, start=start)
+    return turn_all(base, k), [moved(hinge(word, (x, 0, high), shapes=arm, **more), quarter(k))]
 
 
 def lidded_drum(rng):
     """A round body with a hinged lid; handles, tubes and masts that do not move."""
     body = pick(rng, drum, stack, goblet)(rng)
-    part = lid(rng, lid_word(rng), body, int(rng.integers(4)), other_colour(rng, body.rgb))
-    return finish(rng, body, [part], 1, 3)
+    return finish(rng, body, [lid(rng, lid_word(rng), body, int(rng.integers(4)), other_colour(rng, body.rgb))], 1, 3)
 
 
 def backed_lid(rng):
@@ -643,21 +583,17 @@ def wall_levers(rng):
     rgb, wide = tint(rng), rng.uniform(0.2, 0.3) * (1 + 0.6 * (count - 1))
     body = Body([box((deep, wide, tall), (0, 0, tall / 2), rgb)], rgb, deep, wide, tall)
     body.shapes += [box((deep + 0.2, wide * 0.7, 0.04), (0, 0, 0.02), other_colour(rng, rgb))]
-    lever, z, lower = (
-        stick(rng, long, thick, other_colour(rng, rgb)),
-        tall * rng.uniform(0.4, 0.7),
-        -rng.uniform(0.1, 0.4),
-    )
+    lever = stick(rng, long, thick, other_colour(rng, rgb))
+    z, lower = tall * rng.uniform(0.4, 0.7), -rng.uniform(0.1, 0.4)
     joint = {
         "press down": dict(axis=(0, 1, 0), upper=0.6, lower=lower, primitive="push"),
         "raise": dict(axis=(0, -1, 0), upper=0.7, lower=lower),
         "turn": dict(axis=(0, 0, 1), upper=0.9, lower=-0.9, start=0.0, both_ways=True),
     }[way]
-    kind, slot = pick(rng, "lever", "bar", "handle"), (0.01, thick * 1.6, tall * 0.4)
-    parts = []
+    kind, parts = pick(rng, "lever", "bar", "handle"), []
     for i, word in enumerate(ROW[count]):
         y = wide * ((i + 0.5) / count - 0.5)
-        body.shapes += pick(rng, [], [box(slot, (deep / 2 + 0.002, y, z), DARK)])
+        body.shapes += pick(rng, [], [box((0.01, thick * 1.6, tall * 0.4), (deep / 2 + 0.002, y, z), DARK)])
         parts.append(hinge(word + kind, (deep / 2, y, z), shapes=lever, verb=way, **joint))
     return finish(rng, body, parts, 2)
 
@@ -673,21 +609,19 @@ def capped_stick(rng):
         return box((length, thick * wider, thick * flat * wider), (x, 0, 0), colour)
 
     base = [piece(long, 0, rgb)]
-    base += [
-        piece(rng.uniform(0.03, 0.15), rng.uniform(-0.35, 0.3) * long, tint(rng), 1.04) for _ in range(rng.integers(3))
-    ]
+    for _ in range(rng.integers(3)):
+        base.append(piece(rng.uniform(0.03, 0.15), rng.uniform(-0.35, 0.3) * long, tint(rng), 1.04))
     cap, way = piece(cap_long, cap_long / 2, other_colour(rng, rgb), rng.uniform(0.9, 1.2)), pick(rng, "x", "y", "z")
-    ends = [(1, "cap")]
+    ends, parts = [(1, "cap")], []
     if way != "z" and chance(rng, 0.3):
         ends = [(s, f"{word} cap") for s, word in (BACK_FRONT if way == "x" else LEFT_RIGHT)]
-    parts = []
+    turn, up = {"x": np.eye(3), "y": quarter(1), "z": FACES["top"]}[way], long / 2 if way == "z" else thick * 0.6
     for s, label in ends:
         flip = np.diag([s, s, 1.0])
         base += [turned(piece(neck + 0.02, long / 2 + neck / 2, METAL, 0.6), flip)]
         part = slide(label, (long / 2 + neck, 0, 0), (1, 0, 0), rng.uniform(0.2, 0.35), [cap], "pull off")
-        parts.append(moved(part, flip))
-    turn, up = {"x": np.eye(3), "y": quarter(1), "z": FACES["top"]}[way], long / 2 if way == "z" else thick * 0.6
-    return [turned(s, turn, (0, 0, up)) for s in base], [moved(part, turn, (0, 0, up)) for part in parts]
+        parts.append(moved(moved(part, flip), turn, (0, 0, up)))
+    return [turned(s, turn, (0, 0, up)) for s in base], parts
 
 
 def plugged_face(rng):
@@ -695,11 +629,10 @@ def plugged_face(rng):
     body = pick(rng, block, tower)(rng)
     front = np.array((body.wide, body.top - body.low))
     size, high = min(front) * rng.uniform(0.4, 0.8), rng.uniform(0.06, 0.22)
-    y, z = (front - size) / 2 * rng.uniform(-1, 1, 2)
+    middle = body.front(*(front - size) / 2 * rng.uniform(-1, 1, 2))
     rgb, at = other_colour(rng, body.rgb), (high / 2, 0, 0)
     cap = [pick(rng, cylinder(size / 2, high, at, rgb, "x"), box((high, size, size), at, rgb))]
     cap += handle(any_grip(rng), (high, 0, 0), size * 0.6, pick(rng, METAL, DARK))
-    middle = (body.deep / 2 + 0.003, y, (body.top + body.low) / 2 + z)
     return finish(rng, body, [slide("cap", middle, (1, 0, 0), rng.uniform(0.2, 0.3), cap, "pull off")], 3, 2)
 
 
@@ -715,12 +648,9 @@ def crossed(rng):
         shapes = [box((long, wide, thick), (x * long / 2, y * long / 2, 0.03), rgb, yaw)]
         shapes += [box((back + 0.03, wide, thick), (-x * back / 2, -y * back / 2, 0.03), tip_rgb, yaw)]
         if hand == "thick":
-            shapes += [
-                box((long / 2, wide * 1.6, thick * 1.3), (x * 0.75 * long, y * 0.75 * long, 0.03), hand_rgb, yaw)
-            ]
-        if hand == "ball":
-            shapes += [sphere(wide, (x * long, y * long, 0.03), hand_rgb)]
-        return shapes
+            at = (x * 0.75 * long, y * 0.75 * long, 0.03)
+            shapes += [box((long / 2, wide * 1.6, thick * 1.3), at, hand_rgb, yaw)]
+        return [*shapes, sphere(wide, (x * long, y * long, 0.03), hand_rgb)] if hand == "ball" else shapes
 
     base = [*arm(-1), cylinder(0.035, 0.13, (0, 0, 0.06), other_colour(rng, rgb))]
     label, verb = pick(rng, ("front handle", "open"), ("front bar", "swing out"))
@@ -733,7 +663,7 @@ def frame_drawers(rng):
     rgb, count, share = tint(rng), pick(rng, 1, 1, 2, 3), rng.uniform(0.5, 0.9)
     dark, z, span = other_colour(rng, rgb), tall - 0.01 - low / 2, wide * share
     column = [cylinder(0.05, tall, (0, 0, tall / 2), dark), cylinder(0.22, 0.03, (0, 0, 0.015), dark)]
-    walls = [box((deep * 0.9, 0.04, tall), (0, s * wide * 0.47, tall / 2), dark) for s in ENDS]
+    walls = pair((deep * 0.9, 0.04, tall), (0, wide * 0.47, tall / 2), dark)
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), box((deep * 0.8, span, low), (-0.03, 0, z), dark)]
     base += pick(rng, legs(wide * 0.95, deep * 0.9, tall, 0.05, dark), walls, column)
     kind, grip, own = pick(rng, "drawer", "drawer", "drawer", "flap"), any_grip(rng), other_colour(rng, rgb)
@@ -746,10 +676,8 @@ def round_door(rng):
     """A round door or cover on a front, hinged at any side, or on the end of a lying drum."""
     if chance(rng, 0.3):
         radius, long, rgb = *sizes(rng, (0.15, 0.3), (0.3, 0.6)), tint(rng)
-        shapes = [
-            cylinder(radius, long, (0, 0, radius + 0.05), rgb, "x"),
-            box((long * 0.7, radius, 0.1), (0, 0, 0.05), DARK),
-        ]
+        shapes = [cylinder(radius, long, (0, 0, radius + 0.05), rgb, "x")]
+        shapes += [box((long * 0.7, radius, 0.1), (0, 0, 0.05), DARK)]
         body = Body(shapes, rgb, long, 2 * radius, 2 * radius + 0.1, 0.0, flat=False)
     else:
         body = block(rng, (0.2, 0.6), (0.35, 0.7), (0.35, 0.9))
@@ -759,8 +687,7 @@ def round_door(rng):
     shapes += pick(rng, [], [cylinder(radius * rng.uniform(0.3, 0.7), 0.02, (thick, -radius, 0), tint(rng), "x")])
     shapes += handle(any_grip(rng), (thick, 0.05 - 2 * radius, 0), 0.1, pick(rng, METAL, DARK))
     part = hinge(pick(rng, "door", "door", "cover", "lid"), (0, radius, 0), (0, 0, 1), rng.uniform(1.2, 1.9), shapes)
-    middle = (body.deep / 2 + 0.003, 0, (body.top + body.low) / 2)
-    return finish(rng, body, [moved(part, np.linalg.matrix_power(QUARTER, int(rng.integers(4))), middle)])
+    return finish(rng, body, [moved(part, spin(rng.integers(4)), body.front())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -781,32 +708,3 @@ ARCHETYPES: dict[str, Callable[[np.random.Generator], Object]] = {
     )
 }  # fmt: skip
 STRICT = tuple(name for name in ARCHETYPES if name not in NEAR)
-
-
-def draw_sheet(path: str, columns: int = 10, seed: int = 0) -> None:
-    """A picture file with one archetype a row."""
-    from PIL import Image, ImageDraw  # only here: objects are built without pictures
-
-    from sim.scene import Scene
-
-    scene = Scene()
-    S = scene.image_size
-    sheet = Image.new("RGB", (columns * S, len(ARCHETYPES) * S))
-    for i, name in enumerate(ARCHETYPES):
-        for j in range(columns):
-            sheet.paste(Image.fromarray(scene.spawn(PREFIX + name, seed + j).render()), (j * S, i * S))
-        ImageDraw.Draw(sheet).text((3, i * S + 2), name + "".join(f" ~ {c}" for c in NEAR.get(name, ())), fill="black")
-    scene.close()
-    sheet.save(path)
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 2 or arguments[0] != "--sheet":
-        print("usage: python -m sim.grammar --sheet FILE.png", file=sys.stderr)
-        return 2
-    draw_sheet(arguments[1])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

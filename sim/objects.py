@@ -44,10 +44,8 @@ FACES = {
 }
 QUARTER = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # quarter turn in the plane of the front: +y goes to +z
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What an object is
 
-
+# ---- what an object is ----------------------------------------------------------------------------------------------
 def rotation(rpy) -> np.ndarray:
     """(3, 3) matrix of roll, pitch, yaw, radians, URDF convention: Rz(yaw) Ry(pitch) Rx(roll)."""
     (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
@@ -59,10 +57,9 @@ def rotation(rpy) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shape:
-    """One primitive in its link's frame. Collision and visual geometry are the same.
+    """One primitive in its link's frame, seen and touched; xyz: centre, m; rpy: radians, URDF convention; rgb: 0..1.
 
     kind "box": size = full extents (x, y, z); "cylinder": (radius, length along local z); "sphere": (radius,). Metres.
-    xyz: centre, metres. rpy: roll, pitch, yaw, radians, URDF convention. rgb: 0..1.
     """
 
     kind: str
@@ -132,15 +129,13 @@ class ObjectSpec:
 def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: list | None = None) -> str:
     """URDF text of an object: link "base" (fixed, mass 0) and one link and joint per part, in order.
 
-    Args: mass: kg, of every movable link. inertia: kg m^2, its diagonal; both deliberately equal for all parts, so
-    that the joint friction set by the simulator decides how hard a part moves. bodies: for the base and each part, the
-    lines of its visuals and collisions; default: its shapes.
+    Args: mass: kg, inertia: kg m^2, its diagonal, equal for all parts, so that the joint friction decides how hard a
+    part moves. bodies: for the base and each part, the lines of its visuals and collisions; default: its shapes.
     """
     if bodies is None:
         number = count(1)  # of materials: simulators that cache them by name would mix up the colours
-        bodies = [
-            [_shape_urdf(s, next(number)) for s in shapes] for shapes in (spec.base, *(p.shapes for p in spec.parts))
-        ]
+        links = (spec.base, *(part.shapes for part in spec.parts))
+        bodies = [[_shape_urdf(s, next(number)) for s in shapes] for shapes in links]
     diagonal = f'<inertia ixx="{inertia:g}" iyy="{inertia:g}" izz="{inertia:g}" ixy="0" ixz="0" iyz="0"/></inertial>'
     lines = [f'<robot name="object"><link name="base"><inertial><mass value="0"/>{diagonal}', *bodies[0], "</link>"]
     for part, body in zip(spec.parts, bodies[1:], strict=True):
@@ -185,10 +180,7 @@ def part_colour(part: Part) -> str:
     return colour_name(max(part.shapes, key=lambda s: s.volume).rgb)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small tools of the builders
-
-
+# ---- small tools of the builders -------------------------------------------------------------------------------------
 def sizes(rng, *ranges):
     """One number from each (low, high), metres."""
     return [float(rng.uniform(low, high)) for low, high in ranges]
@@ -217,6 +209,11 @@ def shade(rgb, factor) -> tuple:
 
 def box(size, at, rgb, yaw=0.0) -> Shape:
     return Shape("box", tuple(size), tuple(at), (0.0, 0.0, yaw), rgb)
+
+
+def pair(size, at, rgb) -> list[Shape]:
+    """Two equal boxes, at y and at -y."""
+    return [box(size, (at[0], s * at[1], at[2]), rgb) for s in ENDS]
 
 
 def cylinder(radius, length, at, rgb, along="z") -> Shape:
@@ -257,17 +254,13 @@ def moved(part: Part, turn: np.ndarray, by=(0.0, 0.0, 0.0)) -> Part:
     return part
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared parts
-
-
+# ---- shared parts ---------------------------------------------------------------------------------------------------
 def shell(width, depth, height, bottom, wall, rgb) -> list[Shape]:
     """A box open at the front, centred on x = y = 0, floor at z = bottom."""
     middle = bottom + height / 2
     back = box((wall / 2, width, height), (-depth / 2 + wall / 4, 0, middle), shade(rgb, 0.7))
-    sides = [box((depth, wall, height), (0, s * (width - wall) / 2, middle), rgb) for s in ENDS]
     ends = [box((depth, width, wall), (0, 0, bottom + z), rgb) for z in (wall / 2, height - wall / 2)]
-    return [back, *sides, *ends]
+    return [back, *pair((depth, wall, height), (0, (width - wall) / 2, middle), rgb), *ends]
 
 
 def legs(width, depth, height, thick, rgb) -> list[Shape]:
@@ -343,11 +336,3 @@ def top_lid(label, back, size, upper, rgb, extra=(), verb="open", **more) -> Par
     """A lid hinged along its back edge (axis -y): extends to +x, opens upwards. back: middle of the hinge line."""
     depth, _, thick = size
     return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], verb, **more)
-
-
-def __getattr__(name: str):  # to be removed: the names that moved to sim/catalogue.py, for those who import them here
-    if name.startswith("_"):
-        raise AttributeError(name)
-    from sim import catalogue
-
-    return getattr(catalogue, name)

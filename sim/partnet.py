@@ -18,8 +18,8 @@ The layout's pitfalls, and what happens to each:
   range. A "continuous" joint gets one turn and may move either way.
 A joint's lower limit is its closed state and positive motion opens it, as in ManipLLM's data (arXiv 2312.16217).
 
-Whatever is wrong with a folder is said in one ValueError that names file and field. Vertices that no face uses do not
-count. Tested on hand-made folders in this layout; PartNet-Mobility itself may not be redistributed.
+Whatever is wrong with a folder is said in one ValueError that names file and field. Tested on hand-made folders in this
+layout; PartNet-Mobility itself may not be redistributed.
 """
 
 import math
@@ -40,7 +40,8 @@ PREFIX = "objects/"  # of an object's name where the catalogue's categories are 
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
 LEAST_RANGE = 0.02  # rad, or m after scaling: a joint that moves less cannot succeed and is held fixed
 MAX_PARTS = 127  # PyBullet keeps the state of no more links of one body
-TURN = rotation((0.0, 0.0, math.pi))  # the front faces -x in the file and +x in the world
+TURN = np.eye(4)
+TURN[:3, :3] = rotation((0.0, 0.0, math.pi))  # the front faces -x in the file and +x in the world
 GREY = (0.5, 0.5, 0.5)
 JOINT_TYPES = ("revolute", "prismatic", "continuous", "fixed")
 NAME = re.compile(r"[\w .&'()-]{1,60}", re.ASCII)  # of a category: it is printed in tables
@@ -72,16 +73,12 @@ class UserObject:
     held: int = 0  # joints that could move but are fixed: what carries them moves, or they move too little
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def read_obj(path: Path) -> np.ndarray:
     """The vertices (n, 3) that the faces of an .obj file use, in the file's order.
 
     Raises: ValueError naming file and line, also for a face without its vertex and for faces without area.
     """
-    vertices, faces = [], []
+    vertices, faces, triangles = [], [], []
     counts = {"v": 0, "vt": 0, "vn": 0}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         word, *rest = line.split() or [""]
@@ -99,16 +96,14 @@ def read_obj(path: Path) -> np.ndarray:
                 faces.append((number, corners, dict(counts)))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, corners, so_far in faces:
+        for kind, index in (pair for corner in corners for pair in zip(counts, corner, strict=False)):
+            if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
+                raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
+        first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)  # a negative one counts back
+        triangles += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
     if not faces:
         raise ValueError(f"{path}: no faces")
-    triangles = []
-    for number, corners, so_far in faces:
-        for corner in corners:
-            for kind, index in zip(counts, corner, strict=False):  # a negative index counts back from its line
-                if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
-                    raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
-        first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)
-        triangles += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
     points = np.array(vertices)
     a, b, c = points[np.array(triangles).T]
     if not np.cross(b - a, c - a).any():
@@ -159,10 +154,6 @@ def read_category(path: Path) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Objects
-
-
 def read_object(folder: Path) -> UserObject:
     """The object in `folder`, in the world's terms. Raises: ValueError naming the file and what is wrong with it."""
     path = folder / "mobility.urdf"
@@ -175,10 +166,8 @@ def read_object(folder: Path) -> UserObject:
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: cannot be read ({error})") from None
     links = {link.get("name"): link for link in robot.findall("link")}
-    joints = _joints(robot, links, path)
-    order = _outwards(links, joints, path)
-    pose = {order[0]: np.eye(4)}  # of every link at joint value 0
-    pose[order[0]][:3, :3] = TURN
+    order, joints = _joints(robot, links, path)
+    pose = {order[0]: TURN.copy()}  # of every link at joint value 0
     for name in order[1:]:
         parent, joint, where = joints[name]
         pose[name] = pose[parent] @ _origin(joint, where)
@@ -197,8 +186,8 @@ def read_object(folder: Path) -> UserObject:
             owner[name] = len(parts)
             parts.append(_part(joint, pose[name], limits, where))
             groups.append([])
-        elif limits:
-            held += 1
+        else:
+            held += limits is not None
         if owner[name] >= 0 and name in names:
             parts[owner[name]].label = parts[owner[name]].label or names[name]
         groups[1 + owner[name]] += meshes[name]
@@ -212,9 +201,9 @@ def read_object(folder: Path) -> UserObject:
     return UserObject(_spec(category, [parts[i] for i in kept], groups), groups, held)
 
 
-def _joints(robot, links: dict, path: Path) -> dict[str, tuple]:
-    """Child link -> (parent link, joint, how an error names it)."""
-    joints = {}
+def _joints(robot, links: dict, path: Path) -> tuple[list[str], dict[str, tuple]]:
+    """The links from the root outwards; child link -> (parent link, joint, how an error names it)."""
+    joints, children = {}, defaultdict(list)
     for joint in robot.findall("joint"):
         where = f"{path}, joint {joint.get('name')}"
         parent, child = (getattr(joint.find(tag), "attrib", {}).get("link") for tag in ("parent", "child"))
@@ -226,13 +215,6 @@ def _joints(robot, links: dict, path: Path) -> dict[str, tuple]:
         if joint.get("type") not in JOINT_TYPES:
             raise ValueError(f"{where}: type {joint.get('type')!r} is none of {', '.join(JOINT_TYPES)}")
         joints[child] = (parent, joint, where)
-    return joints
-
-
-def _outwards(links: dict, joints: dict[str, tuple], path: Path) -> list[str]:
-    """The links from the root outwards."""
-    children = defaultdict(list)
-    for child, (parent, _, _) in joints.items():
         children[parent].append(child)
     order = [name for name in links if name not in joints]
     if len(order) != 1:
@@ -241,7 +223,7 @@ def _outwards(links: dict, joints: dict[str, tuple], path: Path) -> list[str]:
         order += children[name]
     if len(order) < len(links):
         raise ValueError(f"{path}: the link {next(name for name in links if name not in order)} hangs on itself")
-    return order
+    return order, joints
 
 
 def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
@@ -251,15 +233,15 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
         mesh = visual.find("geometry/mesh")
         if mesh is None or not mesh.get("filename"):
             raise ValueError(f"{where}: only <mesh filename=...> can be read")
-        name = mesh.get("filename")[:200]
+        name = f"{where}: the mesh {mesh.get('filename')[:200]}"
         try:
             path = (folder / mesh.get("filename")).resolve()
             if not path.is_relative_to(folder.resolve()):
-                raise ValueError(f"{where}: the mesh {name} is outside {folder}")
+                raise ValueError(f"{name} is outside {folder}")
             if path.suffix.lower() != ".obj" or not path.is_file():
-                raise ValueError(f"{where}: the mesh {name} is missing or not an .obj file")
+                raise ValueError(f"{name} is missing or not an .obj file")
         except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
-            raise ValueError(f"{where}: the mesh {name} cannot be read ({type(error).__name__})") from None
+            raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
         placed = pose @ _origin(visual, where)
         scale = _numbers(mesh, "scale", "1 1 1", 3, where)
         points = (read_obj(path) * scale) @ placed[:3, :3].T + placed[:3, 3]
@@ -288,16 +270,15 @@ def _fit(meshes: list[Mesh], pose: dict[str, np.ndarray], path: Path) -> float:
 
 def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
     """(lower, upper), rad or m after scaling; None for a joint that does not move."""
-    if joint.get("type") == "fixed":
+    kind, limit = joint.get("type"), joint.find("limit")
+    if kind == "fixed":
         return None
-    if joint.get("type") == "continuous":
+    if kind == "continuous":
         return -math.pi, math.pi
-    if joint.find("limit") is None:
-        raise ValueError(f"{where}: a {joint.get('type')} joint needs a <limit>")
-    factor = size if joint.get("type") == "prismatic" else 1.0
-    lower, upper = (
-        factor * float(_numbers(joint.find("limit"), name, "0", 1, where)[0]) for name in ("lower", "upper")
-    )
+    if limit is None:
+        raise ValueError(f"{where}: a {kind} joint needs a <limit>")
+    factor = size if kind == "prismatic" else 1.0
+    lower, upper = (factor * float(_numbers(limit, name, "0", 1, where)[0]) for name in ("lower", "upper"))
     if lower > upper:
         raise ValueError(f"{where}: its lower limit {lower:g} is above its upper limit {upper:g}")
     return (lower, upper) if upper > lower else None
@@ -373,18 +354,13 @@ def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
     for group in thing.meshes:
         bodies.append([])
         for mesh in group:
-            scale = " ".join(f"{s:.9g}" for s in mesh.scale)
+            values = (mesh.scale, mesh.offset, roll_pitch_yaw(mesh.turn))
+            scale, at, rpy = (" ".join(f"{x:.9g}" for x in vector) for vector in values)
             element = ElementTree.Element("mesh", filename=str(mesh.path), scale=scale)
-            at = " ".join(f"{x:.9g}" for x in mesh.offset)
-            rpy = " ".join(f"{angle:.9g}" for angle in roll_pitch_yaw(mesh.turn))
             shape = ElementTree.tostring(element, encoding="unicode")
             body = f'<origin xyz="{at}" rpy="{rpy}"/><geometry>{shape}</geometry>'
             bodies[-1] += [f"<visual>{body}</visual>", f'<collision concave="yes">{body}</collision>']
     return objects.to_urdf(thing.spec, mass, inertia, bodies)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# World
 
 
 def _folders(directory: str) -> dict[str, Path]:
@@ -399,24 +375,21 @@ def _folders(directory: str) -> dict[str, Path]:
 
 def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Names for ObjectScene.spawn of what can be used in `directory`; {folder: what is wrong} of the rest; and
-    {name: how many of its joints are held fixed} of those that have such joints.
-
-    Raises: ValueError when nothing is usable.
+    {name: how many of its joints are held fixed}. Raises: ValueError when nothing is usable.
     """
     good, bad, held = [], {}, {}
-    folders = _folders(directory)
-    for name, folder in folders.items():
+    for name, folder in _folders(directory).items():
         try:
-            thing = read_object(folder)
+            fixed = read_object(folder).held
         except ValueError as error:
             bad[folder.name] = str(error)
             continue
         good.append(name)
-        if thing.held:
-            held[name] = thing.held
+        if fixed:
+            held[name] = fixed
     if not good:
         why = "; ".join(bad.values()) or "it has no folders"
-        raise ValueError(f"--objects {directory}: none of {len(folders)} objects can be used: {why}")
+        raise ValueError(f"--objects {directory}: none of {len(bad)} objects can be used: {why}")
     return good, bad, held
 
 
@@ -445,16 +418,13 @@ class ObjectScene(Scene):
             return super().urdf()
         return to_urdf(self._thing, self.physics.mass_kg, self.physics.inertia)
 
-    def draw_textures(self):
-        super().draw_textures()
-        if self._thing is not None:  # has its own
-            self.textures = {}
-
     def spawn(self, category: str, seed: int, part: int | None = None) -> "ObjectScene":
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""
         try:
             super().spawn(category, seed, part)
         except (p.error, RuntimeError) as error:
             raise ValueError(f"{category}: PyBullet cannot load it ({error})") from None
+        if self._thing is not None:
+            self.textures = {}  # the meshes have their own colours
         self.object, self.category = category, self.spec.category
         return self

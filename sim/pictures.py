@@ -1,6 +1,7 @@
 """Pictures of the world and of what policies do in it.
 
     python -m sim.pictures --sheet categories.png                      # one scene of every category
+    python -m sim.pictures --sheet grammar.png --grammar               # one archetype of the grammar a row
     python -m sim.pictures --affordance Door,Microwave --out runs/maps # where on a part does a pull work?
 
 draw_strips is what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF.
@@ -14,7 +15,9 @@ from PIL import Image, ImageDraw
 
 from common.files import write_atomically
 from common.scripts import cli, flag, run_main
-from sim import objects
+from sim.catalogue import NOUNS, SEEDS, SEEN, UNSEEN
+from sim.expert import true_approach
+from sim.grammar import ARCHETYPES, PREFIX
 from sim.scene import BACKGROUND, Scene, View
 
 ZOOM = 2  # enlargement
@@ -30,7 +33,6 @@ SHEET_COLOURS = 128  # of strips.png
 RED = (220, 30, 30)
 GREEN = (20, 160, 60)
 BLUE = (30, 90, 220)
-SEEN_FROM = 20_000_000  # scenes of the affordance maps: the test seeds of seen categories, as in sim_eval.py
 
 
 def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Image.Image:
@@ -130,9 +132,9 @@ def save(path: str, sheet: Image.Image) -> None:
 
 
 def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7) -> None:
-    """Draw one scene of every category (or of `names`) into one picture file. Seen from a friendlier camera."""
+    """Draw one scene of every category (or of `names`, a name again: the next seed) into one picture file."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
-    names = names or [*objects.SEEN, *objects.UNSEEN, *objects.SPARE, objects.GADGET]
+    names = names or [*SEEN, *UNSEEN]
     scene = Scene(image_size=192, view=view)
     S = scene.image_size
     caption = 14
@@ -140,12 +142,8 @@ def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, colu
     for i, name in enumerate(names):
         x = i % columns * S
         y = i // columns * (S + caption)
-        sheet.paste(Image.fromarray(scene.spawn(name, seed).render()), (x, y))
-        kind = ""
-        if name in objects.UNSEEN:
-            kind = " (unseen)"
-        if name in objects.SPARE:
-            kind = " (spare)"
+        sheet.paste(Image.fromarray(scene.spawn(name, seed + names[:i].count(name)).render()), (x, y))
+        kind = " (unseen)" if name in UNSEEN else ""
         ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
     scene.close()
     save(path, sheet)
@@ -167,7 +165,7 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
         heat = faded.copy()
         for row, column in np.argwhere(part):
             if row % every == 0 and column % every == 0:
-                approach = scene.true_approach(scene.backproject(column, row), scene.target)
+                approach = true_approach(scene, scene.backproject(column, row), scene.target)
                 moved = 0.0 if approach is None else scene.act(column, row, approach).moved
                 share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
                 colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
@@ -183,6 +181,7 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
 @dataclass
 class PicturesConfig:
     sheet: str = flag("", "FILE: draw one scene of every category there")
+    grammar: bool = flag(False, "of every archetype of the grammar instead")
     affordance: str = flag("", "categories, separated by commas: draw OUT/affordance.png")
     out: str = flag("runs/maps", "folder of affordance.png")
     seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
@@ -194,14 +193,15 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to draw: --sheet FILE or --affordance CATEGORIES")
     names = [name for name in cfg.affordance.split(",") if name]
     for name in names:
-        if name not in objects.NOUNS:
-            raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(objects.NOUNS)}")
+        if name not in NOUNS:
+            raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        contact_sheet(cfg.sheet, cfg.seed)
+        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)]
+        contact_sheet(cfg.sheet, cfg.seed, rows if cfg.grammar else None)
         print(cfg.sheet)
     if names:
         path = Path(cfg.out) / "affordance.png"
-        affordance_sheet(str(path), names, SEEN_FROM + cfg.seed)
+        affordance_sheet(str(path), names, SEEDS["seen"] + cfg.seed)
         print(path)
 
 

@@ -30,7 +30,8 @@ from PIL import Image
 
 from common.files import read_json, read_json_lines, write_json
 from common.scripts import cli, flag, run_main
-from sim.scene import BACKGROUND, Label, Scene, stream, tilt, unit
+from sim.expert import Label
+from sim.scene import BACKGROUND, Scene, stream, tilt, unit
 
 BLIND_TABLE = Path(__file__).parent.parent / "data/pretrained/blind_table.json"
 JITTER_PX = 1.0  # of expert-jittered, pixels of a REFERENCE_S picture
@@ -98,10 +99,10 @@ def object_pixel(o: Observation) -> tuple[float, float]:
 
 def against_normal(scene: Scene, u: float, v: float) -> np.ndarray:
     """(3,) straight onto the surface at (u, v), by the simulator's own normal: more than a picture tells."""
-    normal, _ = scene.normal(scene.backproject(u, v))
-    if normal is None:
+    link, normals = scene.normals(scene.backproject(u, v)[None])
+    if link[0] == BACKGROUND:
         return np.array([0.0, 0.0, 1.0])
-    return scene.camera_rotation @ -normal
+    return scene.camera_rotation @ -normals[0]
 
 
 def random_action(o: Observation):

@@ -4,10 +4,6 @@
                                                                                               | pixel (u, v), approach
     Outcome(moved, initial, long, reason) <- Scene.interact <- Scene.backproject <------------'
 
-Reading order: Physics (what the gripper can do) -> Scene.spawn (object, joints, camera) -> Scene.render and
-Scene.backproject (pixel <-> point) -> Scene.interact (what a pull does). How it looks: sim/appearance.py. Contacts that
-work, and labels: sim/expert.py.
-
 Success is a formula. With q the joint of the NAMED part and q0 its start value, `moved = q - q0` in radians or metres,
 counted in the instructed sense (|q - q0| where either sense will do):
     initial: moved >= 0.01          long: moved >= min(0.1, half of the range that is left)
@@ -22,7 +18,6 @@ three force limits. The limits are what makes the benchmark honest: with an unli
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import tempfile
@@ -35,28 +30,19 @@ import numpy as np
 from sim import appearance, catalogue, objects
 from sim.objects import BACKGROUND, BASE, Part
 
-
-@contextlib.contextmanager
-def _no_stderr():
-    """PyBullet writes its build time from C as it loads, which would be the first line of every message."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-try:
-    with _no_stderr():
-        import pybullet as p
+kept = os.dup(2)
+try:  # PyBullet writes its build time from C as it loads, which would be the first line of every message
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    import pybullet as p
 except ImportError:
     raise ImportError(
         "the simulator needs PyBullet: `pip install pybullet` (wheels: Linux x86_64, Python 3.11 or older); "
         "reading, training and asking work without it"
     ) from None
+finally:
+    os.dup2(kept, 2)
+    os.close(kept)
 
 # Letters: S image side (pixels) · u, v pixel column and row · f, cx, cy intrinsics (pixels) · q joint value (rad or m).
 # Frames: world (x = object front, z = up, metres) and camera (OpenCV: x right, y down, z forward).
@@ -70,28 +56,23 @@ class Physics:
     """
 
     dt_s: float = 1 / 240
-    # the arm: a spring and damper from the moving target to the contact, force clipped at the stall force
-    stiffness: float = 2000.0  # N/m
+    stiffness: float = 2000.0  # N/m, of the arm: a spring and damper from the moving target to the contact
     damping: float = 40.0  # N s/m
-    arm_force: float = 40.0  # N
+    arm_force: float = 40.0  # N, where its force is clipped
     stroke_m: float = 0.18  # straight, one shot: along -approach (pull) or +approach (push)
     stroke_steps: int = 216
     hold_steps: int = 24
-    # the seal: breaks when a limit is passed, split along the surface normal of the moving part
-    seal_tension: float = 35.0  # N, along the normal
+    seal_tension: float = 35.0  # N, along the normal of the moving part: beyond, the seal breaks
     seal_shear: float = 28.0  # N, across it; pressing adds `press_shear` of the compression
     press_shear: float = 0.5
-    # a push has no seal: it slips beyond push_friction * compression + push_grip
-    push_friction: float = 0.8
+    push_friction: float = 0.8  # a push has no seal: it slips beyond push_friction * compression + push_grip
     push_grip: float = 2.0  # N
-    # the cup: a centre ray and a ring of 8 rays along the approach must meet one link
-    cup_radius_m: float = 0.008
+    cup_radius_m: float = 0.008  # of a ring of 8 rays along the approach that must meet the link of the centre ray
     cup_depth_m: float = 0.015  # how much unevenness the cup takes
     cup_rays_pull: int = 4  # of 8
     cup_rays_push: int = 3
     clear_m: float = 0.15  # free way needed in front of the contact
     reach_m: float = 0.012  # the centre ray must hit this close to the point
-    # the joints
     hinge_friction: tuple = (0.30, 0.45)  # x seal_tension x largest lever arm -> N m
     slide_friction: tuple = (0.40, 0.60)  # x seal_tension -> N
     joint_damping: float = 0.1
@@ -113,9 +94,8 @@ class View:
     shift: tuple = (-0.25, 0.25)  # of the frame, both ways
     roll_deg: tuple = (-10.0, 10.0)
     tries: int = 24
-    # a camera is kept when enough of the target part can be seen AND worked on from there
-    part_points: int = 48
-    min_inside: float = 0.9  # share of the part's points that are in the frame
+    part_points: int = 48  # of the target: a camera is kept when enough can be seen AND worked on from there
+    min_inside: float = 0.9  # share of them that is in the frame
     min_workable: float = 0.12  # share that is visible and passes the next three
     min_alignment: float = 0.5  # |normal . motion|
     min_lever: float = 0.3  # of the largest lever arm
@@ -169,12 +149,10 @@ def tilt(direction: np.ndarray, angle_rad: float, rng: np.random.Generator) -> n
 
 
 def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
-    """The gripper's rotation (3, 3), camera frame, columns [forward, left, approach], for a unit `approach` (3,).
+    """The gripper's rotation (3, 3), camera frame, columns [forward, left, approach], for an `approach` (3,).
 
-    Suction leaves the turn about `approach` free, so a rule fixes it: the shortest-arc rotation that takes the camera's
-    z (0, 0, 1) to `approach`. Where that is undefined (`approach` = -z) it turns about the camera's x.
-
-    Raises: ValueError for a vector that is not (3,), not finite, or zero.
+    Suction leaves the turn about `approach` free, so a rule fixes it: the shortest arc from the camera's z (0, 0, 1) to
+    `approach`; for -z, half a turn about x. Raises: ValueError for a vector that is not (3,), not finite, or zero.
     """
     approach = np.asarray(approach, float)
     if approach.shape != (3,) or not np.isfinite(approach).all() or np.linalg.norm(approach) < 1e-9:
@@ -187,33 +165,29 @@ def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
 
 
 class Scene:
-    """One object in an empty world. One Scene per process: PyBullet's calls go to the first connection anyway.
+    """One object in an empty world; image_size: side S of its picture, pixels.
 
-    Args: image_size: side S of the picture, pixels. physics, view: the constants above.
-    Raises: RuntimeError for a second Scene in the same process (call `close()` on the first).
+    Raises: RuntimeError for a second Scene in the process: PyBullet's calls go to the first connection anyway.
     """
 
-    _alive: Scene | None = None
     load_flags = 0  # of loadURDF
 
     def __init__(self, image_size: int = 128, physics: Physics | None = None, view: View | None = None):
-        if Scene._alive is not None or p.isConnected():
+        if p.isConnected():
             raise RuntimeError("one Scene per process: a second connection mixes the worlds; close() the first")
         self.image_size = image_size
         self.physics = physics or Physics()
         self.view = view or View()
         p.connect(p.DIRECT)
-        Scene._alive = self
 
     def close(self):
         p.disconnect()
-        Scene._alive = None
 
     # ---- the object -------------------------------------------------------------------------------------------------
     def spawn(self, category: str, seed: int, part: int | None = None) -> Scene:
-        """A new object, its start, friction, target, camera, light, background: a function of (category, seed) alone.
+        """A new object, start, friction, target, camera, light, background: a function of (category, seed). No picture.
 
-        `part` names the target; else it is drawn, and a part that no camera can see is passed over. Renders nothing.
+        `part` names the target; else it is drawn, and a part that no camera can see is passed over.
         Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
         """
         self.spec = self.make(category, seed)
@@ -227,15 +201,18 @@ class Scene:
         rng = stream(category, seed, "joints")
         self.set_joints([m.start + self.physics.start_open * rng.uniform() * (m.upper - m.start) for m in parts])
         order = [part] if part is not None else stream(category, seed, "target").permutation(len(parts)).tolist()
-        found = []
+        best = (-math.inf, None)
         for j in order:
-            found.append((*self._search_camera(j, stream(category, seed, f"camera {j}")), j))
-            if found[-1][0] >= self.view.min_workable:
+            score, camera = self._search_camera(j, stream(category, seed, f"camera {j}"))
+            if score > best[0]:
+                best = (score, camera)
+                self.target = j
+            if score >= self.view.min_workable:
                 break
-        _, camera, self.target = max(found, key=lambda item: item[0])
-        self.look(camera)
-        self.draw_light_and_background()
-        self.draw_textures()
+        self.look(best[1])
+        self.light = appearance.light(stream(category, seed, "light"), self.camera.azimuth_deg)
+        self.background = appearance.background(stream(category, seed, "background"), self.image_size)
+        self.textures = appearance.textures(stream(category, seed, "texture"), len(parts))
         return self
 
     def make(self, category: str, seed: int) -> objects.ObjectSpec:
@@ -258,25 +235,27 @@ class Scene:
             self.body = p.loadURDF(path, useFixedBase=True, flags=self.load_flags)
         finally:
             os.unlink(path)
-        bodies, joints = p.getNumBodies(), p.getNumJoints(self.body)
-        if (bodies, joints) != (1, len(self.spec.parts)):
-            raise RuntimeError(f"{self.spec.category}: loaded {bodies} bodies and {joints} joints")
+        if p.getNumJoints(self.body) != len(self.spec.parts):
+            raise RuntimeError(f"{self.spec.category}: loaded {p.getNumJoints(self.body)} joints")
 
     def _set_friction(self, rng: np.random.Generator):
-        """Sets .lever: per part the largest distance from the joint's axis, metres (1 for a slide)."""
-        self.lever = [_largest_lever(part) for part in self.spec.parts]
+        """Sets .lever: per part the largest distance from the hinge, metres; 1 for a slide: its friction is a force."""
+        self.lever = []
         for j, part in enumerate(self.spec.parts):
-            low, high = self.physics.hinge_friction if part.joint == "revolute" else self.physics.slide_friction
-            friction = rng.uniform(low, high) * self.physics.seal_tension * self.lever[j]
+            limits = self.physics.slide_friction
+            lever = 1.0
+            if part.joint == "revolute":
+                corners = np.concatenate([shape.corners() for shape in part.shapes])  # the hinge passes through 0
+                limits = self.physics.hinge_friction
+                lever = float(np.linalg.norm(np.cross(corners, np.array(part.axis)), axis=1).max())
+            self.lever.append(lever)
+            friction = rng.uniform(*limits) * self.physics.seal_tension * lever
             # A velocity motor with target 0 and limited force IS Coulomb friction in the joint.
             p.setJointMotorControl2(self.body, j, p.VELOCITY_CONTROL, targetVelocity=0, force=friction)
             p.changeDynamics(self.body, j, jointDamping=self.physics.joint_damping)
 
     def set_joints(self, joints: list[float]):
-        """Another start state (radians or metres, one value per part). Call before `render`.
-
-        Raises: ValueError for a wrong count or a value outside its part's limits.
-        """
+        """Another start state (rad or m, a value a part). Raises: ValueError for a wrong count or outside limits."""
         if len(joints) != len(self.spec.parts):
             raise ValueError(f"joints has {len(joints)} values, the object has {len(self.spec.parts)} parts")
         for value, movable in zip(joints, self.spec.parts, strict=True):
@@ -340,9 +319,8 @@ class Scene:
         boxes = np.array([p.getAABB(self.body, link) for link in range(-1, len(self.spec.parts))])  # (links, 2, 3)
         low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
         azimuth, elevation, roll = np.radians([camera.azimuth_deg, camera.elevation_deg, camera.roll_deg])
-        back = np.array(
-            [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)]
-        )
+        level = math.cos(elevation)
+        back = np.array([level * math.cos(azimuth), level * math.sin(azimuth), math.sin(elevation)])
         self.eye = (low + high) / 2 + camera.distance * np.linalg.norm(high - low) * back
         right = unit(np.cross(-back, [0.0, 0.0, 1.0]))
         down = np.cross(-back, right)
@@ -351,15 +329,6 @@ class Scene:
         tangent = 2 * math.tan(math.radians(self.view.fov_deg) / 2)
         centre = rotation_from_approach(np.array([camera.shift_u * tangent, camera.shift_v * tangent, 1.0]))
         self.camera_rotation = centre @ np.array([right, down, -back])
-
-    def draw_light_and_background(self):
-        """Sets .light and .background (S, S, 3): functions of (category, seed) and of the camera's azimuth."""
-        self.light = appearance.light(stream(self.category, self.seed, "light"), self.camera.azimuth_deg)
-        self.background = appearance.background(stream(self.category, self.seed, "background"), self.image_size)
-
-    def draw_textures(self):
-        """Sets .textures, link -> function of points (n, 3) in the link's frame: a function of (category, seed)."""
-        self.textures = appearance.textures(stream(self.category, self.seed, "texture"), len(self.spec.parts))
 
     def _textured(self, rgb: np.ndarray, depth: np.ndarray, links: np.ndarray) -> np.ndarray:
         """rgb with the brightness of each pixel varied by the texture at its place on its link, wherever that is."""
@@ -383,15 +352,13 @@ class Scene:
         pose[:3, 3] = -pose[:3, :3] @ self.eye
         lens = p.computeProjectionMatrixFOV(self.view.fov_deg, 1.0, near, far)
         flags = p.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX
-        _, _, rgb, depth, segments = p.getCameraImage(
-            S, S, pose.T.ravel().tolist(), lens, renderer=p.ER_TINY_RENDERER, flags=flags, **self.light
-        )
-        rgb = np.reshape(rgb, (S, S, 4))[..., :3].astype(np.uint8)
-        segments = np.reshape(segments, (S, S))
-        depth = np.reshape(depth, (S, S)).astype(float)
+        view = pose.T.ravel().tolist()
+        images = p.getCameraImage(S, S, view, lens, renderer=p.ER_TINY_RENDERER, flags=flags, **self.light)
+        rgb = np.reshape(images[2], (S, S, 4))[..., :3].astype(np.uint8)
+        depth, segments = (np.reshape(image, (S, S)) for image in images[3:])
         links = np.where(segments < 0, BACKGROUND, (segments >> 24) - 1).astype(np.int16)
         rgb = np.where(links[..., None] == BACKGROUND, self.background, rgb)
-        depth = np.where(links == BACKGROUND, np.inf, near * far / (far - (far - near) * depth))
+        depth = np.where(links == BACKGROUND, np.inf, near * far / (far - (far - near) * depth.astype(float)))
         return self._textured(rgb, depth, links), depth, links
 
     def render(self) -> np.ndarray:
@@ -419,8 +386,7 @@ class Scene:
     def backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
         """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth.
 
-        Depth is along the camera's z, .camera_rotation is world -> camera, and whole numbers of (u, v) are where
-        `intrinsics` are measured from: nothing is to be added.
+        Depth is along the camera's z, and `intrinsics` are measured from whole numbers of (u, v): add nothing.
         """
         depth = self.depth if depth is None else depth
         # exercise 8: from pixels to points
@@ -439,11 +405,6 @@ class Scene:
         """What is seen in the direction of points (n, 3), world: link (n,) (BACKGROUND: none), unit normal (n, 3)."""
         link, _, normals = self.rays(self.eye, self.eye + 1.2 * (points - self.eye))
         return link, normals
-
-    def normal(self, point: np.ndarray) -> tuple[np.ndarray | None, int]:
-        """As `normals` for one point (3,): normal (3,) and link; (None, BACKGROUND) where nothing is."""
-        link, normals = self.normals(point[None])
-        return (normals[0], int(link[0])) if link[0] != BACKGROUND else (None, BACKGROUND)
 
     def _points_of(self, part: int, count: int, rng: np.random.Generator) -> np.ndarray:
         """Random points (count, 3), world, inside the shapes of `part`, larger shapes more often."""
@@ -467,9 +428,8 @@ class Scene:
         """Brings the cup to `point` along `approach` (unit, world): surface normal, link, and why it failed or ""."""
         physics = self.physics
         side = unit(np.cross(approach, [0.0, 0.0, 1.0] if abs(approach[2]) < 0.9 else [1.0, 0.0, 0.0]))
-        other = np.cross(approach, side)
         angle = np.arange(8)[:, None] * (math.pi / 4)
-        ring = physics.cup_radius_m * (np.cos(angle) * side + np.sin(angle) * other)
+        ring = physics.cup_radius_m * (np.cos(angle) * side + np.sin(angle) * np.cross(approach, side))
         centres = point + np.concatenate([np.zeros((1, 3)), ring])
         past = 2 * physics.cup_depth_m
         link, hit, normal = self.rays(centres - physics.clear_m * approach, centres + past * approach)
@@ -483,13 +443,12 @@ class Scene:
         return normal[0], int(link[0]), "" if enough else "no seal"
 
     def interact(self, point, approach, target=None, on_frame=None, stop_at: float = math.inf) -> Outcome:
-        """Brings the gripper to `point` along `approach`, then pulls back (or pushes on) once, in a straight line.
+        """Brings the gripper to `point` along `approach`, (3,) world, then pulls back (or pushes on) once, straight.
 
         Each step F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact), clipped at the arm's force, is
         split along the CURRENT surface normal, compared with the seal's limits, and applied to the link.
 
         Args:
-            point: (3,) world, metres. approach: (3,) world, any length > 0, the way the gripper travels to the contact.
             target: index of the part whose joint counts (None: the scene's); its `primitive` decides pull or push.
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
             stop_at: end early once the target has moved this much (rad or m); enough where only a threshold counts.
@@ -540,13 +499,12 @@ class Scene:
         if on_frame is not None:
             on_frame(step + 1, place(p.getJointState(self.body, link)[0])[0])
         self.reset()  # so that rays and pictures between interactions always meet the start state
-        initial = moved >= INITIAL
-        if initial:
+        if moved >= INITIAL:
             reason = "success"
         elif link != target:
             reason = "wrong part"
-        reason = reason or "did not move"
-        return Outcome(moved, initial, moved >= self.long_threshold(target), reason, joints)
+        long = moved >= self.long_threshold(target)
+        return Outcome(moved, moved >= INITIAL, long, reason or "did not move", joints)
 
     def openness(self, part: int) -> float:
         """Where `part` starts between its closed state (0) and its limit (1)."""
@@ -576,25 +534,6 @@ class Scene:
             return Outcome(0.0, False, False, "off object" if finite else "not a number")
         return self.interact(point, self.camera_rotation.T @ np.asarray(approach, float), target, **options)
 
-    # To be removed: functions of sim/expert.py, for those who look for them here.
-    def expert(self, rng, part=None, jitters=1):
-        from sim.expert import expert
-
-        return expert(self, rng, part, jitters)
-
-    def true_approach(self, point, part):
-        from sim.expert import true_approach
-
-        return true_approach(self, point, part)
-
-
-def _largest_lever(part: Part) -> float:
-    """Largest distance (metres) of the part from its hinge; 1 for a slide, whose friction is a plain force."""
-    if part.joint == "prismatic":
-        return 1.0
-    corners = np.concatenate([shape.corners() for shape in part.shapes])  # link frame: the hinge passes through 0
-    return float(np.linalg.norm(np.cross(corners, np.array(part.axis)), axis=1).max())
-
 
 def _about(axis: np.ndarray, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`vector` along `axis`, away from it and across both: turned by t it is along + away cos t + across sin t."""
@@ -618,12 +557,3 @@ def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
         return centre + c * arm_away + s * arm_across, c * arm_across - s * arm_away, turned
 
     return place
-
-
-# To be removed: what moved to sim/expert.py, for those who look for it here.
-def __getattr__(name: str):
-    if name not in ("attempt", "dense_targets", "facts", "Label", "MIN_PART_PIXELS"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sim import expert
-
-    return getattr(expert, name)

@@ -27,9 +27,11 @@ from common.report import wilson
 from data import depth
 from extras.closed_loop import grip_again
 from robomamba import Action, RoboMamba
-from sim import objects, pictures, policies
+from sim import catalogue, pictures, policies
+from sim.catalogue import SEEDS
+from sim.expert import Label
 from sim.policies import Observation
-from sim.scene import Label, Scene
+from sim.scene import Scene
 from sim_eval import EvalConfig, load_model, model_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +87,7 @@ def observation(scene, label=None, instruction="open the door", rng=None) -> Obs
     return Observation(scene, instruction, getattr(scene, "target", 0), label, rng)
 
 
-VAL_SAFE = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
+VAL_SAFE = sim_eval.Job("val", "Safe", 0, SEEDS["val"], 0)
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_blind_table_holds_medians_and_falls_back(table):
 
     class Stub:  # a scene of 128 pixels: twice the table's
         image_size, category = 128, "Safe"
-        spec = objects.make_object("Safe", np.random.default_rng(0))
+        spec = catalogue.make_object("Safe", np.random.default_rng(0))
 
     policy = policies.blind_policy(got)
     u, v, approach = policy(observation(Stub))
@@ -238,7 +240,7 @@ def test_results_have_the_promised_form(tiny):
     }
     for record in results["episodes"]:
         assert keys <= record.keys() and record["part"].split()[-1] in record["instruction"].lower()
-        base, names = (20_000_000, objects.SEEN) if record["split"] == "seen" else (30_000_000, objects.UNSEEN)
+        base, names = (20_000_000, catalogue.SEEN) if record["split"] == "seen" else (30_000_000, catalogue.UNSEEN)
         assert record["category"] in names[:2] and base <= record["seed"] < base + 10_000_000
         assert record["initial"] == (record["moved"] >= 0.01) and (record["reason"] == "success") == record["initial"]
     table = (out / "table.md").read_text()
@@ -257,15 +259,15 @@ def test_results_have_the_promised_form(tiny):
 def test_every_category_gets_its_share_of_the_protocol():
     jobs = sim_eval.make_jobs(EvalConfig(episodes=550), sim_eval.SPLITS["both"])
     counts = {split: Counter(job.category for job in jobs if job.split == split) for split in ("seen", "unseen")}
-    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(objects.SEEN)
-    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(objects.UNSEEN, 55)
+    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(catalogue.SEEN)
+    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(catalogue.UNSEEN, 55)
     half = [job.split for job in jobs[:550]]  # a run that is stopped has both splits
     assert half.count("seen") == 275
 
 
 def test_the_papers_table_has_its_categories_and_averages():
     paper = json.loads((ROOT / "data" / "paper_table2.json").read_text())
-    assert list(paper["categories"]) == [*objects.SEEN, *objects.UNSEEN]
+    assert list(paper["categories"]) == [*catalogue.SEEN, *catalogue.UNSEEN]
     for who, seen, unseen in (("RoboMamba", 0.627, 0.533), ("ManipLLM", 0.5625, 0.535)):  # means of the printed columns
         values = [row[who] for row in paper["categories"].values()]
         assert np.mean(values[:20]) == pytest.approx(seen) and np.mean(values[20:]) == pytest.approx(unseen)
@@ -319,7 +321,7 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert 0 < len(by_policy["hinge-pixel"]) < 12  # tables have drawers, which have no hinge
     assert not any("drawer" in r["part"] or r["initial"] for r in by_policy["hinge-pixel"])
     drawers, doors = ({r["category"] for r in results["episodes"] if r["split"] == s} for s in ("unseen", "seen"))
-    assert drawers == {*objects.DRAWER_DOOR_UNSEEN} and doors == {*objects.DRAWER_DOOR_SEEN}
+    assert drawers == {*catalogue.DRAWER_DOOR_UNSEEN} and doors == {*catalogue.DRAWER_DOOR_SEEN}
 
 
 # ---- closed loop ----------------------------------------------------------------------------------------------------
@@ -369,7 +371,7 @@ def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was(b
 def test_closed_loop_of_a_slide_is_written_as_json(bench, monkeypatch):
     """Limits of a user's sliding joint are NumPy floats, and NumPy's bools are not JSON."""
     one = bench(policy="expert", closed_loop=1)
-    job = sim_eval.Job("val", "Table", 0, sim_eval.VAL, 0)
+    job = sim_eval.Job("val", "Table", 0, SEEDS["val"], 0)
     one.find(job)
     opened = one.scene.opened
     monkeypatch.setattr(Scene, "opened", lambda self, part, q: np.float64(opened(part, q)))
@@ -439,13 +441,13 @@ def test_a_prediction_that_is_not_a_number_is_a_failure(bench):
 
 
 def test_a_scene_without_a_contact_is_counted_and_passed_over(bench, monkeypatch):
-    one, expert, calls = bench(policy="expert"), Scene.expert, []
+    one, expert, calls = bench(policy="expert"), sim_eval.oracle.expert, []
     monkeypatch.setattr(
-        Scene, "expert", lambda *a, **k: calls.append(0) or (expert(*a, **k) if len(calls) > 2 else None)
+        sim_eval.oracle, "expert", lambda *a, **k: calls.append(0) or (expert(*a, **k) if len(calls) > 2 else None)
     )
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"]) == (3, 1) and answer["records"][0]["seed"] == VAL_SAFE.scene_seed(2)
-    monkeypatch.setattr(Scene, "expert", lambda *a, **k: None)
+    monkeypatch.setattr(sim_eval.oracle, "expert", lambda *a, **k: None)
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"], answer["records"]) == (sim_eval.MAX_TRIES, 0, [])
 
@@ -611,7 +613,7 @@ def test_ctrl_c_leaves_a_partial_result_and_the_finished_one_as_it_was(tmp_path,
 
 
 def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    good, bad = (sim_eval.Job("objects", name, 0, sim_eval.USER, 0) for name in ("Safe", "Door"))
+    good, bad = (sim_eval.Job("objects", name, 0, SEEDS["objects"], 0) for name in ("Safe", "Door"))
     one, spawn = sim_eval.Bench(EvalConfig(policy="expert")), Scene.spawn
 
     def hostile(self, category, seed, part=None):

@@ -18,6 +18,7 @@ from PIL import Image
 import robomamba
 from extras import look, mistakes
 from selective_scan import example_inputs, scan_chunked, scan_reference
+from sim.expert import expert
 from sim.scene import Scene
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +155,7 @@ def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
     scene = Scene(32)
     try:
         scene.spawn("StorageFurniture", 10_700_012).render()
-        label = scene.expert(np.random.default_rng(0))
+        label = expert(scene, np.random.default_rng(0))
         assert scene.spec.parts[scene.target].joint == "prismatic"
         moved = scene.act(label.u, label.v, label.approach).moved
         frames = look.film(mini, scene, label, "open the drawer")

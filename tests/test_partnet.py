@@ -15,11 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sim import partnet  # noqa: E402
 from sim import scene as world  # noqa: E402
-from sim.catalogue import make_object  # noqa: E402
+from sim.catalogue import SEEDS, make_object  # noqa: E402
 from sim.expert import expert, why_unsolved  # noqa: E402
-from sim.objects import rotation  # noqa: E402
 from sim.partnet import ObjectScene, find_objects, labels, read_obj, read_object  # noqa: E402
 from sim_eval import main  # noqa: E402
 
@@ -131,13 +129,6 @@ def test_the_cabinet_is_read_in_the_worlds_terms(library):
     assert middle[0] > 0.2 and middle[2] > 0.1  # the drawer is in front, above
 
 
-def test_rotations_survive_roll_pitch_yaw():
-    rng = np.random.default_rng(0)
-    for rpy in [*rng.uniform(-math.pi, math.pi, (200, 3)), (0.3, math.pi / 2, 0.4), (1.0, -math.pi / 2, -2.0)]:
-        turn = rotation(rpy)
-        assert np.abs(rotation(partnet.roll_pitch_yaw(turn)) - turn).max() < 1e-6
-
-
 def test_labels_say_where_a_part_is_when_its_name_is_not_enough():
     def at(*yz):
         return [np.array([0.3, y, z]) for y, z in yz]
@@ -194,15 +185,11 @@ def test_the_expert_opens_both_parts_and_the_knob_is_part_of_the_door(scene):
 def test_the_catalogue_looks_the_same_in_this_scene(scene):
     expected = make_object("Safe", world.stream("Safe", 5, "object"))
     assert scene.spawn("Safe", 5).spec == expected and scene.render().std() > 5 and scene.load_flags == 0
+    first, other, again = (scene.spawn("objects/45261", seed).render().copy() for seed in (3, 4, 3))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_the_same_seed_is_the_same_picture(scene):
-    first = scene.spawn("objects/45261", 3).render().copy()
-    other = scene.spawn("objects/45261", 4).render().copy()
-    assert np.array_equal(scene.spawn("objects/45261", 3).render(), first) and not np.array_equal(first, other)
-
-
-# ---- the examination ------------------------------------------------------------------------------------------------
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 def test_objects_are_a_split_and_broken_ones_are_named_and_counted(library, tmp_path, capsys):
     shutil.copytree(library / "45261", tmp_path / "in" / "1")
     write_cabinet(tmp_path / "in" / "2")
@@ -216,7 +203,7 @@ def test_objects_are_a_split_and_broken_ones_are_named_and_counted(library, tmp_
     assert results["splits"]["objects"]["n"] == 3 == results["splits"]["objects"]["initial"]["k"]
     assert list(results["splits"]["objects"]["categories"]) == ["StorageFurniture"]
     assert set(results["skipped"]["objects"]) == {"2", "3"} and "not XML" in results["skipped"]["objects"]["2"]
-    assert all(r["object"] == "objects/1" and r["seed"] >= 40_000_000 for r in results["episodes"])
+    assert all(r["object"] == "objects/1" and r["seed"] >= SEEDS["objects"] for r in results["episodes"])
     assert results["skipped"]["held_joints"] == {"objects/1": 1}
     assert "Joints held fixed" in said.out and "(objects/1 1)" in said.out
     assert "skipped 2: " in said.err and "Skipped 2 objects" in said.out
@@ -230,8 +217,8 @@ def test_objects_beside_the_catalogue_and_in_two_workers(library, tmp_path):
         assert main([*flags, "--workers", workers, "--out", str(tmp_path / workers)]) == 0
     one, two = (json.loads((tmp_path / workers / "results.json").read_text()) for workers in ("1", "2"))
     assert list(one["splits"]) == ["unseen", "objects"] and one["episodes"] == two["episodes"]
-    assert main(["--policy", "expert", "--split", "unseen", "--episodes", "2", "--workers", "1"] + [
-        "--out", str(tmp_path / "plain")]) == 0  # fmt: skip
+    plain = ["--policy", "expert", "--split", "unseen", "--episodes", "2", "--workers", "1"]
+    assert main([*plain, "--out", str(tmp_path / "plain")]) == 0
     plain = json.loads((tmp_path / "plain" / "results.json").read_text())
     assert plain["episodes"] == [r for r in one["episodes"] if r["split"] == "unseen"]
 
@@ -259,9 +246,8 @@ def test_limits_and_outcomes_are_plain_numbers(scene):
     """A numpy bool in a result cannot be written as JSON, and an evaluation was lost by it."""
     scene.spawn("objects/45261", 1, part=1).render()
     drawer = scene.spec.parts[1]
-    assert all(
-        type(value) is float for value in (drawer.lower, drawer.upper, drawer.start, *drawer.axis, *drawer.origin)
-    )
+    numbers = (drawer.lower, drawer.upper, drawer.start, *drawer.axis, *drawer.origin)
+    assert {type(value) for value in numbers} == {float}
     label = expert(scene, np.random.default_rng(1))
     outcome = scene.act(label.u, label.v, label.approach)
     json.dumps(vars(outcome))
@@ -276,24 +262,20 @@ def test_vertices_that_no_face_uses_do_not_count(library, tmp_path):
     assert far.spec == near.spec
 
 
-def test_an_object_that_loads_nowhere_is_skipped_by_name(library, tmp_path, monkeypatch):
-    def fail(self, *_, **__):
-        raise ValueError("PyBullet cannot load it")
+def fail(*_, **__):
+    raise ValueError("PyBullet cannot load it")
 
-    monkeypatch.setattr(ObjectScene, "spawn", fail)
+
+@pytest.mark.parametrize("name, does, said", [
+    ("sim.partnet.ObjectScene.spawn", fail, "ValueError: PyBullet cannot load it"),
+    ("sim.expert.expert", lambda *_, **__: None, "the expert found no contact"),
+])  # fmt: skip
+def test_an_object_that_cannot_be_used_is_skipped_by_name(name, does, said, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(name, does)
     flags = ["--policy", "expert", "--objects", str(library), "--episodes", "2", "--workers", "1"]
-    with pytest.raises(
-        ValueError, match="nothing could be evaluated. objects/45261: ValueError: PyBullet cannot load it"
-    ):
+    with pytest.raises(ValueError, match=f"nothing could be evaluated. objects/45261: {said}"):
         main([*flags, "--out", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
-
-
-def test_an_object_that_nobody_can_open_is_named(library, tmp_path, monkeypatch):
-    monkeypatch.setattr(ObjectScene, "expert", lambda *_, **__: None)
-    flags = ["--policy", "expert", "--objects", str(library), "--episodes", "2", "--workers", "1"]
-    with pytest.raises(ValueError, match="nothing could be evaluated. objects/45261: the expert found no contact"):
-        main([*flags, "--out", str(tmp_path)])
 
 
 # ---- everything that can be wrong -----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from PIL import Image
 
 from data.prompts import number
 from data.tokenizer import train_ranks, write_ranks
-from sim.objects import COLOURS, SEEN
+from sim.catalogue import SEEN
+from sim.objects import COLOURS
 
 COLOUR_NAMES = list(COLOURS)
 SIDE = 32
