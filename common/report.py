@@ -2,19 +2,13 @@
 
     python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
-    summarise(..)         the scores of a run of sim_eval.py, from its episodes
-    report(results)       the main table, what the sentence is worth, what was skipped
-    table(results)        the main table: policies side by side
-    details(results)      how the episodes ended, and the rates as the paper's ancestor counts them
-    categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
+    summarise(..)                     the scores of a run of sim_eval.py, from its episodes
+    report, table, details            of its results: all that matters; policies side by side; how the episodes ended
+    categories, paper_table1          beside the paper's columns (data/paper_table?.json; theirs, another simulator)
+    reasoning_report, .._details      answers in words and in coordinates, by question type; with intervals
+    speed_table                       of extras/speed.py
 
-    reasoning_report(results)     answers in words and in coordinates, by question type
-    reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
-    paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
-
-    scan_table, speed_table       of selective_scan.py --out and of extras/speed.py
-
-Every function takes what a committed JSON file holds and returns Markdown.
+Every table takes what a committed JSON file holds and returns Markdown.
 """
 
 import argparse
@@ -28,9 +22,9 @@ import numpy as np
 from common.files import read_json, write_json, write_text
 from common.scripts import run_main
 
-PAPER = Path(__file__).parent.parent / "data/paper_table2.json"
-PAPER_REASONING = Path(__file__).parent.parent / "data/paper_table1.json"
-THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
+DATA = Path(__file__).parent.parent / "data"
+PAPER, PAPER_REASONING = DATA / "paper_table2.json", DATA / "paper_table1.json"
+THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
 LONGEST_CELL = 200  # characters
@@ -115,7 +109,7 @@ def summarise(sources: dict, splits: list[str], done: list[tuple]) -> dict:
         answers = [answer for job, answer in done if job.split == split]
         unconditioned[split] = wilson(sum(a["solved"] for a in answers), sum(a["tried"] for a in answers))
     first = next(iter(policies))
-    shown = {key: policies[first][key] for key in ("checkpoint", "splits", "language") if key in policies[first]}
+    shown = {key: value for key, value in policies[first].items() if key != "predict_ms"}
     return {"policy": first, **shown, "policies": policies, "expert_unconditioned": unconditioned}
 
 
@@ -135,16 +129,11 @@ def summarise_split(records: list[dict]) -> dict:
     again = [record for record in records if "closed_loop" in record]
     if again:
         loops = [record["closed_loop"] for record in again]
-        grips = max(len(loop["reasons"]) for loop in loops)
-        out["closed_loop"] = {**loop_scores(loops), "grips": grips, "open": loop_scores(again)}
+        scores = [rates(group) | {"moved": median([r["moved"] for r in group])} for group in (loops, again)]
+        out["closed_loop"] = {**scores[0], "grips": max(len(loop["reasons"]) for loop in loops), "open": scores[1]}
     for key in ("pixel_error", "approach_error_deg"):  # medians against the expert's contact
         out[key] = median([record[key] for record in records if key in record])
     return out
-
-
-def loop_scores(results: list[dict]) -> dict:
-    """Both success rates and the median motion (rad or m) of episodes, or of their closed loops."""
-    return rates(results) | {"moved": median([result["moved"] for result in results])}
 
 
 def summarise_language(records: list[dict]) -> dict:
@@ -207,19 +196,15 @@ def report(results: dict) -> str:
             ]
         for split, summary in policy["splits"].items():
             if "closed_loop" in summary:
-                lines += closed_loop_lines(f"{name}, {split}", summary["closed_loop"])
+                again = summary["closed_loop"]
+                closed, once = (
+                    f">= 0.01 {percent(loop['initial'])}, >= 0.1 {percent(loop['long'])}, "
+                    f"median motion {loop['moved']:.2f}"
+                    for loop in (again, again["open"])
+                )
+                what = f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each)"
+                lines += [f"{what}: {closed};", f"open loop, same scenes: {once}.", ""]
     return "\n".join(lines + skips(results["skipped"]))
-
-
-def closed_loop_lines(what: str, again: dict) -> list[str]:
-    def scores(loop: dict) -> str:
-        return f">= 0.01 {percent(loop['initial'])}, >= 0.1 {percent(loop['long'])}, median motion {loop['moved']:.2f}"
-
-    return [
-        f"{what}, closed loop ({again['grips']} grips, a prediction each): {scores(again)};",
-        f"open loop, same scenes: {scores(again['open'])}.",
-        "",
-    ]
 
 
 def skips(skipped: dict) -> list[str]:
@@ -233,16 +218,15 @@ def skips(skipped: dict) -> list[str]:
         ("infeasible", "Scenes passed over because the expert found no contact, and another was taken"),
         ("given_up", "Episodes left out because no scene of theirs could be solved"),
     ):
-        counts = skipped[key]
+        counts = Counter(skipped[key])
         if counts:
-            ordered = sorted(counts.items(), key=lambda item: -item[1])
-            named = ", ".join(f"{plain(name)} {count}" for name, count in ordered)
+            named = ", ".join(f"{plain(name)} {count}" for name, count in counts.most_common())
             lines += [f"{what}: {sum(counts.values())} ({named}).", ""]
     return lines
 
 
 def details(results: dict) -> str:
-    """Per split: how the episodes ended; then the rates over pixels on a movable part only."""
+    """Per split: how the episodes ended; then the rates as the released scorer of the paper's ancestor counts."""
     policies = results["policies"]
     lines = []
     for split in results["splits"]:
@@ -251,20 +235,12 @@ def details(results: dict) -> str:
         lines.append(header(f"{split}: how episodes ended", *reasons))
         lines += [row(name, *(count.get(reason, 0) for reason in reasons)) for name, count in counts.items()]
         lines.append("")
-    return "\n".join([*lines, on_part_table(results)])
-
-
-def on_part_table(results: dict) -> str:
-    """Success rates as the released scorer of ManipLLM, the paper's ancestor, counts; "" for a file without them."""
-    first = results["policies"][results["policy"]]["splits"]
-    if not all("on_part" in summary for summary in first.values()):
-        return ""
-    lines = [
-        header("pixels on a movable part only", *(f"{split} {goal}" for split in first for goal in GOALS.values()))
-    ]
-    for name, policy in results["policies"].items():
-        cells = [percent(summary["on_part"][goal]) for summary in policy["splits"].values() for goal in GOALS]
-        lines.append(row(name, *cells))
+    if not all("on_part" in summary for summary in results["splits"].values()):  # an older file
+        return "\n".join(lines)
+    columns = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
+    lines.append(header("pixels on a movable part only", *columns))
+    for name, policy in policies.items():
+        lines.append(row(name, *(percent(s["on_part"][goal]) for s in policy["splits"].values() for goal in GOALS)))
     lines += [
         "",
         "As the released scorer of the paper's ancestor counts: episodes whose predicted pixel lies on no movable part",
@@ -423,21 +399,7 @@ def paper_table1(results: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-# ---- tables of selective_scan.py and extras/speed.py -----------------------------------------------------------------
-
-
-def scan_table(results: dict) -> str:
-    """The README's table of `python selective_scan.py --out FILE`: forward + backward, medians, peak extra memory."""
-    methods = ("chunked", "loop (definition)", "compile=True", "mambapy")
-    lines = [header("(B, L, E, N)", *methods, "faster than mambapy", "memory")]
-    for shape in results["shapes"]:
-        m = {method["method"]: method for method in shape["methods"]}
-        chunked, theirs = m["chunked"], m["mambapy"]
-        times = [f"{m[name]['train_ms']:.0f} ms" for name in ("chunked", "reference", "compile=True", "mambapy")]
-        memory = f"{chunked['peak_mib']:.0f} against {theirs['peak_mib']:.0f} MiB"
-        faster = f"{theirs['train_ms'] / chunked['train_ms']:.1f}x"
-        lines.append(row(tuple(shape["shape"]), *times, faster, memory))
-    return "\n".join(lines)
+# ---- the table of extras/speed.py ------------------------------------------------------------------------------------
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")

@@ -9,6 +9,7 @@ same scenes, which the same run reports.
 
 from collections.abc import Callable
 
+from sim.expert import expert
 from sim.policies import Observation
 from sim.scene import INITIAL, stream
 from sim_eval import Attempt, attempt, observe
@@ -34,7 +35,7 @@ def grip_again(policy: Callable, first: Observation, done: Attempt, grips: int, 
             if not (scene.links == part).any():
                 break
             again = f"{purpose}, grip {grip}"
-            label = scene.expert(stream(scene.category, scene.seed, again))
+            label = expert(scene, stream(scene.category, scene.seed, again))
             done = attempt(policy, observe(scene, label, again), part)
             if done is None:
                 break

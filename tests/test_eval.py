@@ -24,12 +24,15 @@ from PIL import Image
 import sim_eval
 from common import report
 from common.report import wilson
+from common.scripts import parallel
 from data import depth
 from extras.closed_loop import grip_again
 from robomamba import Action, RoboMamba
-from sim import objects, pictures, policies
+from sim import catalogue, pictures, policies
+from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, SEEN, UNSEEN
+from sim.expert import Label, expert
 from sim.policies import Observation
-from sim.scene import Label, Scene
+from sim.scene import Scene
 from sim_eval import EvalConfig, load_model, model_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +88,7 @@ def observation(scene, label=None, instruction="open the door", rng=None) -> Obs
     return Observation(scene, instruction, getattr(scene, "target", 0), label, rng)
 
 
-VAL_SAFE = sim_eval.Job("val", "Safe", 0, sim_eval.VAL, 0)
+VAL_SAFE = sim_eval.Job("val", "Safe", 0, 0)
 
 
 @pytest.fixture
@@ -100,17 +103,6 @@ def bench():
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture(autouse=True)
-def depth_functions(monkeypatch):
-    """Stand-ins for what data/depth.py may not have."""
-    for name, stand_in in (
-        ("camera_depth", lambda exact, rng: policies.perfect_camera(exact, rng)),
-        ("refine", lambda u, v, approach, *_: (u, v, np.array([0.0, 0.0, 1.0]) if approach is None else approach)),
-    ):
-        if not hasattr(depth, name):
-            monkeypatch.setattr(depth, name, stand_in, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +171,7 @@ def test_blind_table_holds_medians_and_falls_back(table):
 
     class Stub:  # a scene of 128 pixels: twice the table's
         image_size, category = 128, "Safe"
-        spec = objects.make_object("Safe", np.random.default_rng(0))
+        spec = catalogue.make_object("Safe", np.random.default_rng(0))
 
     policy = policies.blind_policy(got)
     u, v, approach = policy(observation(Stub))
@@ -238,7 +230,7 @@ def test_results_have_the_promised_form(tiny):
     }
     for record in results["episodes"]:
         assert keys <= record.keys() and record["part"].split()[-1] in record["instruction"].lower()
-        base, names = (20_000_000, objects.SEEN) if record["split"] == "seen" else (30_000_000, objects.UNSEEN)
+        base, names = (20_000_000, SEEN) if record["split"] == "seen" else (30_000_000, UNSEEN)
         assert record["category"] in names[:2] and base <= record["seed"] < base + 10_000_000
         assert record["initial"] == (record["moved"] >= 0.01) and (record["reason"] == "success") == record["initial"]
     table = (out / "table.md").read_text()
@@ -257,15 +249,15 @@ def test_results_have_the_promised_form(tiny):
 def test_every_category_gets_its_share_of_the_protocol():
     jobs = sim_eval.make_jobs(EvalConfig(episodes=550), sim_eval.SPLITS["both"])
     counts = {split: Counter(job.category for job in jobs if job.split == split) for split in ("seen", "unseen")}
-    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(objects.SEEN)
-    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(objects.UNSEEN, 55)
+    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(SEEN)
+    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(UNSEEN, 55)
     half = [job.split for job in jobs[:550]]  # a run that is stopped has both splits
     assert half.count("seen") == 275
 
 
 def test_the_papers_table_has_its_categories_and_averages():
     paper = json.loads((ROOT / "data" / "paper_table2.json").read_text())
-    assert list(paper["categories"]) == [*objects.SEEN, *objects.UNSEEN]
+    assert list(paper["categories"]) == [*SEEN, *UNSEEN]
     for who, seen, unseen in (("RoboMamba", 0.627, 0.533), ("ManipLLM", 0.5625, 0.535)):  # means of the printed columns
         values = [row[who] for row in paper["categories"].values()]
         assert np.mean(values[:20]) == pytest.approx(seen) and np.mean(values[20:]) == pytest.approx(unseen)
@@ -319,7 +311,7 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert 0 < len(by_policy["hinge-pixel"]) < 12  # tables have drawers, which have no hinge
     assert not any("drawer" in r["part"] or r["initial"] for r in by_policy["hinge-pixel"])
     drawers, doors = ({r["category"] for r in results["episodes"] if r["split"] == s} for s in ("unseen", "seen"))
-    assert drawers == {*objects.DRAWER_DOOR_UNSEEN} and doors == {*objects.DRAWER_DOOR_SEEN}
+    assert drawers == {*DRAWER_DOOR_UNSEEN} and doors == {*DRAWER_DOOR_SEEN}
 
 
 # ---- closed loop ----------------------------------------------------------------------------------------------------
@@ -369,7 +361,7 @@ def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was(b
 def test_closed_loop_of_a_slide_is_written_as_json(bench, monkeypatch):
     """Limits of a user's sliding joint are NumPy floats, and NumPy's bools are not JSON."""
     one = bench(policy="expert", closed_loop=1)
-    job = sim_eval.Job("val", "Table", 0, sim_eval.VAL, 0)
+    job = sim_eval.Job("val", "Table", 0, 0)
     one.find(job)
     opened = one.scene.opened
     monkeypatch.setattr(Scene, "opened", lambda self, part, q: np.float64(opened(part, q)))
@@ -439,13 +431,11 @@ def test_a_prediction_that_is_not_a_number_is_a_failure(bench):
 
 
 def test_a_scene_without_a_contact_is_counted_and_passed_over(bench, monkeypatch):
-    one, expert, calls = bench(policy="expert"), Scene.expert, []
-    monkeypatch.setattr(
-        Scene, "expert", lambda *a, **k: calls.append(0) or (expert(*a, **k) if len(calls) > 2 else None)
-    )
+    one, calls = bench(policy="expert"), []
+    monkeypatch.setattr(sim_eval, "expert", lambda *a: calls.append(0) or (expert(*a) if len(calls) > 2 else None))
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"]) == (3, 1) and answer["records"][0]["seed"] == VAL_SAFE.scene_seed(2)
-    monkeypatch.setattr(Scene, "expert", lambda *a, **k: None)
+    monkeypatch.setattr(sim_eval, "expert", lambda *_: None)
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"], answer["records"]) == (sim_eval.MAX_TRIES, 0, [])
 
@@ -611,7 +601,7 @@ def test_ctrl_c_leaves_a_partial_result_and_the_finished_one_as_it_was(tmp_path,
 
 
 def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    good, bad = (sim_eval.Job("objects", name, 0, sim_eval.USER, 0) for name in ("Safe", "Door"))
+    good, bad = (sim_eval.Job("objects", name, 0, 0) for name in ("Safe", "Door"))
     one, spawn = sim_eval.Bench(EvalConfig(policy="expert")), Scene.spawn
 
     def hostile(self, category, seed, part=None):
@@ -622,22 +612,19 @@ def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_p
     monkeypatch.setattr(Scene, "spawn", hostile)
     answers = [(job, one.episode(job)) for job in (bad, good)]
     one.close()
-    assert answers[0][1]["error"] == "RecursionError: mesh links to itself" and answers[1][1]["solved"]
-    plan = sim_eval.Plan({}, {"7": "no mobility.urdf"}, {})
-    assert set(sim_eval.skipped(answers, plan)["objects"]) == {"7", "Door"}
+    assert answers[0][1]["why"] == "RecursionError: mesh links to itself" and answers[1][1]["solved"]
+    broken = {"7": "no mobility.urdf"}
+    assert set(sim_eval.skipped(answers, broken)["objects"]) == {"7", "Door"}
     with pytest.raises(
         ValueError, match="nothing could be evaluated. Door: RecursionError: mesh .*; 7: no mobility.urdf"
     ):
-        sim_eval.skipped(answers[:1], plan)
-    unsolved = [(good, {"tried": 20, "solved": 0, "records": [], "ms": {}})]
-    with pytest.raises(ValueError, match="Safe: the expert found no contact: look at axis"):
-        sim_eval.skipped(unsolved, sim_eval.Plan({}, {}, {}))
+        sim_eval.skipped(answers[:1], broken)
 
 
-def test_workers_have_a_core_each_and_the_share_of_a_killed_one_is_done_again(bench, capsys):
+def test_workers_have_a_core_each_and_the_share_of_a_killed_one_is_done_again(capsys):
     cfg = EvalConfig(policy="expert", split="val", episodes=10, workers=2)
     jobs, answers = sim_eval.make_jobs(cfg, sim_eval.SPLITS["val"]), {}
-    for job, answer in sim_eval.run_jobs(bench(**vars(cfg)), jobs):
+    for job, answer in parallel(sim_eval._work, jobs, 2, sim_eval._start, (cfg,)):
         if not answers:
             workers = [worker.pid for worker in multiprocessing.active_children()]
             deadline = time.monotonic() + 30
@@ -660,8 +647,9 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 import sim_eval
 if __name__ == "__main__":
-    bench = sim_eval.Bench(sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2))
-    for job, answer in sim_eval.run_jobs(bench, sim_eval.make_jobs(bench.cfg, sim_eval.SPLITS["val"])):
+    cfg = sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2)
+    jobs = sim_eval.make_jobs(cfg, sim_eval.SPLITS["val"])
+    for job, answer in sim_eval.parallel(sim_eval._work, jobs, 2, sim_eval._start, (cfg,)):
         Path({str(tmp_path / "workers")!r}).write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
         os.kill(os.getpid(), signal.SIGKILL)
 """
