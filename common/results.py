@@ -142,10 +142,8 @@ def scan(results: dict) -> str:
 
 def records(items: list[dict]) -> list[str]:
     """A list of flat JSON objects with the same keys as a table."""
-    lines = [header(*items[0])]
-    for item in items:
-        lines.append(row(*(f"{value:.3g}" if isinstance(value, float) else value for value in item.values())))
-    return lines
+    cells = [[f"{value:.3g}" if isinstance(value, float) else value for value in item.values()] for item in items]
+    return [header(*items[0]), *(row(*line) for line in cells)]
 
 
 def mistakes(results: dict) -> str:
@@ -161,11 +159,7 @@ def mistakes(results: dict) -> str:
 def encoders(explorations: list[dict]) -> str:
     """What teaches the encoder: a linear probe on tokens of four encoders."""
     (found,) = (item for item in explorations if item.get("command") == "make encoders")
-    kinds = {name: scores for name, scores in found.items() if isinstance(scores, dict)}
-    columns = list(next(iter(kinds.values())))
-    lines = [header("trained with", *columns)]
-    for name, scores in kinds.items():
-        lines.append(row(name, *(scores[column] for column in columns)))
+    lines = records([{"trained with": name} | scores for name, scores in found.items() if isinstance(scores, dict)])
     return "\n".join([*lines, "", f"{found['what']}. {found['hardware']}."])
 
 

@@ -93,8 +93,8 @@ class Subject:
         """(1, n, D) embeddings of random tokens."""
         return self.backbone.embedding(torch.randint(0, self.model.config.lm.vocab_size, (1, n), device=self.device))
 
-    def read(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        h, states = self.backbone(x, states)
+    def read(self, x: Tensor) -> tuple[Tensor, list]:
+        h, states = self.backbone(x)
         return h[:, -1], states
 
     def prefill(self, states: list | None = None) -> tuple[Tensor, list]:
@@ -113,13 +113,9 @@ class Subject:
 
     def predictions(self) -> dict:
         """{row: function} of the first table."""
-        return {
-            "encoder": lambda: self.model.vision(self.picture),
-            "head": self.head,
-            "text": self.text,
-            "going on": lambda: self.head(self.past_states),
-            "reading all again": lambda: self.head(self.read(self.past)[1]),
-        }
+        calls = {"encoder": lambda: self.model.vision(self.picture), "head": self.head, "text": self.text}
+        calls["going on"] = lambda: self.head(self.past_states)
+        return calls | {"reading all again": lambda: self.head(self.read(self.past)[1])}
 
 
 @torch.inference_mode()
