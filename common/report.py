@@ -2,19 +2,8 @@
 
     python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
-    summarise(..)         the scores of a run of sim_eval.py, from its episodes
-    report(results)       the main table, what the sentence is worth, what was skipped
-    table(results)        the main table: policies side by side
-    details(results)      how the episodes ended, and the rates as the paper's ancestor counts them
-    categories(results)   per category, beside the paper's columns (data/paper_table2.json; theirs, another simulator)
-
-    reasoning_report(results)     answers in words and in coordinates, by question type
-    reasoning_details(results)    the same with k/n and intervals for all four that answer, and per category
-    paper_table1(results)         BLEU and POPE beside the paper's (data/paper_table1.json; theirs, other questions)
-
-    speed_table                   of extras/speed.py
-
-Every function takes what a committed JSON file holds and returns Markdown.
+summarise(..) makes the scores of a run of sim_eval.py. Every table takes what a committed JSON file holds: report,
+table, details, categories of that run; reasoning_report, reasoning_details, paper_table1; speed_table.
 """
 
 import argparse
@@ -28,11 +17,18 @@ import numpy as np
 from common.files import read_json, write_json, write_text
 from common.scripts import run_main
 
-PAPER = Path(__file__).parent.parent / "data/paper_table2.json"
-PAPER_REASONING = Path(__file__).parent.parent / "data/paper_table1.json"
-THEIRS = ("RoboMamba", "ManipLLM")  # columns of it
+DATA = Path(__file__).parent.parent / "data"
+PAPER, PAPER_REASONING = DATA / "paper_table2.json", DATA / "paper_table1.json"
+THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
+SUCCESS = """Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m. px / deg off:
+median distance to the expert's contact. Scenes are those that the expert (the oracle) solves; the last row
+counts all that were tried."""
+OURS = """Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,
+other objects, another gripper. Their columns are for orientation; the numbers must not be compared.**"""
+ON_PART = """As the released scorer of the paper's ancestor counts: episodes whose predicted pixel lies on no movable
+part are left out of n. Every other table here counts them as failures."""
 LONGEST_CELL = 200  # characters
 
 
@@ -73,13 +69,11 @@ def both(means: dict, n: int = 1) -> str:
 
 def wilson(k: int, n: int, z: float = 1.959964) -> dict:
     """Rate k / n with Wilson's 95 % interval, which stays inside 0..1 and is right at 0 and n; n = 0 says nothing."""
-    if n == 0:
-        return {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
     centre = k + z * z / 2
-    spread = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    spread = z * math.sqrt(k * (n - k) / n + z * z / 4) if n else centre
     low = max(0.0, (centre - spread) / (n + z * z))
     high = min(1.0, (centre + spread) / (n + z * z))
-    return {"k": k, "n": n, "rate": round(k / n, 4), "lo": round(low, 4), "hi": round(high, 4)}
+    return {"k": k, "n": n, "rate": round(k / max(1, n), 4), "lo": round(low, 4), "hi": round(high, 4)}
 
 
 def rates(records: list[dict]) -> dict:
@@ -96,10 +90,7 @@ def median(values) -> float | None:
 
 
 def summarise(sources: dict, splits: list[str], done: list[tuple]) -> dict:
-    """The scores of a run.
-
-    Args: sources: {policy: what is behind it, or None}. done: (job, answer) pairs of sim_eval.py, a job with .split.
-    """
+    """The scores of a run. sources: {policy: what is behind it, or None}. done: (job, answer) pairs of sim_eval.py."""
     episodes = [record for _, answer in done for record in answer["records"]]
     policies = {}
     for name, source in sources.items():
@@ -115,7 +106,7 @@ def summarise(sources: dict, splits: list[str], done: list[tuple]) -> dict:
         answers = [answer for job, answer in done if job.split == split]
         unconditioned[split] = wilson(sum(a["solved"] for a in answers), sum(a["tried"] for a in answers))
     first = next(iter(policies))
-    shown = {key: policies[first][key] for key in ("checkpoint", "splits", "language") if key in policies[first]}
+    shown = {key: value for key, value in policies[first].items() if key != "predict_ms"}
     return {"policy": first, **shown, "policies": policies, "expert_unconditioned": unconditioned}
 
 
@@ -135,16 +126,11 @@ def summarise_split(records: list[dict]) -> dict:
     again = [record for record in records if "closed_loop" in record]
     if again:
         loops = [record["closed_loop"] for record in again]
-        grips = max(len(loop["reasons"]) for loop in loops)
-        out["closed_loop"] = {**loop_scores(loops), "grips": grips, "open": loop_scores(again)}
+        scores = [rates(group) | {"moved": median([r["moved"] for r in group])} for group in (loops, again)]
+        out["closed_loop"] = {**scores[0], "grips": max(len(loop["reasons"]) for loop in loops), "open": scores[1]}
     for key in ("pixel_error", "approach_error_deg"):  # medians against the expert's contact
         out[key] = median([record[key] for record in records if key in record])
     return out
-
-
-def loop_scores(results: list[dict]) -> dict:
-    """Both success rates and the median motion (rad or m) of episodes, or of their closed loops."""
-    return rates(results) | {"moved": median([result["moved"] for result in results])}
 
 
 def summarise_language(records: list[dict]) -> dict:
@@ -171,10 +157,9 @@ def table(results: dict) -> str:
     for name, policy in results["policies"].items():
         cells = []
         for summary in policy["splits"].values():
-            cells += [percent(summary[goal]) for goal in GOALS]
-            cells.append(both(summary["category_mean"], summary["n"]))
-            errors = (summary["pixel_error"], summary["approach_error_deg"])
-            cells.append("" if None in errors else f"{errors[0]:.1f} / {errors[1]:.0f}")
+            pixels, degrees = summary["pixel_error"], summary["approach_error_deg"]
+            off = "" if None in (pixels, degrees) else f"{pixels:.1f} / {degrees:.0f}"
+            cells += [*(percent(summary[goal]) for goal in GOALS), both(summary["category_mean"], summary["n"]), off]
         lines.append(row(name, *cells))
     unconditioned = []
     for split in splits:
@@ -185,14 +170,7 @@ def table(results: dict) -> str:
 def report(results: dict) -> str:
     """The main table; what a prediction costs and what the sentence is worth; what was skipped."""
     lines = ["**Partial result: the run was stopped.**", ""] if results["partial"] else []
-    lines += [
-        table(results),
-        "",
-        "Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m. px / deg off:",
-        "median distance to the expert's contact. Scenes are those that the expert (the oracle) solves; the last row",
-        "counts all that were tried.",
-        "",
-    ]
+    lines += [table(results), "", SUCCESS, ""]
     for name, policy in results["policies"].items():
         name = plain(name)
         if policy.get("predict_ms") is not None:
@@ -207,19 +185,15 @@ def report(results: dict) -> str:
             ]
         for split, summary in policy["splits"].items():
             if "closed_loop" in summary:
-                lines += closed_loop_lines(f"{name}, {split}", summary["closed_loop"])
+                again = summary["closed_loop"]
+                closed, once = (
+                    ", ".join(f"{GOALS[goal]} {percent(loop[goal])}" for goal in GOALS)
+                    + f", median motion {loop['moved']:.2f}"
+                    for loop in (again, again["open"])
+                )
+                what = f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each)"
+                lines += [f"{what}: {closed};", f"open loop, same scenes: {once}.", ""]
     return "\n".join(lines + skips(results["skipped"]))
-
-
-def closed_loop_lines(what: str, again: dict) -> list[str]:
-    def scores(loop: dict) -> str:
-        return f">= 0.01 {percent(loop['initial'])}, >= 0.1 {percent(loop['long'])}, median motion {loop['moved']:.2f}"
-
-    return [
-        f"{what}, closed loop ({again['grips']} grips, a prediction each): {scores(again)};",
-        f"open loop, same scenes: {scores(again['open'])}.",
-        "",
-    ]
 
 
 def skips(skipped: dict) -> list[str]:
@@ -233,16 +207,15 @@ def skips(skipped: dict) -> list[str]:
         ("infeasible", "Scenes passed over because the expert found no contact, and another was taken"),
         ("given_up", "Episodes left out because no scene of theirs could be solved"),
     ):
-        counts = skipped[key]
+        counts = Counter(skipped[key])
         if counts:
-            ordered = sorted(counts.items(), key=lambda item: -item[1])
-            named = ", ".join(f"{plain(name)} {count}" for name, count in ordered)
+            named = ", ".join(f"{plain(name)} {count}" for name, count in counts.most_common())
             lines += [f"{what}: {sum(counts.values())} ({named}).", ""]
     return lines
 
 
 def details(results: dict) -> str:
-    """Per split: how the episodes ended; then the rates over pixels on a movable part only."""
+    """Per split: how the episodes ended; then the rates as the released scorer of the paper's ancestor counts."""
     policies = results["policies"]
     lines = []
     for split in results["splits"]:
@@ -251,57 +224,36 @@ def details(results: dict) -> str:
         lines.append(header(f"{split}: how episodes ended", *reasons))
         lines += [row(name, *(count.get(reason, 0) for reason in reasons)) for name, count in counts.items()]
         lines.append("")
-    return "\n".join([*lines, on_part_table(results)])
-
-
-def on_part_table(results: dict) -> str:
-    """Success rates as the released scorer of ManipLLM, the paper's ancestor, counts; "" for a file without them."""
-    first = results["policies"][results["policy"]]["splits"]
-    if not all("on_part" in summary for summary in first.values()):
-        return ""
-    lines = [
-        header("pixels on a movable part only", *(f"{split} {goal}" for split in first for goal in GOALS.values()))
-    ]
-    for name, policy in results["policies"].items():
-        cells = [percent(summary["on_part"][goal]) for summary in policy["splits"].values() for goal in GOALS]
-        lines.append(row(name, *cells))
-    lines += [
-        "",
-        "As the released scorer of the paper's ancestor counts: episodes whose predicted pixel lies on no movable part",
-        "are left out of n. Every other table here counts them as failures.",
-        "",
-    ]
-    return "\n".join(lines)
+    if not all("on_part" in summary for summary in results["splits"].values()):  # an older file
+        return "\n".join(lines)
+    columns = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
+    lines.append(header("pixels on a movable part only", *columns))
+    for name, policy in policies.items():
+        lines.append(row(name, *(percent(s["on_part"][goal]) for s in policy["splits"].values() for goal in GOALS)))
+    return "\n".join([*lines, "", ON_PART, ""])
 
 
 def categories(results: dict) -> str:
     """Per category: ours (>= 0.01 / >= 0.1) beside what RoboMamba's Table 2 prints for RoboMamba and ManipLLM."""
     policies = results["policies"]
     paper = read_json(PAPER, dict)
-    lines = [
-        "Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,",
-        "other objects, another gripper. Their columns are for orientation; the numbers must not be compared.**",
-        f"Theirs: {paper['source']} ({paper['setting']}).",
-        "",
-    ]
+    lines = [OURS, f"Theirs: {paper['source']} ({paper['setting']}).", ""]
     for split in results["splits"]:
-        theirs = paper["categories"] if split in CATALOGUE_SPLITS else {}
-        columns = THEIRS if theirs else ()
+        columns = THEIRS if split in CATALOGUE_SPLITS else ()
         lines.append(header(split, "n", *policies, *(f"{name} (theirs)" for name in columns)))
-        groups = [policy["splits"][split]["categories"] for policy in policies.values()]
+        summaries = [policy["splits"][split] for policy in policies.values()]
+        groups = [summary["categories"] for summary in summaries]
         names = list(dict.fromkeys(name for group in groups for name in group))
         for name in names:
             ours = [both(group[name]) if name in group else "-" for group in groups]
-            cells = [f"{theirs[name][column]:.2f}" for column in columns]
-            lines.append(row(name, max(group[name]["n"] for group in groups if name in group), *ours, *cells))
-        summaries = [policy["splits"][split] for policy in policies.values()]
+            theirs = [f"{paper['categories'][name][column]:.2f}" for column in columns]
+            lines.append(row(name, max(group[name]["n"] for group in groups if name in group), *ours, *theirs))
         means = [both(summary["category_mean"], summary["n"]) for summary in summaries]
-        cells = [f"{sum(theirs[name][column] for name in names) / max(1, len(names)):.2f}" for column in columns]
-        lines.append(row("mean", "", *means, *cells))
-        printed = paper["printed_average"].get(split, {}) if results["split"] in ("both", split) else {}
+        theirs = [f"{sum(paper['categories'][name][c] for name in names) / max(1, len(names)):.2f}" for c in columns]
+        lines.append(row("mean", "", *means, *theirs))
+        printed = paper["printed_average"].get(split) if results["split"] in ("both", split) else None
         if printed:
-            blank = [""] * len(policies)
-            lines.append(row("the average they print", "", *blank, *(f"{printed[c]:.2f}" for c in columns)))
+            lines.append(row("the average they print", "", *[""] * len(means), *(f"{printed[c]:.2f}" for c in columns)))
         lines.append("")
     return "\n".join(lines)
 
@@ -309,17 +261,12 @@ def categories(results: dict) -> str:
 def write_results(out: Path, results: dict) -> list[Path]:
     """OUT/results.json (a line an episode), table.md and categories.md; returns what was written.
 
-    A run that was stopped writes results.partial.json and table.partial.md and leaves what a finished one wrote.
-    """
+    A run that was stopped writes results.partial.json and table.partial.md and leaves what a finished one wrote."""
     kind = ".partial" if results["partial"] else ""
     paths = [out / f"results{kind}.json", out / f"table{kind}.md"]
-    episodes = ",\n".join(json.dumps(record, allow_nan=False) for record in results["episodes"])
-    scores = [
-        f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-        for key, value in results.items()
-        if key != "episodes"
-    ]
-    write_text(paths[0], "{\n" + ",\n".join([*scores, f'"episodes": [\n{episodes}\n]']) + "\n}\n")
+    scores = {key: json.dumps(value, allow_nan=False) for key, value in results.items()}
+    scores["episodes"] = "[\n" + ",\n".join(json.dumps(r, allow_nan=False) for r in results["episodes"]) + "\n]"
+    write_text(paths[0], "{\n" + ",\n".join(f'"{key}": {text}' for key, text in scores.items()) + "\n}\n")
     write_text(paths[1], report(results) + "\n" + details(results))
     if not results["partial"]:
         paths.append(out / "categories.md")
@@ -344,31 +291,27 @@ def place(scores: dict) -> str:
 
 def reasoning_report(results: dict) -> str:
     """Two tables: robot questions, general questions and presence, by who answers; then the question types."""
+    splits = results["splits"]
     bleu = [f"BLEU-{n}" for n in (1, 2, 3, 4)]
     lines = [header("answers", "robot exact", *bleu, "general exact", "presence", "precision", "recall", "F1", "yes")]
-    for split, result in results["splits"].items():
+    for split, result in splits.items():
         for who, scores in result["answerers"].items():
-            exact = [percent(scores[key]) if key in scores else "" for key in ("robot", "general")]
-            cells = [exact[0], *([f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4), exact[1]]
-            pope = scores.get("pope")
-            if pope:
-                cells.append(place(pope["accuracy"]))
-                cells += [f"{pope[key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
-            else:
-                cells += [""] * 5
-            lines.append(row(f"{split}, {who}", *cells))
+            robot, general = (percent(scores[key]) if key in scores else "" for key in ("robot", "general"))
+            bleu = [f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4
+            pope = [""] * 5
+            if scores.get("pope"):
+                pope = [f"{scores['pope'][key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
+                pope = [place(scores["pope"]["accuracy"]), *pope]
+            lines.append(row(f"{split}, {who}", robot, *bleu, general, *pope))
+    shown = ("model", "image-blind", "majority")
     lines += [
         "",
         "Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as",
         'POPE scores object hallucination ("yes" is positive). Greedy decoding, every question asked alone.',
         "",
+        header("question type", *(f"{split} {what}" for split in splits for what in ("n", *shown))),
     ]
-    splits = results["splits"]
-    shown = ("model", "image-blind", "majority")
-    head = [text for split in splits for text in (f"{split} n", *(f"{split} {who}" for who in shown))]
-    lines.append(header("question type", *head))
-    types = dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"])
-    for name in types:
+    for name in dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"]):
         cells = []
         for result in splits.values():
             scores = [result["answerers"][who]["families"].get(name) for who in shown]
@@ -379,23 +322,19 @@ def reasoning_report(results: dict) -> str:
 
 def reasoning_details(results: dict) -> str:
     """Per split: every question type with k/n and interval, then every category."""
+
+    def cell(scores: dict) -> str:
+        return percent(scores) if "k" in scores else f"{place(scores)} ({percent(scores['read'])} read)"
+
     lines = []
     for split, result in results["splits"].items():
         for key, title in (("families", "question types"), ("categories", "categories")):
             groups = {who: scores[key] for who, scores in result["answerers"].items()}
             lines.append(header(f"{split}: {title}", *groups))
-            for name in groups["model"]:
-                cells = []
-                for group in groups.values():
-                    scores = group[name]
-                    cells.append(
-                        percent(scores) if "k" in scores else f"{place(scores)} ({percent(scores['read'])} read)"
-                    )
-                lines.append(row(name, *cells))
+            lines += [row(name, *(cell(group[name]) for group in groups.values())) for name in groups["model"]]
             lines.append("")
-        speed = f"{result['tokens_per_second']:.0f} tokens/s, prefill included"
         asked = f"{result['n']} questions, {result['pictures']} pictures of {result['folder']}"
-        lines += [f"{split}: {asked}; {speed}.", ""]
+        lines += [f"{split}: {asked}; {result['tokens_per_second']:.0f} tokens/s, prefill included.", ""]
     return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
 
 
@@ -423,7 +362,7 @@ def paper_table1(results: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-# ---- tables of extras/speed.py ---------------------------------------------------------------------------------------
+# ---- the table of extras/speed.py ------------------------------------------------------------------------------------
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
@@ -442,11 +381,11 @@ SPEED_NOTES = """
 | ManipLLM 7B | 1.1 |
 
 Theirs ran on an A100, without quantisation or other acceleration. These numbers must not be compared with those above,
-and what makes the difference between them cannot be told: the models have different sizes, encoders and picture sizes;
-RoboMamba reads an action off one pass and a head, the others spell it in tokens, in answers of different length; batch,
-precision and whether 9.0 Hz is head or text are not stated; there is no Transformer of RoboMamba's size. Above, sizes,
-encoder, precision, hardware and answer length are equal. But a few million parameters at batch 1 mostly cost the calls
-of many small operations, of which a Mamba block has more than attention has; a model of billions does not feel them.
+nor their differences explained: sizes, encoders, picture sizes and answer lengths differ; RoboMamba reads an action off
+one pass and a head, the others spell it in tokens; batch, precision and whether 9.0 Hz is head or text are not stated;
+there is no Transformer of RoboMamba's size. Above, sizes, encoder, precision, hardware and answer length are equal. But
+a few million parameters at batch 1 mostly cost the calls of many small operations, of which a Mamba block has more than
+attention has; a model of billions does not feel them.
 """
 
 
@@ -454,9 +393,9 @@ def speed_table(results: dict) -> str:
     """Tables of `python -m extras.speed`, two a device: predictions at batch 1; the same after a context."""
     names = ("mamba", "attention")
     tokens = results["tokens"]
-    ours, theirs = (results["models"][name] for name in names)
     named = {"text": tokens["text"], "step": results["closed_loop_step"], "past": tokens["past of the closed loop"]}
-    sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in (ours, theirs))
+    models = [results["models"][name] for name in names]
+    sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in models)
     lines = [
         "Language models: Mamba {}, Transformer {}; batch 1, float32, medians;".format(*sizes),
         f"a picture is {tokens['picture']} tokens, the prompt {tokens['prompt']}.",
@@ -484,11 +423,9 @@ def main() -> None:
     args = parser.parse_args()
     results = read_json(args.results)
     try:
-        text = report(results)
+        print(report(results))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{args.results}: not a results.json of sim_eval.py ({why})") from None
-    print(text)
+        raise ValueError(f"{args.results}: not a results.json of sim_eval.py ({error!r})") from None
     if args.out:
         write_json(args.out, {key: value for key, value in results.items() if key != "episodes"})
 

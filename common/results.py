@@ -2,9 +2,6 @@
 
     python -m common.results            # rewrites all three; tests/test_docs.py checks that they are up to date
 
-    with_table(text) -> text            a page with what stands between its two marks made again
-    document() -> text                  RESULTS.md: one section a table, each with command, commit, hardware and seed
-
 Nothing is measured here. Tables of sim_eval.py, extras.reasoning_eval and extras.speed come from common/report.py; the
 few below it are read from JSON as they are.
 """
@@ -20,6 +17,7 @@ from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "data/pretrained/robomamba-tiny"
+DEPTH = "data/results/depth.json"  # model-depth beside its baselines
 PAGES = ("README.md", f"{SHIPPED}/README.md")
 BEGIN = "<!-- made by python -m common.results -->"
 END = "<!-- end -->"
@@ -64,13 +62,13 @@ instead of reading the prompt again; it gained nothing and is no longer in the c
 
 def made_by(results: dict) -> str:
     """One line: command, commit, hardware, seed, versions; what a file does not say is left out."""
-    machine = results.get("hardware")
-    if isinstance(machine, dict):
-        machine = ", ".join(f"{key} {value}" for key, value in machine.items())
-    versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
-    facts = {"commit": results.get("commit"), "hardware": machine, "seed": results.get("seed"), "versions": versions}
-    said = "; ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
-    return f"`{results['command']}`\n({said})." if said else f"`{results['command']}`"
+    told = {"commit": results.get("commit"), "hardware": results.get("hardware"), "seed": results.get("seed")}
+    told["versions"] = results.get("versions")
+    for key, value in told.items():
+        if isinstance(value, dict):
+            told[key] = ", ".join(f"{name} {part}" for name, part in value.items())
+    said = "; ".join(f"{name} {value}" for name, value in told.items() if value not in (None, ""))
+    return f"`{results['command']}`" + (f"\n({said})." if said else "")
 
 
 def rates(policy: dict, split: str, key: str = "long") -> str:
@@ -83,12 +81,13 @@ def rates(policy: dict, split: str, key: str = "long") -> str:
 
 def short_table() -> str:
     """Six rows at the paper's threshold, for the first page."""
-    results = read_json(ROOT / SHIPPED / "results.json", dict)
-    episodes = [f"{split} ({results['policies']['model']['splits'][split]['n']})" for split in ("seen", "unseen")]
+    main, depth = (read_json(ROOT / name, dict)["policies"] for name in (f"{SHIPPED}/results.json", DEPTH))
+    policies = depth | main
+    episodes = [f"{split} ({main['model']['splits'][split]['n']})" for split in ("seen", "unseen")]
     lines = [header("policy", *episodes, "what it is")]
     for name, text in README_ROWS.items():
-        policy = results["policies"].get(name, {})
-        lines.append(row(f"`{name}`", rates(policy, "seen"), rates(policy, "unseen"), text))
+        cells = [rates(policies.get(name, {}), split) for split in ("seen", "unseen")]
+        lines.append(row(f"`{name}`", *cells, text))
     return "\n".join(lines)
 
 
@@ -97,8 +96,7 @@ def with_table(text: str, name: str = "README.md") -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{name}: expected one line {BEGIN} and one line {END}")
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{short_table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{short_table()}\n{END}{rest.split(END)[1]}"
 
 
 # ---- tables that only this document has
@@ -107,11 +105,10 @@ def with_table(text: str, name: str = "README.md") -> str:
 def heads(runs: list[dict]) -> str:
     lines = [header("head or backbone", "parameters", "% of all", "pixel error", "direction error", "s")]
     for run in runs:
-        flags = run["command"].split("finetune_policy.py ")[1]
-        name = run.get("what") or f"`{flags}`"
-        share = f"{100 * run['head_share']:.2f}"
+        name = run.get("what") or f"`{run['command'].split('finetune_policy.py ')[1]}`"
         errors = (f"{run['pixel_px']:.2f} px", f"{run['approach_degrees']:.1f} deg")
-        lines.append(row(name, f"{run['head_parameters']:,d}", share, *errors, f"{run['seconds']:.0f}"))
+        sizes = (f"{run['head_parameters']:,d}", f"{100 * run['head_share']:.2f}")
+        lines.append(row(name, *sizes, *errors, f"{run['seconds']:.0f}"))
     return "\n".join(lines)
 
 
@@ -156,15 +153,14 @@ def scan(results: dict) -> str:
 
 def records(items: list[dict]) -> list[str]:
     """A list of flat JSON objects with the same keys as a table."""
-    lines = [header(*items[0])]
-    for item in items:
-        lines.append(row(*(f"{value:.3g}" if isinstance(value, float) else value for value in item.values())))
-    return lines
+    cells = [[f"{value:.3g}" if isinstance(value, float) else value for value in item.values()] for item in items]
+    return [header(*items[0]), *(row(*line) for line in cells)]
 
 
 def mistakes(results: dict) -> str:
     """Eight planted mistakes: what the shipped model does with each, and the test that catches it."""
-    lines = [header("mistake", "what you see", "right", "wrong", "caught by")]
+    lines = [f"`python -m extras.mistakes`, {results['scenes']} validation scenes", ""]
+    lines += [header("mistake", "what you see", "right", "wrong", "caught by")]
     for item in results["rows"]:
         values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
         lines.append(row(item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"))
@@ -174,93 +170,79 @@ def mistakes(results: dict) -> str:
 def encoders(explorations: list[dict]) -> str:
     """What teaches the encoder: a linear probe on tokens of four encoders."""
     (found,) = (item for item in explorations if item.get("command") == "make encoders")
-    kinds = {name: scores for name, scores in found.items() if isinstance(scores, dict)}
-    columns = list(next(iter(kinds.values())))
-    lines = [header("trained with", *columns)]
-    for name, scores in kinds.items():
-        lines.append(row(name, *(scores[column] for column in columns)))
+    lines = records([{"trained with": name} | scores for name, scores in found.items() if isinstance(scores, dict)])
     return "\n".join([*lines, "", f"{found['what']}. {found['hardware']}."])
 
 
 def stages() -> str:
-    """Minutes of every stage of the shipped run."""
-    seconds = {"data": read_json(ROOT / SHIPPED / "data.json", dict)["seconds"]}
-    steps = {}
+    """Minutes of every stage of the shipped run, and the steps in its metrics.csv."""
+    seconds, policy = (read_json(ROOT / SHIPPED / name, dict)["seconds"] for name in ("data.json", "policy.json"))
     last = {}
     for item in csv.DictReader(read_text(ROOT / SHIPPED / "metrics.csv").splitlines()):
-        stage = "vision" if item["stage"] == "vision2" else item["stage"]  # one stage, two schedules
-        last[item["stage"]] = (stage, int(item["step"]), float(item["seconds"]))
-    for stage, step, second in last.values():
-        steps[stage] = steps.get(stage, 0) + step
-        seconds[stage] = seconds.get(stage, 0.0) + second
-    seconds["policy"] = read_json(ROOT / SHIPPED / "policy.json", dict)["seconds"]
+        last[item["stage"]] = (int(item["step"]), float(item["seconds"]))
+    times = {"data": ("", seconds)}
+    for stage, (step, second) in last.items():
+        stage = "vision" if stage == "vision2" else stage  # one stage, two schedules
+        before = times.get(stage, (0, 0.0))
+        times[stage] = (before[0] + step, before[1] + second)
+    times["policy"] = (times.get("policy", ("",))[0], policy)
     lines = [header("stage", "steps (policy: epochs)", "minutes")]
-    for stage, value in seconds.items():
-        lines.append(row(stage, steps.get(stage, ""), f"{value / 60:.1f}"))
-    return "\n".join([*lines, row("together", "", f"{sum(seconds.values()) / 60:.1f}")])
+    lines += [row(stage, steps, f"{second / 60:.1f}") for stage, (steps, second) in times.items()]
+    return "\n".join([*lines, row("together", "", f"{sum(second for _, second in times.values()) / 60:.1f}")])
 
 
-def earlier(first: dict, second: dict) -> str:
+def earlier(first: dict) -> str:
     """The two trainings before the shipped one, on the same test scenes."""
+    trainings = {"first": first, "second": read_json(ROOT / KEPT / "second_training.json", dict)}
     lines = [header("training", "policy", *(f"{s} {t}" for s in ("seen", "unseen") for t in (">= 0.01", ">= 0.1")))]
-    for name, training in (("first", first), ("second", second)):
+    for name, training in trainings.items():
         for policy, splits in training["policies"].items():
             cells = [report.percent(splits[s][key]) for s in ("seen", "unseen") for key in ("initial", "long")]
             lines.append(row(name, policy, *cells))
-    return "\n".join([*lines, "", *(f"* {training['what']}" for training in (first, second))])
+    return "\n".join([*lines, "", *(f"* {training['what']}" for training in trainings.values())])
 
 
 # ---- the document
 
 
-def document() -> str:
-    """RESULTS.md."""
-
-    def shipped(name: str) -> dict:
-        return read_json(ROOT / SHIPPED / name, dict)
-
-    def result(name: str) -> dict:
-        return read_json(ROOT / "data/results" / name, dict)
-
-    main, reasoning = shipped("results.json"), shipped("reasoning.json")
-    ablations, closed, speed = result("ablations.json"), result("closed_loop.json"), result("speed.json")
-    tests, ladder, planted = result("physics.json"), result("scan.json"), result("mistakes.json")
-    explored = read_json(ROOT / "data/results/explorations.json", list)
-    policy_runs = read_json(ROOT / "data/results/heads.json", list)
-    planted_on = f"`python -m extras.mistakes`, {planted['scenes']} validation scenes"
-    sections = {
-        "Manipulation": (SHIPPED + "/results.json", made_by(main), GLOSSARY, report.report(main)),
-        "How the attempts ended": (SHIPPED + "/results.json", made_by(main), report.details(main)),
-        "Per category, beside the paper": (SHIPPED + "/results.json", made_by(main), report.categories(main)),
-        "Ablations": ("data/results/ablations.json", made_by(ablations), ABLATIONS, report.table(ablations)),
-        "Policy heads": ("data/results/heads.json", "Validation medians; 10,000 samples.", heads(policy_runs)),
-        "Closed loop": ("data/results/closed_loop.json", made_by(closed), CLOSED, report.report(closed)),
-        "Reasoning": (SHIPPED + "/reasoning.json", made_by(reasoning), report.reasoning_report(reasoning)),
-        "Reasoning, beside the paper": (SHIPPED + "/reasoning.json", report.paper_table1(reasoning)),
-        "Speed": ("data/results/speed.json", made_by(speed), report.speed_table(speed), report.SPEED_NOTES),
-        "What the physics forgives": ("data/results/physics.json", made_by(tests), physics(tests)),
-        "Scan": ("data/results/scan.json", made_by(ladder), scan(ladder)),
-        "Classic mistakes": ("data/results/mistakes.json", planted_on, mistakes(planted)),
-        "What teaches the encoder": ("data/results/explorations.json", encoders(explored)),
-        "Time of the shipped training": (SHIPPED + "/metrics.csv", "`make train`, a busy machine.", stages()),
-        "Earlier trainings": (
-            "data/results/first_training.json, second_training.json",
-            earlier(result("first_training.json"), result("second_training.json")),
-        ),
-    }
-    head = """# Results
+HEAD = """# Results
 
 Made by `python -m common.results` from the committed JSON; do not edit. Each section names its file and how that was
 made. One training seed unless a row says otherwise; intervals are binomial and leave out the spread between trainings.
 
 On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; training and predictions
 agree to float rounding, so a success count differs by a few scenes of 550; times are only comparable within a table."""
-    lines = [head, ""]
-    lines += [f"* [{title}](#{anchor(title)})" for title in sections]
-    for title, (source, *parts) in sections.items():
+TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."
+KEPT = "data/results"
+SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
+    "Manipulation": (f"{SHIPPED}/results.json", GLOSSARY, report.report),
+    "How the attempts ended": (f"{SHIPPED}/results.json", report.details),
+    "Per category, beside the paper": (f"{SHIPPED}/results.json", report.categories),
+    "With a depth image": (DEPTH, report.table),
+    "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
+    "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
+    "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
+    "Reasoning": (f"{SHIPPED}/reasoning.json", report.reasoning_report),
+    "Reasoning, beside the paper": (f"{SHIPPED}/reasoning.json", report.paper_table1),
+    "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
+    "What the physics forgives": (f"{KEPT}/physics.json", physics),
+    "Scan": (f"{KEPT}/scan.json", scan),
+    "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
+    "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
+    "Time of the shipped training": (f"{SHIPPED}/data.json", TIMES, lambda _: stages()),
+    "Earlier trainings": (f"{KEPT}/first_training.json", f"The second: {KEPT}/second_training.json.", earlier),
+}
+
+
+def document() -> str:
+    """RESULTS.md."""
+    lines = [HEAD, "", *(f"* [{title}](#{anchor(title)})" for title in SECTIONS)]
+    for title, (source, *parts) in SECTIONS.items():
+        found = read_json(ROOT / source)
+        made = [made_by] if isinstance(found, dict) and "command" in found else []
         lines += ["", f"## {title}", "", f"From {source}."]
-        for part in parts:
-            lines += ["", part.strip()]
+        for part in (*made, *parts):
+            lines += ["", (part if isinstance(part, str) else part(found)).strip()]
     return "\n".join(lines) + "\n"
 
 

@@ -5,12 +5,12 @@
 Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; what is
 compared is called in turn, so that a machine that slows down slows all of it.
 
-    mamba, attention  the model of --checkpoint; the same encoder, projector and head around a Transformer with as many
-                      parameters (extras.transformer). Its weights are random: no time here depends on them
-    head              one pass over picture and prompt, then the policy head
-    text              the same pass, then the action token by token, as many tokens as a contact and its end have
-    context           random tokens read before picture and prompt: what a robot remembers of earlier steps
-    state             bytes of all that is kept of the context, without a cache's spare room (up to as much again)
+    mamba, attention  the model of --checkpoint; the same around a Transformer with as many parameters
+                      (extras.transformer), whose weights are random: no time here depends on them
+    head, text        one pass over picture and prompt, then the policy head, or the action token by token, as many as a
+                      contact and its end have
+    context, state    random tokens read before picture and prompt: what a robot remembers of earlier steps; bytes of
+                      all that is kept of it, without a cache's spare room (up to as much again)
     closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: stateful
                       ("going on" from the state they left), or recomputed ("reading all again"), as a model without a
                       state must. Earlier pictures cost their language-model tokens only, as if a cache had them
@@ -18,6 +18,7 @@ compared is called in turn, so that a machine that slows down slows all of it.
 The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -49,7 +50,8 @@ RUN = 32  # tokens generated in a row for the time of one
 def clock(calls: dict, seconds: float, device: torch.device) -> dict:
     """Call each of {name: function} in turn for `seconds` -> {name: {"ms": median, "quartiles", "calls"}}."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    rounds, start = 0, 0.0
+    rounds = 0
+    start = 0.0
     while rounds < WARM + ROUNDS or time.monotonic() - start < seconds:
         if rounds == WARM:
             start = time.monotonic()
@@ -77,10 +79,12 @@ class Subject:
 
     def __init__(self, model: RoboMamba, device: torch.device):
         S = model.config.vision.image_size
-        self.model, self.backbone, self.device = model.to(device), model.lm.backbone, device
+        self.model = model.to(device)
+        self.backbone = model.lm.backbone
+        self.device = device
         self.picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, device=device)
         self.ids = torch.tensor([model.prompt(contact_question(SENTENCE))], device=device)
-        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # and the end
+        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # tokens, and the end
         self.picture_tokens = (S // model.config.vision.patch_size) ** 2
         self.past = self.context((STEP - 1) * (self.picture_tokens + self.ids.shape[1]))  # of the closed loop
         self.past_states = self.read(self.past)[1]
@@ -89,8 +93,8 @@ class Subject:
         """(1, n, D) embeddings of random tokens."""
         return self.backbone.embedding(torch.randint(0, self.model.config.lm.vocab_size, (1, n), device=self.device))
 
-    def read(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        h, states = self.backbone(x, states)
+    def read(self, x: Tensor) -> tuple[Tensor, list]:
+        h, states = self.backbone(x)
         return h[:, -1], states
 
     def prefill(self, states: list | None = None) -> tuple[Tensor, list]:
@@ -109,13 +113,9 @@ class Subject:
 
     def predictions(self) -> dict:
         """{row: function} of the first table."""
-        return {
-            "encoder": lambda: self.model.vision(self.picture),
-            "head": self.head,
-            "text": self.text,
-            "going on": lambda: self.head(self.past_states),
-            "reading all again": lambda: self.head(self.read(self.past)[1]),
-        }
+        calls = {"encoder": lambda: self.model.vision(self.picture), "head": self.head, "text": self.text}
+        calls["going on"] = lambda: self.head(self.past_states)
+        return calls | {"reading all again": lambda: self.head(self.read(self.past)[1])}
 
 
 @torch.inference_mode()
@@ -123,28 +123,27 @@ def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: fl
     """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
     subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", parameter_matched(model)))}
     functions = {(row, name): f for name, s in subjects.items() for row, f in s.predictions().items()}
-    times, predictions = clock(functions, 2 * seconds, device), {}
-    for (row, name), value in times.items():
-        predictions.setdefault(row, {})[name] = value
+    times = clock(functions, 2 * seconds, device)
+    predictions = {row: {name: times[row, name] for name in subjects} for row, _ in functions}
     tick()
     contexts = []
     for n in lengths:
-        calls, after = {}, {}
+        reads, calls, row = {}, {}, {"tokens": n}
         for name, s in subjects.items():
             x = s.context(n)
             h, states = s.read(x)
-            after[name] = sum(t.numel() * t.element_size() for state in states for t in state)
-            calls["read", name] = lambda s=s, x=x: s.read(x)
+            row[name] = {"state_bytes": sum(t.numel() * t.element_size() for state in states for t in state)}
+            reads["read", name] = lambda s=s, x=x: s.read(x)
             calls["prediction", name] = lambda s=s, states=states: s.head(states)
             calls["tokens", name] = lambda s=s, h=h, states=states: generate(s.model, h, states, RUN)
-        short = {key: call for key, call in calls.items() if key[0] != "read"}
-        times = clock({key: call for key, call in calls.items() if key[0] == "read"}, seconds / 3, device)
+        times = clock(reads, seconds / 3, device)
         tick()
-        times |= clock(short, seconds, device)
-        row = {name: {what: times[what, name] for what in ("read", "prediction", "tokens")} for name in subjects}
-        for name, values in row.items():
-            values["token_ms"], values["state_bytes"] = round(values["tokens"]["ms"] / RUN, 4), after[name]
-        contexts.append({"tokens": n, **row})
+        times |= clock(calls, seconds, device)
+        for (what, name), value in times.items():
+            row[name][what] = value
+        for name in subjects:
+            row[name]["token_ms"] = round(row[name]["tokens"]["ms"] / RUN, 4)
+        contexts.append(row)
         tick()
     return {"predictions": predictions, "contexts": contexts}
 
@@ -157,52 +156,40 @@ def run(checkpoint: str, out: Path, command: str = "", lengths=LENGTHS, seconds:
     devices = {"CPU, one thread": torch.device("cpu")}
     if torch.cuda.is_available():
         devices[torch.cuda.get_device_name()] = torch.device("cuda")
-    done = 0
+    done = itertools.count(1)
     total = len(devices) * (1 + 2 * len(lengths))
-
-    def tick():
-        nonlocal done
-        done += 1
-        progress(done, total, start, "measurements")
-
-    results = {"command": command, **environment(), "checkpoint": str(checkpoint)}
-    results |= {"closed_loop_step": STEP, "run": RUN}
     torch.manual_seed(0)
     torch.set_num_threads(1)
     try:
+        subject = Subject(model, torch.device("cpu"))
+        results = {"command": command, **environment(), "checkpoint": str(checkpoint)}
+        results |= {"closed_loop_step": STEP, "run": RUN}
         results["models"] = {
             name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
             for name, m in (("mamba", model), ("attention", parameter_matched(model)))
         }
-        subject = Subject(model, torch.device("cpu"))
-        results["tokens"] = {
-            "picture": subject.picture_tokens,
-            "prompt": subject.ids.shape[1],
-            "text": subject.answer,
-            "past of the closed loop": subject.past.shape[1],
+        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1], "text": subject.answer}
+        results["tokens"]["past of the closed loop"] = subject.past.shape[1]
+        results["devices"] = {
+            name: measure(model, device, lengths, seconds, lambda: progress(next(done), total, start, "measurements"))
+            for name, device in devices.items()
         }
-        results["devices"] = {name: measure(model, device, lengths, seconds, tick) for name, device in devices.items()}
     finally:
         torch.set_num_threads(threads)
     results["seconds"] = round(time.monotonic() - start, 1)
     write_json(out / "speed.json", results)
     write_text(out / "speed.md", f"{speed_table(results)}\n{SPEED_NOTES}")
-    write_atomically(out / "speed.png", lambda tmp: draw_lines(panels(results)).save(tmp, "PNG"))
-    return results
-
-
-def panels(results: dict) -> dict:
-    """What speed.png shows: {title: {model: [(tokens of context, value), ..]}}."""
-    out = {}
+    panels = {}  # title: {model: [(tokens of context, value), ..]}
     for device, measured in results["devices"].items():
-        rows = measured["contexts"]
         for title, value in (
             (f"a prediction, ms ({device})", lambda v: v["prediction"]["ms"]),
             (f"a generated token, ms ({device})", lambda v: v["token_ms"]),
             ("state, kB", lambda v: v["state_bytes"] / 1000),
         ):
-            out[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in results["models"]}
-    return out
+            rows = measured["contexts"]
+            panels[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in results["models"]}
+    write_atomically(out / "speed.png", lambda tmp: draw_lines(panels).save(tmp, "PNG"))
+    return results
 
 
 @dataclass

@@ -3,8 +3,7 @@
     other = parameter_matched(model)      # a RoboMamba whose language model is a Transformer
     x (B, L, D), state -> TransformerBlock -> x (B, L, D), state        state: keys and values of every token so far
 
-Where a Mamba block remembers a fixed number of values, this one remembers the whole past; extras/speed.py measures what
-that costs.
+extras/speed.py measures what remembering the whole past costs.
 """
 
 import math
@@ -18,10 +17,9 @@ from robomamba import LMConfig, RoboMamba, init_weights
 
 
 def parameter_matched(model: RoboMamba) -> RoboMamba:
-    """A model of the same shapes around a Transformer of as many parameters; all weights are random.
+    """A RoboMamba of the same shapes around a Transformer of as many parameters; all weights are random.
 
-    As in the Mamba paper (section 3.4), one Transformer block stands for two Mamba blocks. It runs like any RoboMamba;
-    a checkpoint folder cannot hold it.
+    One block stands for two Mamba blocks (Mamba paper, section 3.4). A checkpoint folder cannot hold it.
     """
     other = RoboMamba(model.config, model.encoding)
     other.lm.backbone.layers = transformer_blocks(model.config.lm)
@@ -33,16 +31,13 @@ def transformer_blocks(cfg: LMConfig) -> nn.ModuleList:
     n = math.ceil(cfg.n_layer / 2)
     blocks = nn.ModuleList(TransformerBlock(cfg, cfg.n_layer / n) for _ in range(n))
     init_weights(blocks)
-    with torch.no_grad():
-        for block in blocks:
-            for last in (block.mixer.out_proj, block.mlp[2]):  # the residual stream does not grow with depth
-                last.weight /= math.sqrt(cfg.n_layer)
+    for block in blocks:
+        for last in (block.mixer.out_proj, block.mlp[2]):  # the residual stream does not grow with depth
+            last.weight.data /= math.sqrt(cfg.n_layer)
     return blocks
 
 
 class KeyValues(NamedTuple):
-    """All that one attention block remembers of the past: every token of it."""
-
     keys: Tensor  # (B, heads, L so far, width of a head)
     values: Tensor
 
@@ -50,8 +45,8 @@ class KeyValues(NamedTuple):
 def append(past: Tensor, new: Tensor) -> Tensor:
     """past (B, H, L, d) and new (B, H, 1, d) joined along time.
 
-    Copying a long past at every token costs more than attending to it, so storage has room to spare, and the new token
-    is written behind the past; unless another sequence that shares this past wrote there first: then all is copied.
+    Copying a long past costs more than attending to it, so storage has room to spare and the new token is written
+    behind the past; unless another sequence that shares this past wrote there first: then all is copied.
     """
     n = past.shape[2]
     storage = getattr(past, "storage_with_room", None)  # lost, and so never shared, where rows are picked by index
@@ -82,8 +77,7 @@ class CausalAttention(nn.Module):
         q, k, v = self.in_proj(x).view(B, L, 3, -1, self.width).permute(2, 0, 3, 1, 4)  # (B, heads, L, width) each
         past = state.keys.shape[2] if state else 0
         if past:
-            join = append if L == 1 else lambda old, new: torch.cat([old, new], 2)
-            k, v = join(state.keys, k), join(state.values, v)
+            k, v = (append(a, b) if L == 1 else torch.cat([a, b], 2) for a, b in zip(state, (k, v), strict=True))
         seen = torch.ones(L, past + L, dtype=torch.bool, device=x.device).tril(past) if past and L > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not past)
         return self.out_proj(y.transpose(1, 2).reshape(B, L, D)), KeyValues(k, v)
@@ -92,15 +86,13 @@ class CausalAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm: x + attention(norm x), then x + mlp(norm x); the same interface as MambaBlock.
 
-    The MLP is as wide as gives the block the parameters of `stands_for` Mamba blocks, but for rounding (`tiny`: 4.6
-    times the width of the model).
+    The MLP gives it the parameters of `stands_for` Mamba blocks, but for rounding (`tiny`: 4.6 times d_model wide).
     """
 
     def __init__(self, cfg: LMConfig, stands_for: float = 2):
         super().__init__()
         D = cfg.d_model
-        E = cfg.d_inner
-        mamba = E * (3 * D + 2 * cfg.rank + 3 * cfg.d_state + cfg.d_conv + 3) + D  # parameters of a MambaBlock
+        mamba = cfg.d_inner * (3 * D + 2 * cfg.rank + 3 * cfg.d_state + cfg.d_conv + 3) + D  # parameters of a block
         left = mamba * stands_for - 4 * D * D - 2 * D  # for the MLP
         hidden = max(8, 8 * round(left / (2 * D) / 8))
         self.norm = nn.RMSNorm(D, eps=cfg.norm_eps)

@@ -1,7 +1,6 @@
 """Pictures of the world and of what policies do in it.
 
     python -m sim.pictures --sheet categories.png                      # one scene of every category
-    python -m sim.pictures --sheet grammar.png --grammar               # one archetype of the grammar a row
     python -m sim.pictures --affordance Door,Microwave --out runs/maps # where on a part does a pull work?
 
 draw_strips is what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF.
@@ -30,9 +29,7 @@ GIF_COLOURS = 64
 GIF_MS = 60  # a frame
 GIF_HOLD = 8  # frames that the first and the last picture stay
 SHEET_COLOURS = 128  # of strips.png
-RED = (220, 30, 30)
-GREEN = (20, 160, 60)
-BLUE = (30, 90, 220)
+RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
 
 def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Image.Image:
@@ -43,6 +40,18 @@ def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Im
     pen.line([*tail, *head], fill=colour, width=3)
     pen.ellipse([*(head - 4), *(head + 4)], outline=colour, width=3)
     return picture
+
+
+def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0) -> Image.Image:
+    """(picture, caption) pairs, captions below, in rows of `columns`. width: the least of a column."""
+    width = max(width, *(picture.width for picture, _ in items))
+    height = max(picture.height for picture, _ in items) + CAPTION_PX
+    sheet = Image.new("RGB", (min(columns, len(items)) * width, -(-len(items) // columns) * height), "white")
+    for i, (picture, caption) in enumerate(items):
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(picture, (x, y))
+        ImageDraw.Draw(sheet).text((x + 4, y + height - CAPTION_PX + 2), caption, fill="black")
+    return sheet
 
 
 def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
@@ -70,14 +79,9 @@ def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
 
 
 def choose(records: list[dict], count: int) -> list[dict]:
-    """`count` episodes: two thirds successes, the rest failures (one at least, if there is one), splits in turn."""
-    by_split = {}
-    for record in records:
-        by_split.setdefault(record["split"], []).append(record)
-    mixed = [r for i in range(len(records)) for group in by_split.values() if i < len(group) for r in group[i : i + 1]]
-    good, bad = ([r for r in mixed if r["initial"] == wanted] for wanted in (True, False))
-    good.sort(key=lambda record: not record["long"])
-    bad.sort(key=lambda record: record["reason"] in NOTHING_MOVES)
+    """`count` episodes: two thirds successes, the rest failures (one at least, if there is one)."""
+    good = sorted((r for r in records if r["initial"]), key=lambda record: not record["long"])
+    bad = sorted((r for r in records if not r["initial"]), key=lambda record: record["reason"] in NOTHING_MOVES)
     n_bad = min(len(bad), max(1, count // 3, count - len(good)))
     return [*good[: count - n_bad], *bad[:n_bad]]
 
@@ -90,63 +94,39 @@ def save_gif(path: Path, frames: list[Image.Image]) -> None:
 
 def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
     """OUT/strip_*.png for `count` episodes of the first policy, all in OUT/strips.png at half their size, and
-    OUT/episode.gif of the first of them.
-
-    `scene` is used and closed.
-    """
-    paths, strips, side = [], [], ZOOM * scene.image_size
-    try:
-        for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
-            frames, caption = play(scene, record)
-            moving = np.unique(np.linspace(1, len(frames) - 1, FRAMES).astype(int)) if len(frames) > 1 else ()
-            shown = [frames[0], *(frames[j] for j in moving)]
-            strip = Image.new("RGB", (max(2, len(shown)) * side, side + CAPTION_PX), "white")
-            for j, frame in enumerate(shown):
-                strip.paste(frame, (j * side, 0))
-            ImageDraw.Draw(strip).text((4, side + 2), caption, fill="black")
-            kind = "success" if record["initial"] else "failure"
-            paths.append(out / f"strip_{i}_{record['split']}_{kind}.png")
-            strip.save(paths[-1], optimize=True)
-            strips.append((strip.crop((0, 0, strip.width, side)).reduce(2), caption))
-            if i == 0:
-                paths.insert(0, out / "episode.gif")
-                save_gif(paths[0], [frames[0], *frames[1::2]])
-        height = side // 2 + CAPTION_PX
-        sheet = Image.new("RGB", (max(strip.width for strip, _ in strips), len(strips) * height), "white")
-        for i, (strip, caption) in enumerate(strips):
-            sheet.paste(strip, (0, i * height))
-            ImageDraw.Draw(sheet).text((4, i * height + side // 2 + 2), caption, fill="black")
-        sheet.quantize(SHEET_COLOURS).save(out / "strips.png", optimize=True)
-    finally:
-        scene.close()
+    OUT/episode.gif of the first of them."""
+    paths, strips = [out / "episode.gif"], []
+    for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
+        frames, caption = play(scene, record)
+        if i == 0:
+            save_gif(paths[0], [frames[0], *frames[1::2]])
+        moving = np.unique(np.linspace(1, len(frames) - 1, FRAMES).astype(int)) if len(frames) > 1 else ()
+        strip = Image.fromarray(np.hstack([np.asarray(frames[j]) for j in (0, *moving)]))
+        strips.append((strip.reduce(2), caption))
+        paths.append(out / f"strip_{i}_{record['split']}_{'success' if record['initial'] else 'failure'}.png")
+        grid([(strip, caption)], width=2 * strip.height).save(paths[-1], optimize=True)
+    grid(strips).quantize(SHEET_COLOURS).save(out / "strips.png", optimize=True)
     return paths
 
 
 def save(path: str, sheet: Image.Image) -> None:
     """A picture of the kind that its name ends in. Raises: ValueError naming the file."""
-    try:
-        kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    except KeyError:
-        raise ValueError(f"{path}: not the name of a picture, such as sheet.png") from None
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: not the name of a picture, such as sheet.png")
     write_atomically(path, lambda temporary: sheet.save(temporary, kind))
 
 
-def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None, columns: int = 7) -> None:
-    """Draw one scene of every category (or of `names`, a name again: the next seed) into one picture file."""
+def contact_sheet(path: str, seed: int = 0, grammar: bool = False) -> None:
+    """Draw one scene of every category (or seven of every archetype of the grammar), from a friendlier camera."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
-    names = names or [*SEEN, *UNSEEN]
     scene = Scene(image_size=192, view=view)
-    S = scene.image_size
-    caption = 14
-    sheet = Image.new("RGB", (columns * S, -(-len(names) // columns) * (S + caption)), "white")
-    for i, name in enumerate(names):
-        x = i % columns * S
-        y = i // columns * (S + caption)
-        sheet.paste(Image.fromarray(scene.spawn(name, seed + names[:i].count(name)).render()), (x, y))
-        kind = " (unseen)" if name in UNSEEN else ""
-        ImageDraw.Draw(sheet).text((x + 3, y + S + 1), name + kind, fill="black")
+    named = [(name, seed, name) for name in SEEN] + [(name, seed, f"{name} (unseen)") for name in UNSEEN]
+    if grammar:
+        named = [(PREFIX + name, seed + k, name) for name in ARCHETYPES for k in range(7)]
+    items = [(Image.fromarray(scene.spawn(name, s).render()), caption) for name, s, caption in named]
     scene.close()
-    save(path, sheet)
+    save(path, grid(items, 7))
 
 
 def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4) -> None:
@@ -156,9 +136,8 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
     the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
     """
     scene = Scene(image_size)
-    caption = 14
-    sheet = Image.new("RGB", (len(names) * image_size, 2 * image_size + caption), "white")
-    for i, name in enumerate(names):
+    items = []
+    for name in names:
         rgb = scene.spawn(name, seed).render()
         part = scene.links == scene.target
         faded = rgb // 2 + 96
@@ -170,18 +149,16 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
                 share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
                 colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
                 heat[row : row + every, column : column + every] = colour
-        for k, picture in enumerate((rgb, np.where(part[..., None], heat, faded))):
-            sheet.paste(Image.fromarray(picture), (i * image_size, k * image_size))
-        text = f"{name}: {scene.spec.parts[scene.target].label}"
-        ImageDraw.Draw(sheet).text((i * image_size + 3, 2 * image_size + 1), text, fill="black")
+        pair = np.vstack([rgb, np.where(part[..., None], heat, faded)])
+        items.append((Image.fromarray(pair), f"{name}: {scene.spec.parts[scene.target].label}"))
     scene.close()
-    save(path, sheet)
+    save(path, grid(items, len(items)))
 
 
 @dataclass
 class PicturesConfig:
     sheet: str = flag("", "FILE: draw one scene of every category there")
-    grammar: bool = flag(False, "of every archetype of the grammar instead")
+    grammar: bool = flag(False, "draw every archetype of the grammar instead")
     affordance: str = flag("", "categories, separated by commas: draw OUT/affordance.png")
     out: str = flag("runs/maps", "folder of affordance.png")
     seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
@@ -189,19 +166,18 @@ class PicturesConfig:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PicturesConfig, __doc__, argv)
-    if not cfg.sheet and not cfg.affordance:
-        raise ValueError("nothing to draw: --sheet FILE or --affordance CATEGORIES")
     names = [name for name in cfg.affordance.split(",") if name]
+    if not cfg.sheet and not names:
+        raise ValueError("nothing to draw: --sheet FILE or --affordance CATEGORIES")
     for name in names:
         if name not in NOUNS:
             raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)]
-        contact_sheet(cfg.sheet, cfg.seed, rows if cfg.grammar else None)
+        contact_sheet(cfg.sheet, cfg.seed, cfg.grammar)
         print(cfg.sheet)
     if names:
-        path = Path(cfg.out) / "affordance.png"
-        affordance_sheet(str(path), names, SEEDS["seen"] + cfg.seed)
+        path = f"{cfg.out}/affordance.png"
+        affordance_sheet(path, names, SEEDS["seen"] + cfg.seed)  # the test scenes of seen categories
         print(path)
 
 

@@ -1,17 +1,13 @@
 """Policies say where to grip: baselines, the scripted expert and worse copies of it, tables that never look.
 
     policy(observation) -> (u, v, approach), or None where the policy does not apply
-
-    python sim_eval.py --policy expert,blind,random,random-normal --out runs/eval              # scores some of them
+        u, v: the contact, pixel column and row. approach (3,): the unit direction in which the gripper travels to it,
+        camera frame (x right, y down, z forward)
     python -m sim.policies --make-blind-table data/cache/train/manipulation.jsonl              # what `blind` knows
 
-(u, v) is the contact, pixel column and row. approach (3,) is the unit direction in which the gripper travels to it,
-camera frame: x right, y down, z forward.
-
-The baselines say what a number is worth. `blind` is the vision-free baseline: it answers with the median label of the
-category and the part, so a policy has seen something only where it scores above that. random-normal and
-part-pixel-normal are privileged baselines: the simulator tells them the surface normal, the latter also the mask.
-Policies that need a model or a depth picture are in sim_eval.py.
+`blind` is the vision-free baseline, the median label of the category and the part: a policy has seen something only
+where it scores above that. random-normal and part-pixel-normal are privileged baselines: told the surface normal, the
+latter also the mask. Policies with a model or a depth picture are in sim_eval.py, which scores them all.
 """
 
 import importlib
@@ -34,35 +30,21 @@ from sim.expert import Label
 from sim.scene import BACKGROUND, Scene, stream, tilt, unit
 
 BLIND_TABLE = Path(__file__).parent.parent / "data/pretrained/blind_table.json"
-JITTER_PX = 1.0  # of expert-jittered, pixels of a REFERENCE_S picture
-JITTER_DEG = 5.0
-REFERENCE_S = 128  # the picture that `pixel-4` and JITTER_PX speak of, whatever the scene's size
+REFERENCE_S = 128  # the picture that `pixel-4` speaks of, whatever the scene's size
 TIME_LIMIT_S = 10.0  # of one call of a user's policy
 HINGE_SHARE = 0.15  # hinge-pixel: from the pixels with the smallest lever arm
 
 
-def perfect_camera(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The simulator's own depth, 0 where nothing is."""
-    return np.where(np.isfinite(depth), depth, 0).astype(np.float32)
-
-
 class Observation(NamedTuple):
-    """What a policy is given. A robot has `image`, `depth`, `intrinsics` and `instruction`; the rest is privileged.
+    """What a policy is given. A robot has `image`, `depth`, `intrinsics` and `instruction`; the rest is PRIVILEGED:
+    reading it is fine for baselines."""
 
-    scene: PRIVILEGED, the simulator's state (sim/scene.py). Reading it is fine for baselines; leave it as it is.
-    instruction: the sentence, such as "open the top drawer, please".
-    part: PRIVILEGED, the number of the part that the sentence names.
-    label: PRIVILEGED, the expert's contact; None where it found none.
-    rng: random numbers of this policy in this scene, the same in every run.
-    depth_camera: (exact depth, rng) -> `depth`.
-    """
-
-    scene: Scene
-    instruction: str
-    part: int
-    label: Label | None
-    rng: np.random.Generator
-    depth_camera: Callable = perfect_camera
+    scene: Scene  # the simulator's state; leave it as it is
+    instruction: str  # the sentence, such as "open the top drawer, please"
+    part: int  # number of the part that it names
+    label: Label | None  # the expert's contact; None where it found none
+    rng: np.random.Generator  # of this policy in this scene, the same in every run
+    depth_camera: Callable = lambda exact, rng: exact  # what makes `depth` of the simulator's own
 
     @property
     def image(self) -> np.ndarray:
@@ -72,8 +54,9 @@ class Observation(NamedTuple):
     @property
     def depth(self) -> np.ndarray:
         """(S, S) float32, metres along the camera's z, as `depth_camera` measures it; 0 where it measured nothing."""
+        exact = np.where(np.isfinite(self.scene.depth), self.scene.depth, 0).astype(np.float32)
         noise = stream(self.scene.category, self.scene.seed, "depth camera")  # every policy meets the same picture
-        return self.depth_camera(self.scene.depth, noise)
+        return self.depth_camera(exact, noise)
 
     @property
     def intrinsics(self) -> tuple[float, float, float, float]:
@@ -97,29 +80,10 @@ def object_pixel(o: Observation) -> tuple[float, float]:
     return random_pixel(o.scene.links != BACKGROUND, o.rng)
 
 
-def against_normal(scene: Scene, u: float, v: float) -> np.ndarray:
-    """(3,) straight onto the surface at (u, v), by the simulator's own normal: more than a picture tells."""
-    link, normals = scene.normals(scene.backproject(u, v)[None])
-    if link[0] == BACKGROUND:
-        return np.array([0.0, 0.0, 1.0])
-    return scene.camera_rotation @ -normals[0]
-
-
-def random_action(o: Observation):
-    """A pixel of the object, a direction of the whole sphere."""
-    return *object_pixel(o), unit(o.rng.normal(size=3))
-
-
-def random_normal(o: Observation):
-    """A pixel of the object, straight onto the surface there."""
-    u, v = object_pixel(o)
-    return u, v, against_normal(o.scene, u, v)
-
-
-def part_pixel_normal(o: Observation):
-    """A pixel of the named part, straight onto the surface: what perfect segmentation alone is worth."""
-    u, v = random_pixel(o.scene.links == o.part, o.rng)
-    return u, v, against_normal(o.scene, u, v)
+def against_normal(scene: Scene, u: float, v: float) -> tuple[float, float, np.ndarray]:
+    """The action straight onto the surface at (u, v), by the simulator's own normal: more than a picture tells."""
+    normal, _ = scene.normal(scene.backproject(u, v))
+    return u, v, np.array([0.0, 0.0, 1.0]) if normal is None else scene.camera_rotation @ -normal
 
 
 def hinge_pixel(o: Observation):
@@ -131,39 +95,30 @@ def hinge_pixel(o: Observation):
     points = np.array([scene.backproject(column, row) for row, column in np.argwhere(mask)])
     lever = scene.motion(points, o.part)[1]
     mask[mask] = lever <= np.quantile(lever, HINGE_SHARE)
-    u, v = random_pixel(mask, o.rng)
-    return u, v, against_normal(scene, u, v)
+    return against_normal(scene, *random_pixel(mask, o.rng))
 
 
 # ---- the scripted expert, and worse copies of it ---------------------------------------------------------------------
 
 
-def expert(o: Observation):
-    """The oracle: a contact found by trying, with the joint, the mask and the shapes known."""
-    if o.label is None:
-        return None
-    return o.label.u, o.label.v, o.label.approach
+def oracle(o: Observation):
+    """The expert: a contact found by trying, with the joint, the mask and the shapes known. None: it found none."""
+    return o.label and (o.label.u, o.label.v, o.label.approach)
 
 
-def expert_jittered(o: Observation):
-    """The expert's contact, off by up to JITTER_PX in u and in v, and by JITTER_DEG."""
-    if o.label is None:
-        return None
-    o.rng.random()  # the sense that `disturbed` draws first
-    du, dv = o.scene.image_size / REFERENCE_S * o.rng.uniform(-JITTER_PX, JITTER_PX, 2)
-    return o.label.u + du, o.label.v + dv, tilt(o.label.approach, math.radians(JITTER_DEG), o.rng)
+def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Callable:
+    """A policy: the expert's contact moved by `pixels` and its direction turned by `degrees`, in random senses.
 
-
-def disturbed(pixels: float = 0, degrees: float = 0) -> Callable:
-    """A policy: the expert's contact moved by `pixels` and its direction turned by `degrees`, in random senses."""
+    square: moved by up to `pixels` in u and in v instead."""
 
     def policy(o: Observation):
         if o.label is None:
             return None
         sense = o.rng.uniform(0, 2 * math.pi)
+        du, dv = o.rng.uniform(-1, 1, 2) if square else (math.cos(sense), math.sin(sense))
         reach = pixels * o.scene.image_size / REFERENCE_S
         approach = tilt(o.label.approach, math.radians(degrees), o.rng) if degrees else o.label.approach
-        return o.label.u + reach * math.cos(sense), o.label.v + reach * math.sin(sense), approach
+        return o.label.u + reach * du, o.label.v + reach * dv, approach
 
     return policy
 
@@ -174,32 +129,27 @@ def combine(pixel: Callable, direction: Callable) -> Callable:
     def policy(o: Observation):
         where = pixel(o)
         way = direction(o)
-        if where is None or way is None:
-            return None
-        return where[0], where[1], way[2]
+        return where and way and (where[0], where[1], way[2])
 
     return policy
 
 
 SCRIPTED = {
-    "random": random_action,
-    "random-normal": random_normal,
-    "part-pixel-normal": part_pixel_normal,
+    "random": lambda o: (*object_pixel(o), unit(o.rng.normal(size=3))),  # a direction of the whole sphere
+    "random-normal": lambda o: against_normal(o.scene, *object_pixel(o)),
+    "part-pixel-normal": lambda o: against_normal(o.scene, *random_pixel(o.scene.links == o.part, o.rng)),
     "hinge-pixel": hinge_pixel,
-    "expert": expert,
-    "expert-jittered": expert_jittered,
+    "expert": oracle,
+    "expert-jittered": disturbed(1, 5, square=True),
 }
 
 
 def scripted(name: str) -> Callable | None:
     """The policy of that name: one of SCRIPTED, direction-DEGREES or pixel-PIXELS. None when there is none."""
-    if name in SCRIPTED:
-        return SCRIPTED[name]
     match = re.fullmatch(r"(pixel|direction)-(\d{1,3})", name)
     if match is None:
-        return None
-    size = int(match[2])
-    return disturbed(pixels=size) if match[1] == "pixel" else disturbed(degrees=size)
+        return SCRIPTED.get(name)
+    return disturbed(**{{"pixel": "pixels", "direction": "degrees"}[match[1]]: int(match[2])})
 
 
 # ---- a function of the user's own -----------------------------------------------------------------------------------
@@ -214,21 +164,17 @@ class _TimeIsUp(BaseException):
 
 
 def user_function(name: str, source: str) -> Callable:
-    """The function that MODULE:FUNCTION names. Raises: ValueError when it cannot be imported."""
+    """The function that MODULE:FUNCTION names, as a policy: a PolicyFailure for what it raises, takes too long for, or
+    answers wrongly. Raises: ValueError when it cannot be imported."""
     module, _, function = source.rpartition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), function)
+        function = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # whatever the user's file does
         raise ValueError(f"--policy {name}={source}: {type(error).__name__}: {error}") from None
-    if not callable(found):
+    if not callable(function):
         raise ValueError(f"--policy {name}={source}: not a function")
-    return found
-
-
-def guarded(function: Callable) -> Callable:
-    """A user's function as a policy: a PolicyFailure for what it raises, takes too long for, or answers wrongly."""
 
     def stop(signal_number, frame):
         raise _TimeIsUp
@@ -249,14 +195,12 @@ def guarded(function: Callable) -> Callable:
             return None
         try:
             u, v, approach = action
-            values = np.array([u, v, *approach], float)
+            u, v, *approach = np.array([u, v, *approach], float).reshape(5).tolist()
         except (TypeError, ValueError):
             raise PolicyFailure("wrong shape") from None
-        if values.shape != (5,):
-            raise PolicyFailure("wrong shape")
-        if not values[2:].any():
+        if not any(approach):
             raise PolicyFailure("zero direction")
-        return float(values[0]), float(values[1]), unit(values[2:])
+        return u, v, unit(approach)
 
     return policy
 
@@ -282,48 +226,36 @@ def make_blind_table(samples: str, path: str) -> dict:
     """Median labels of training samples (manipulation.jsonl of data/build.py), written to `path`.
 
     A row is [u, v, x, y, z]: pixels of an `image_size` picture, and the unit direction.
-    Raises: ValueError naming file and line.
-    """
-    rows = []
-    by_category_part: dict[str, list] = {}
-    by_part: dict[str, list] = {}
-    first = None
+    Raises: ValueError naming file and line."""
+    rows, first = [], None
+    groups: dict[str, dict[str, list]] = {"category_part": {}, "part": {}}
     for number, record in read_json_lines(samples, "python -m data.build writes it"):
         try:
-            row = [float(x) for x in (record["u"], record["v"], *record["approach"])]
-            if len(row) != 5 or not np.isfinite(row).all():
-                raise ValueError("u, v and approach must be five finite numbers")
-            part = str(record["part"])
-            category = str(record["category"])
-            first = first or str(record["image"])
+            row = np.array([record["u"], record["v"], *record["approach"]], float).reshape(5)
+            if not np.isfinite(row).all():
+                raise ValueError("u, v and approach must be finite")
+            names = {"category_part": f"{record['category']}/{record['part']}", "part": str(record["part"])}
+            first = first or Path(samples).parent / str(record["image"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{samples}, line {number}: {type(error).__name__}: {error}") from None
         rows.append(row)
-        by_part.setdefault(part, []).append(row)
-        by_category_part.setdefault(f"{category}/{part}", []).append(row)
+        for kind, name in names.items():
+            groups[kind].setdefault(name, []).append(row)
     if not rows:
         raise ValueError(f"{samples}: no samples")
-    picture = Path(samples).parent / first
     try:
-        with Image.open(picture) as image:
+        with Image.open(first) as image:
             size = image.width
     except OSError as error:
-        raise ValueError(f"{picture}: cannot be read as a picture ({error.strerror or error})") from None
+        raise ValueError(f"{first}: cannot be read as a picture ({error.strerror or error})") from None
 
     def compact(values) -> list[float]:
         return [*(round(float(x), 1) for x in values[:2]), *(round(float(x), 3) for x in unit(values[2:]))]
 
-    def medians(groups: dict[str, list]) -> dict[str, list[float]]:
-        return {key: compact(np.median(groups[key], 0)) for key in sorted(groups)}
-
-    table = {
-        "samples": len(rows),
-        "image_size": size,
-        "mean": compact(np.mean(rows, 0)),
-        "median": compact(np.median(rows, 0)),
-        "category_part": medians(by_category_part),
-        "part": medians(by_part),
-    }
+    table = {"samples": len(rows), "image_size": size, "mean": compact(np.mean(rows, 0))}
+    table["median"] = compact(np.median(rows, 0))
+    for kind, group in groups.items():
+        table[kind] = {key: compact(np.median(group[key], 0)) for key in sorted(group)}
     write_json(path, table, indent=None)
     return table
 
@@ -351,4 +283,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

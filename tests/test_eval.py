@@ -24,12 +24,12 @@ from PIL import Image
 import sim_eval
 from common import report
 from common.report import wilson
+from common.scripts import parallel
 from data import depth
-from extras.closed_loop import grip_again
 from robomamba import Action, RoboMamba
 from sim import catalogue, pictures, policies
-from sim.catalogue import SEEDS
-from sim.expert import Label
+from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, SEEN, UNSEEN
+from sim.expert import Label, expert
 from sim.policies import Observation
 from sim.scene import Scene
 from sim_eval import EvalConfig, load_model, model_policy
@@ -87,7 +87,7 @@ def observation(scene, label=None, instruction="open the door", rng=None) -> Obs
     return Observation(scene, instruction, getattr(scene, "target", 0), label, rng)
 
 
-VAL_SAFE = sim_eval.Job("val", "Safe", 0, SEEDS["val"], 0)
+VAL_SAFE = sim_eval.Job("val", "Safe", 0, 0)
 
 
 @pytest.fixture
@@ -102,17 +102,6 @@ def bench():
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture(autouse=True)
-def depth_functions(monkeypatch):
-    """Stand-ins for what data/depth.py may not have."""
-    for name, stand_in in (
-        ("camera_depth", lambda exact, rng: policies.perfect_camera(exact, rng)),
-        ("refine", lambda u, v, approach, *_: (u, v, np.array([0.0, 0.0, 1.0]) if approach is None else approach)),
-    ):
-        if not hasattr(depth, name):
-            monkeypatch.setattr(depth, name, stand_in, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +229,7 @@ def test_results_have_the_promised_form(tiny):
     }
     for record in results["episodes"]:
         assert keys <= record.keys() and record["part"].split()[-1] in record["instruction"].lower()
-        base, names = (20_000_000, catalogue.SEEN) if record["split"] == "seen" else (30_000_000, catalogue.UNSEEN)
+        base, names = (20_000_000, SEEN) if record["split"] == "seen" else (30_000_000, UNSEEN)
         assert record["category"] in names[:2] and base <= record["seed"] < base + 10_000_000
         assert record["initial"] == (record["moved"] >= 0.01) and (record["reason"] == "success") == record["initial"]
     table = (out / "table.md").read_text()
@@ -259,15 +248,15 @@ def test_results_have_the_promised_form(tiny):
 def test_every_category_gets_its_share_of_the_protocol():
     jobs = sim_eval.make_jobs(EvalConfig(episodes=550), sim_eval.SPLITS["both"])
     counts = {split: Counter(job.category for job in jobs if job.split == split) for split in ("seen", "unseen")}
-    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(catalogue.SEEN)
-    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(catalogue.UNSEEN, 55)
+    assert len(set(jobs)) == len(jobs) == 1100 and set(counts["seen"]) == set(SEEN)
+    assert set(counts["seen"].values()) == {27, 28} and counts["unseen"] == dict.fromkeys(UNSEEN, 55)
     half = [job.split for job in jobs[:550]]  # a run that is stopped has both splits
     assert half.count("seen") == 275
 
 
 def test_the_papers_table_has_its_categories_and_averages():
     paper = json.loads((ROOT / "data" / "paper_table2.json").read_text())
-    assert list(paper["categories"]) == [*catalogue.SEEN, *catalogue.UNSEEN]
+    assert list(paper["categories"]) == [*SEEN, *UNSEEN]
     for who, seen, unseen in (("RoboMamba", 0.627, 0.533), ("ManipLLM", 0.5625, 0.535)):  # means of the printed columns
         values = [row[who] for row in paper["categories"].values()]
         assert np.mean(values[:20]) == pytest.approx(seen) and np.mean(values[20:]) == pytest.approx(unseen)
@@ -321,63 +310,7 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert 0 < len(by_policy["hinge-pixel"]) < 12  # tables have drawers, which have no hinge
     assert not any("drawer" in r["part"] or r["initial"] for r in by_policy["hinge-pixel"])
     drawers, doors = ({r["category"] for r in results["episodes"] if r["split"] == s} for s in ("unseen", "seen"))
-    assert drawers == {*catalogue.DRAWER_DOOR_UNSEEN} and doors == {*catalogue.DRAWER_DOOR_SEEN}
-
-
-# ---- closed loop ----------------------------------------------------------------------------------------------------
-def test_closed_loop_goes_on_where_the_last_grip_ended(tmp_path):
-    flags = ("--policy", "expert,random-normal", "--split", "drawer-door", "--episodes", 5, "--workers", 1)
-    once, again = run(tmp_path / "once", *flags), run(tmp_path / "again", *flags, "--closed-loop", 2)
-    loops = [record.pop("closed_loop") for record in again["episodes"]]
-    assert once["episodes"] == again["episodes"]  # the open loop beside it is the usual one, in the usual world
-    assert not any("closed_loop" in record for record in once["episodes"])
-    gained = []
-    for record, loop in zip(again["episodes"], loops, strict=True):
-        assert 1 <= len(loop["reasons"]) <= 3 and loop["reasons"][0] == record["reason"]
-        assert loop["initial"] == (loop["moved"] >= 0.01) and loop["long"] >= (loop["moved"] >= 0.1)
-        if record["policy"] == "expert":
-            gained.append(loop["moved"] - record["moved"])
-    assert min(gained) > -0.01 and np.median(gained) > 0.05  # a second pull opens a door further
-    summary = again["splits"]["seen"]["closed_loop"]
-    assert summary["grips"] == 3 and summary["initial"]["n"] == 5 and summary["moved"] > summary["open"]["moved"]
-    assert "closed loop (3 grips" in (tmp_path / "again" / "table.md").read_text()
-
-
-def test_closed_loop_ends_when_the_part_is_gone_and_leaves_the_scene_as_it_was(bench):
-    one = bench(policy="random")
-    _, label = one.find(VAL_SAFE)
-    scene = one.scene
-    before, joints, seen = scene.rgb.copy(), list(scene.joints), []
-
-    def same(o):
-        seen.append((o.scene.joints[o.part], o.image, o.label))
-        return label.u, label.v, label.approach
-
-    def loop(policy, action):
-        o = sim_eval.observe(scene, label, "policy same")
-        return grip_again(policy, o, sim_eval.attempt(lambda _: action, o, o.part), 3, "policy same")
-
-    first = loop(same, (label.u, label.v, label.approach))
-    assert len(seen) == 3 and seen[0][0] > joints[scene.target] + 0.1 and (seen[0][1] != before).any()
-    assert seen[0][2] is None or seen[0][2].u != label.u or seen[0][2].v != label.v  # a new look, a new oracle
-    assert len(first["reasons"]) == 4 and first["reasons"][0] == "success"
-    assert scene.joints == joints and (scene.rgb == before).all()
-    nowhere = loop(lambda _: None, (label.u, label.v, label.approach))
-    assert nowhere["reasons"] == ["success"] and nowhere["moved"] == pytest.approx(seen[0][0] - joints[0], abs=1e-5)
-    lost = loop(same, (math.nan, 0.0, label.approach))
-    assert lost["reasons"][:2] == ["not a number", "success"]  # the next look may be luckier
-
-
-def test_closed_loop_of_a_slide_is_written_as_json(bench, monkeypatch):
-    """Limits of a user's sliding joint are NumPy floats, and NumPy's bools are not JSON."""
-    one = bench(policy="expert", closed_loop=1)
-    job = sim_eval.Job("val", "Table", 0, SEEDS["val"], 0)
-    one.find(job)
-    opened = one.scene.opened
-    monkeypatch.setattr(Scene, "opened", lambda self, part, q: np.float64(opened(part, q)))
-    record = one.episode(job)["records"][0]
-    assert "drawer" in record["part"] and len(record["closed_loop"]["reasons"]) == 2
-    json.dumps(record, allow_nan=False)
+    assert drawers == {*DRAWER_DOOR_UNSEEN} and doors == {*DRAWER_DOOR_SEEN}
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -441,13 +374,11 @@ def test_a_prediction_that_is_not_a_number_is_a_failure(bench):
 
 
 def test_a_scene_without_a_contact_is_counted_and_passed_over(bench, monkeypatch):
-    one, expert, calls = bench(policy="expert"), sim_eval.oracle.expert, []
-    monkeypatch.setattr(
-        sim_eval.oracle, "expert", lambda *a, **k: calls.append(0) or (expert(*a, **k) if len(calls) > 2 else None)
-    )
+    one, calls = bench(policy="expert"), []
+    monkeypatch.setattr(sim_eval, "expert", lambda *a: calls.append(0) or (expert(*a) if len(calls) > 2 else None))
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"]) == (3, 1) and answer["records"][0]["seed"] == VAL_SAFE.scene_seed(2)
-    monkeypatch.setattr(sim_eval.oracle, "expert", lambda *a, **k: None)
+    monkeypatch.setattr(sim_eval, "expert", lambda *_: None)
     answer = one.episode(VAL_SAFE)
     assert (answer["tried"], answer["solved"], answer["records"]) == (sim_eval.MAX_TRIES, 0, [])
 
@@ -613,7 +544,7 @@ def test_ctrl_c_leaves_a_partial_result_and_the_finished_one_as_it_was(tmp_path,
 
 
 def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    good, bad = (sim_eval.Job("objects", name, 0, SEEDS["objects"], 0) for name in ("Safe", "Door"))
+    good, bad = (sim_eval.Job("objects", name, 0, 0) for name in ("Safe", "Door"))
     one, spawn = sim_eval.Bench(EvalConfig(policy="expert")), Scene.spawn
 
     def hostile(self, category, seed, part=None):
@@ -624,22 +555,19 @@ def test_an_object_that_breaks_the_simulator_is_named_and_the_others_go_on(tmp_p
     monkeypatch.setattr(Scene, "spawn", hostile)
     answers = [(job, one.episode(job)) for job in (bad, good)]
     one.close()
-    assert answers[0][1]["error"] == "RecursionError: mesh links to itself" and answers[1][1]["solved"]
-    plan = sim_eval.Plan({}, {"7": "no mobility.urdf"}, {})
-    assert set(sim_eval.skipped(answers, plan)["objects"]) == {"7", "Door"}
+    assert answers[0][1]["why"] == "RecursionError: mesh links to itself" and answers[1][1]["solved"]
+    broken = {"7": "no mobility.urdf"}
+    assert set(sim_eval.skipped(answers, broken)["objects"]) == {"7", "Door"}
     with pytest.raises(
         ValueError, match="nothing could be evaluated. Door: RecursionError: mesh .*; 7: no mobility.urdf"
     ):
-        sim_eval.skipped(answers[:1], plan)
-    unsolved = [(good, {"tried": 20, "solved": 0, "records": [], "ms": {}})]
-    with pytest.raises(ValueError, match="Safe: the expert found no contact: look at axis"):
-        sim_eval.skipped(unsolved, sim_eval.Plan({}, {}, {}))
+        sim_eval.skipped(answers[:1], broken)
 
 
-def test_workers_have_a_core_each_and_the_share_of_a_killed_one_is_done_again(bench, capsys):
+def test_workers_have_a_core_each_and_the_share_of_a_killed_one_is_done_again(capsys):
     cfg = EvalConfig(policy="expert", split="val", episodes=10, workers=2)
     jobs, answers = sim_eval.make_jobs(cfg, sim_eval.SPLITS["val"]), {}
-    for job, answer in sim_eval.run_jobs(bench(**vars(cfg)), jobs):
+    for job, answer in parallel(sim_eval._work, jobs, 2, sim_eval._start, (cfg,)):
         if not answers:
             workers = [worker.pid for worker in multiprocessing.active_children()]
             deadline = time.monotonic() + 30
@@ -662,8 +590,9 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 import sim_eval
 if __name__ == "__main__":
-    bench = sim_eval.Bench(sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2))
-    for job, answer in sim_eval.run_jobs(bench, sim_eval.make_jobs(bench.cfg, sim_eval.SPLITS["val"])):
+    cfg = sim_eval.EvalConfig(policy="expert", split="val", episodes=200, workers=2)
+    jobs = sim_eval.make_jobs(cfg, sim_eval.SPLITS["val"])
+    for job, answer in sim_eval.parallel(sim_eval._work, jobs, 2, sim_eval._start, (cfg,)):
         Path({str(tmp_path / "workers")!r}).write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
         os.kill(os.getpid(), signal.SIGKILL)
 """
