@@ -226,11 +226,11 @@ def test_the_paper_s_table_is_whole_and_labelled():
     "file, text, message",
     [
         ("conversations.json", None, "conversations.json: no such file"),
-        ("conversations.json", lambda t: t.replace('"plan", ', ""), "record 0: expected an image and 9 families"),
+        ("conversations.json", lambda t: t.replace('"plan", ', ""), "record 0: families: expec"),
         ("conversations.json", lambda t: t.replace("(12,20)", "(12,2)"), "record 1: family 'where': '(12,2)' is not 2"),
         ("facts.jsonl", lambda t: t.replace("category", "kind"), "facts.jsonl: a line is not what data.build writes"),
         ("facts.jsonl", lambda t: t.replace("3.png", "4.png"), "facts.jsonl: no line for 3.png"),
-        ("manifest.json", lambda t: "[]", "manifest.json: not what data.build writes"),
+        ("manifest.json", lambda t: "{}", "manifest.json: not what data.build writes"),
     ],
 )
 def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys, file, text, message):
