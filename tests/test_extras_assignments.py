@@ -130,9 +130,6 @@ def failing(scores: dict) -> set[int]:
     return {int(k) for k, score in scores.items() if score["failed"] or not score["passed"]}
 
 
-# ---- the student's tree
-
-
 def docstrings(text: str) -> list:
     kinds = ast.FunctionDef | ast.ClassDef | ast.Module
     return [ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
@@ -192,9 +189,6 @@ def test_markers_without_partner_are_named(text, line):
         solutions(text, "file.py")
 
 
-# ---- the checks
-
-
 @pytest.mark.parametrize("stubs", [(1, 3), (2, 4, 5), (6, 7, 8)])
 def test_a_stub_fails_its_own_checks_and_those_that_must_depend_on_it(score_here, stubs):
     files = code()
@@ -219,8 +213,6 @@ def test_a_typical_wrong_answer_is_named(score_here, answers):
         assert scores[exercise]["points"] < scores[exercise]["max_points"]
     assert failing(scores) <= set().union(*(FAIL_WITH[exercise] for exercise, *_ in answers))
 
-
-# ---- the grader
 
 CHEATS = r"""
 import ctypes, json, os, signal, sys, time
@@ -374,7 +366,7 @@ def test_a_broken_tree_is_a_result(tmp_path):
     folder = write_tree(tmp_path / "folder", {"tests/adapters.py/x.py": ""})
     scores = grade(tmp_path, broken, folder)
     assert failing(scores[broken]["exercises"]) == {1, 2, 3, 4, 5, 7}  # 6 and 8 need no scan
-    message = scores[broken]["exercises"]["1"]["failed"]["decay, one token"]
+    message = scores[broken]["exercises"]["1"]["failed"]["decay and write, one token"]
     assert message.startswith("SyntaxError") and "selective_scan.py" in message
     assert scores[folder]["points"] == 0
     assert "No module named 'adapters'" in scores[folder]["exercises"]["6"]["failed"]["labels are the replies"]

@@ -31,9 +31,6 @@ def rgb_of(size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
-# ---- the matrix
-
-
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("L, dt_range", [(1, (1e-3, 1.0)), (37, (1e-3, 1.0)), (130, (0.1, 2.0))])
@@ -54,9 +51,6 @@ def test_the_mean_over_channels_does_not_depend_on_the_blocks():
     layer = look.Layer(u[0], dt[0], A, B[0], C[0], D)
     wanted = look.scan_matrix(dt[0], A, B[0], C[0])[0].abs().mean(0).numpy()
     assert all(np.allclose(look.mean_matrix(layer, channels), wanted, rtol=1e-12) for channels in (1, 3, 64))
-
-
-# ---- the model
 
 
 @torch.no_grad()
@@ -95,9 +89,6 @@ def test_looking_changes_nothing(mini, picture):
     after = mini.predict_action(picture, "open the drawer")
     assert all(not block.mixer.x_proj._forward_pre_hooks for block in mini.lm.backbone.layers)
     assert (after.u, after.v) == (before.u, before.v) and np.array_equal(after.rotation, before.rotation)
-
-
-# ---- the pictures
 
 
 def test_deep_models_are_drawn_by_some_of_their_layers():
@@ -169,9 +160,6 @@ def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
         assert film.n_frames >= len(sheets) - 1  # equal neighbours are stored as one
     with pytest.raises(ValueError, match="no drawer that the model opens among Door 5 to 6; try another --seed"):
         look.episode(mini, "Door", 5)
-
-
-# ---- the mistakes
 
 
 def test_every_test_that_is_named_exists():

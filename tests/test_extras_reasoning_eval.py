@@ -28,8 +28,6 @@ from extras.reasoning_eval import (
 )
 from robomamba import RoboMamba
 
-# ---- metrics
-
 
 @pytest.mark.parametrize(
     "said, true, wanted",
@@ -102,8 +100,6 @@ def test_place_scores_count_what_cannot_be_read_as_wrong():
     assert place_scores("contact", ["50 50 49 49 99"], ["50 56 49 49 99"], 100)["px"] == pytest.approx(6)
 
 
-# ---- questions
-
 TURNS = {  # family: [(question, answer of the first, second, .. picture)]; success, past, future by hand
     "object": ("What is this?", "a safe", "a box", "a safe", "a box"),
     "presence": ("Is there a lid?", "no", "yes", "no", "yes"),
@@ -164,9 +160,6 @@ def test_scores_of_records_by_hand():
     other = [replace(q, question_type="weather") for q in asked if q.question_type == "object"]
     odd = score(other, ["a safe"] * 4, 32)
     assert odd["families"]["weather"]["k"] == odd["words"]["k"] == 2 and not {"robot", "general", "pope"} & set(odd)
-
-
-# ---- a whole run
 
 
 @pytest.fixture
