@@ -1,9 +1,6 @@
 """Curves as pictures, where matplotlib is installed (an optional extra; training and evaluation run without it).
 
-draw_curves_file(metrics_csv, out_png)      every curve of a metrics.csv: train.py and finetune_policy.py leave it
-draw_lines(panels)                          lines in panels as one PIL image
-
-python -m common.plots runs/cotrain/metrics.csv --out curves.png
+python -m common.plots runs/cotrain/metrics.csv --out curves.png      (train.py and finetune_policy.py draw theirs)
 """
 
 import argparse
@@ -16,38 +13,27 @@ from PIL import Image
 from common.files import write_atomically
 from common.scripts import run_main
 
-COLUMNS = 4  # panels a row
-INCHES = (3.2, 2.2)  # of a panel
-DPI = 80
 
-
-def read_curves(path) -> dict[str, list[tuple[float, float]]]:
-    """metrics.csv -> {"stage name" or "name": [(step, value), ..]}; rows may carry a `stage` column."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                label = f"{row['stage']} {row['name']}" if row.get("stage") else row["name"]
-                curves.setdefault(label, []).append((float(row["step"]), float(row["value"])))
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a metrics.csv with step, name, value ({error})") from None
-    return curves
-
-
-def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = True) -> Image.Image:
-    """{title: {line: [(x, y), ..]}} -> one panel a title, without what is not finite.
-
-    Raises: ValueError where matplotlib is not installed.
-    """
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, inches. Raises: ValueError where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("curves need matplotlib: pip install matplotlib") from None
-    columns = min(COLUMNS, max(len(panels), 1))
+        raise ValueError("these pictures need matplotlib: pip install matplotlib") from None
+    return FigureCanvasAgg(Figure((width, height), dpi=80, layout="constrained")).figure
+
+
+def as_image(figure) -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = True) -> Image.Image:
+    """{title: {line: [(x, y), ..]}} -> a panel a title, four a row, without what is not finite. Raises: `new_figure`"""
+    columns = min(4, max(len(panels), 1))
     rows = max(math.ceil(len(panels) / columns), 1)
-    figure = Figure((columns * INCHES[0], rows * INCHES[1]), dpi=DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(3.2 * columns, 2.2 * rows)
     for i, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for name, points in lines.items():
@@ -60,16 +46,25 @@ def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: b
             axes.set_ylim(bottom=0)
         if len(lines) > 1:
             axes.legend(fontsize="x-small")
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return as_image(figure)
 
 
 def draw_curves_file(metrics_csv, out_png) -> bool:
-    """One panel a curve of a metrics.csv, its last value in the title. False, and a hint, without matplotlib."""
-    curves = read_curves(metrics_csv)
-    titles = {name: f"{name}: {points[-1][1]:.4g}" for name, points in curves.items()}
+    """One panel a curve of a metrics.csv, its last value in the title. False, and a hint, without matplotlib.
+
+    Raises: ValueError where the file is no metrics.csv with step, name, value and perhaps stage.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
     try:
-        sheet = draw_lines({titles[name]: {name: points} for name, points in curves.items()}, log_x=False)
+        with open(metrics_csv, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                name = f"{row['stage']} {row['name']}" if row.get("stage") else row["name"]
+                curves.setdefault(name, []).append((float(row["step"]), float(row["value"])))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{metrics_csv}: not a metrics.csv with step, name, value ({error})") from None
+    panels = {f"{name}: {points[-1][1]:.4g}": {name: points} for name, points in curves.items()}
+    try:
+        sheet = draw_lines(panels, log_x=False)
     except ValueError as error:
         print(f"{out_png}: not drawn; {error}")
         return False

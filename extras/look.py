@@ -4,8 +4,8 @@
     python -m extras.look --image scene.png --ask "What is this object?" --out DIR
     python -m extras.look --out DIR              # the same for a scene of the simulator, and a GIF: a drawer is opened
 
-DIR/README.md says what to see in each file (CAPTIONS below). The forward pass is left as it is: a hook on every
-`x_proj` keeps what enters the scan (u), and `MambaMixer.selection` recomputes dt, B and C from it. Needs matplotlib.
+DIR/README.md says what to see in each file (CAPTIONS). A hook on every `x_proj` keeps what enters the scan (u), and
+`MambaMixer.selection` recomputes dt, B and C from it; the forward pass is left as it is. Needs matplotlib.
 
 The implicit attention of a Mamba layer. Write the recurrence of selective_scan.py out from token 0 to token t:
 
@@ -21,6 +21,7 @@ Models" (arXiv 2403.01590). Extra letters: P visual tokens, T prompt tokens, L =
 """
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import write_atomically, write_text
+from common.plots import as_image, new_figure
 from common.scripts import run_main
 from data.dataset import read_picture
 from data.prompts import contact_question
@@ -45,25 +47,19 @@ EPISODE_SEED = 10_700_000  # validation scenes
 EPISODE_TRIES = 30
 
 CAPTIONS = {
-    "steps.png": "Step size dt of every layer, over the patches of the picture and the words of the prompt (mean over "
-    "the channels, divided by the layer's median). Red: a large step, the token is written into the state and the past "
-    "fades. Blue: a small step, the token is passed over. No colour: like any other token.",
-    "attention.png": "The selective scan of every layer written as a matrix, y = M u, its implicit attention: how "
-    "much of the token in a column is read at the token in a row (|M|, mean over the channels, without the skip D; "
-    "darker is more). Up to the red lines the picture's tokens, row by row, then the words. Nothing above the "
-    "diagonal: the scan is causal. On top, the last row laid over the picture: what the last token, from which "
-    "action and answer are computed, reads of each patch (red: more than of the median patch, blue: less).",
-    "memory.png": "Norm |h| of the state of every layer after each token (line), and how far that token moved the "
-    "state (bars, same scale). The picture is read first, the words come after the red line. Tall bars: tokens that "
-    "change what is remembered. A level line over bars: about as much is forgotten as is written.",
+    "steps.png": "Step size dt of every layer, over the patches and the words (mean over the channels, divided by the "
+    "layer's median). Red: a large step, the token is written into the state and the past fades. Blue: a small step, "
+    "the token is passed over. No colour: like any other token.",
+    "attention.png": "The scan of every layer as a matrix, y = M u, its implicit attention: how much of the token in a "
+    "column is read at the token in a row (|M|, mean over the channels, without the skip D; darker is more). Up to the "
+    "red lines the picture's tokens, row by row, then the words. Nothing above the diagonal: the scan is causal. On "
+    "top: what the last token, from which action and answer come, reads of each patch (red: more than the median).",
+    "memory.png": "Norm |h| of the state of every layer after each token (line), and how far that token moved it "
+    "(bars, same scale). After the red line come the words. Level line over bars: as much is forgotten as written.",
     "opening.gif": "The robot pulls, and the model reads each new picture from zero. Middle: dt of the last layer over "
-    "the patches, relative to its median before the pull (red: a large step, written more; blue: passed over). Right: "
-    "how far the state after the picture has moved from the one before the pull, in percent of that one's norm, a line "
-    "per layer. Dashed: how far the drawer is open, in cm.",
+    "the patches, relative to its median before the pull (red: written more). Right: how far the state after the "
+    "picture has moved since then, in percent of its norm, a line per layer. Dashed: how far the drawer is open, cm.",
 }
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
@@ -82,17 +78,13 @@ def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
     """One forward pass of picture uint8 (S, S, 3) and prompt ids; picture and words joined to one sequence a layer."""
     mixers = [block.mixer for block in model.lm.backbone.layers]
     seen = [[] for _ in mixers]  # first the picture's u, then the words'
-    hooks = [
-        mixer.x_proj.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0]))
-        for mixer, parts in zip(mixers, seen, strict=True)
-    ]
-    try:
+    layers = []
+    with contextlib.ExitStack() as hooks:
+        for mixer, parts in zip(mixers, seen, strict=True):
+            hook = mixer.x_proj.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0]))
+            hooks.callback(hook.remove)
         picture = torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None]
         model(picture, torch.tensor([ids]), torch.tensor([len(ids)]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    layers = []
     for mixer, parts in zip(mixers, seen, strict=True):
         u = torch.cat(parts, 1)[0]
         layers.append(Layer(u.double(), *(x.double() for x in (*mixer.selection(u), mixer.D))))
@@ -142,23 +134,6 @@ def shown(layers: list) -> list[int]:
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float):
-    """An empty matplotlib figure, inches. Raises: ValueError where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("these pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure((width, height), dpi=80, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def as_image(figure) -> Image.Image:
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-
 def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None = None) -> None:
     """The grey picture (S, S, 3) under `values` (P,), 0 = no colour, as colours of its patches."""
     side = math.isqrt(len(values))
@@ -171,7 +146,7 @@ def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None =
 
 
 def name_words(axes, words: list[str], first: int, most: int = WORDS) -> None:
-    """Ticks with the prompt's words, the first of them at x = `first`; of more than `most` words some."""
+    """Ticks with the prompt's words, at most `most`, the first of them at x = `first`."""
     some = range(0, len(words), -(-len(words) // most))
     axes.set_xticks([first + k for k in some], [words[k] for k in some], rotation=90, fontsize="x-small")
 
@@ -232,8 +207,7 @@ def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]):
         axes.bar(range(len(h)), moved.numpy(), color="lightsteelblue")
         axes.plot(h.flatten(1).norm(dim=1).numpy(), color="black")
         axes.axvline(P - 0.5, color="red", linewidth=0.8)
-        axes.set_ylabel(f"layer {i + 1}")
-        axes.set_xticks([])
+        axes.set(ylabel=f"layer {i + 1}", xticks=[])
     name_words(axes, words, P)
     return figure
 
@@ -246,20 +220,11 @@ def save(out: Path, pictures: dict[str, list[Image.Image]]) -> list[Path]:
     names = [name for name in CAPTIONS if name in pictures or (out / name).exists()]
     text = "".join(f"## {name}\n\n{CAPTIONS[name]}\n\n![{name}]({name})\n\n" for name in names)
     write_text(out / "README.md", "# Inside the model\n\n" + text)
-    for name, frames in pictures.items():
-        if name.endswith(".gif"):
-            from sim.pictures import save_gif
-
-            write_atomically(out / name, lambda tmp, frames=frames: save_as(tmp, ".gif", save_gif, frames))
-        else:
-            write_atomically(out / name, lambda tmp, frames=frames: frames[0].save(tmp, format="PNG", optimize=True))
+    for name, (first, *rest) in pictures.items():
+        options = {"format": "GIF", "save_all": True, "append_images": rest, "duration": 120, "loop": 0}
+        options = options if rest else {"format": "PNG", "optimize": True}
+        write_atomically(out / name, lambda path, first=first, options=options: first.save(path, **options))
     return [out / "README.md", *(out / name for name in pictures)]
-
-
-def save_as(path: str, ending: str, write, *args) -> None:
-    """Let `write`, which goes by a file's ending, write `path`."""
-    write(path + ending, *args)
-    Path(path + ending).rename(path)
 
 
 def pictures_of(model, rgb: np.ndarray, question: str) -> dict[str, list[Image.Image]]:
@@ -269,9 +234,6 @@ def pictures_of(model, rgb: np.ndarray, question: str) -> dict[str, list[Image.I
     layers = read(model, rgb, ids)
     drawn = {"steps.png": draw_steps, "attention.png": draw_attention, "memory.png": draw_memory}
     return {name: [as_image(draw(rgb, words, layers))] for name, draw in drawn.items()}
-
-
-# ---- an episode ------------------------------------------------------------------------------------------------------
 
 
 class Frame(NamedTuple):
@@ -326,14 +288,12 @@ def draw_film(frames: list[Frame]) -> list[Image.Image]:
         patches.set_title("step size dt, last layer")
         for i, values in change.items():
             curves.plot(values[: k + 1], label=f"layer {i}")
-        curves.set_xlim(0, len(frames))
-        curves.set_ylim(0, 1.05 * max(0.1, *(max(values) for values in change.values())))
+        curves.set(xlim=(0, len(frames)), ylim=(0, 1.05 * max(0.1, *map(max, change.values()))))
         curves.set_title("change of the state, %")
         curves.legend(loc="upper left", fontsize="small")
         opened = curves.twinx()
         opened.plot(opening[: k + 1], "k--")
-        opened.set_ylim(0, 1.05 * max(0.1, *opening))
-        opened.set_ylabel("opening, cm")
+        opened.set(ylim=(0, 1.05 * max(0.1, *opening)), ylabel="opening, cm")
         sheets.append(as_image(figure))
     return sheets
 
@@ -363,9 +323,6 @@ def episode(model, category: str, seed: int) -> dict[str, list[Image.Image]]:
     raise ValueError(f"no drawer that the model opens among {category} {seed} to {k}; try another --seed")
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pictures of the recurrent state; without --image, of a drawer opened")
     parser.add_argument("--out", required=True, help="folder for the pictures and README.md")
@@ -377,8 +334,7 @@ def main() -> None:
     parser.add_argument("--category", default="StorageFurniture", help="without --image: a category with drawers")
     parser.add_argument("--seed", type=int, default=EPISODE_SEED, help="without --image: the first scene tried")
     args = parser.parse_args()
-    sentence_given = args.ask is not None or args.act is not None
-    if sentence_given != (args.image is not None):
+    if (args.ask is None and args.act is None) != (args.image is None):
         raise ValueError("--image and one of --ask and --act go together")
     from robomamba import RoboMamba
 

@@ -5,8 +5,7 @@
     python -m extras.mistakes --out runs/mistakes    # mistakes.json and mistakes.md too
 
 None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function (module
-robomamba) -> context manager that replaces one function of robomamba.py or selective_scan.py; a measure then sees the
-code as if it had been written that way.
+robomamba) -> context manager that replaces one function of robomamba.py or selective_scan.py.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import contextlib
 import io
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -65,16 +63,17 @@ def batch(model, scenes: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.from_numpy(np.stack([s.rgb.transpose(2, 0, 1) for s in scenes])), tokens, lengths
 
 
-# ---- the mistakes ----------------------------------------------------------------------------------------------------
+# ---- the mistakes: name and symptom ----------------------------------------------------------------------------------
 
 
 def swapped_b_and_c(robomamba):
+    """B and C swapped in the scan: same shapes, no error; the contact is somewhere else"""
     right = scan._forward_chunk
-    wrong = lambda dt, dtu, A2, B, C, h, buffers: right(dt, dtu, A2, C, B, h, buffers)  # noqa: E731
-    return patch.object(scan, "_forward_chunk", wrong)
+    return patch.object(scan, "_forward_chunk", lambda dt, dtu, A2, B, C, *rest: right(dt, dtu, A2, C, B, *rest))
 
 
 def no_softplus(robomamba):
+    """softplus of dt left out: negative steps, so the state grows instead of fading"""
     right = robomamba.MambaMixer.selection
 
     def wrong(self, u):
@@ -85,6 +84,7 @@ def no_softplus(robomamba):
 
 
 def state_in_bfloat16(robomamba):
+    """scan in bfloat16: slow memories stand still: 0.999 times a state rounds to the state"""
     right = scan._prepare
 
     def wrong(*args, **options):
@@ -94,6 +94,9 @@ def state_in_bfloat16(robomamba):
 
 
 def divided_by_product(robomamba):
+    """divide by the cumulative product of decays: right on short inputs; on long ones the product underflows
+    and 0 / 0 follows"""
+
     def wrong(dt, dtu, A2, B, h, decay, hs):
         product = torch.mul(dt.unsqueeze(2), A2, out=decay).exp2_().cumprod(0)
         torch.mul(dtu.unsqueeze(2), B.unsqueeze(3), out=hs).div_(product).cumsum_(0).add_(h).mul_(product)
@@ -102,6 +105,7 @@ def divided_by_product(robomamba):
 
 
 def centred_convolution(robomamba):
+    """conv1d centred instead of causal: the loss is too good to be true: a word sees the next one"""
     right = robomamba.MambaMixer.conv
 
     def wrong(self, x):
@@ -111,6 +115,7 @@ def centred_convolution(robomamba):
 
 
 def forgotten_convolution(robomamba):
+    """`step` forgets the inputs of conv1d: loss and head are right, generated text is noise (inf: no contact)"""
     right = robomamba.MambaMixer.step
 
     def wrong(self, x, state):
@@ -120,10 +125,12 @@ def forgotten_convolution(robomamba):
 
 
 def read_at_the_padding(robomamba):
+    """head reads `[:, -1]`, the padding: right for one prompt, wrong for a batch of unequal ones"""
     return patch.object(robomamba.RoboMamba, "pool", lambda self, states, lengths: states[:, -1])
 
 
 def row_for_column(robomamba):
+    """direction read from a row of the rotation: the pixel is right, the gripper comes from elsewhere"""
     return patch.object(robomamba.Action, "approach", property(lambda self: self.rotation[2]))
 
 
@@ -187,79 +194,29 @@ def written_px(model, scenes) -> float:
     return statistics.median(errors)
 
 
-class Mistake(NamedTuple):
-    name: str
-    plant: Callable
-    see: str  # the symptom
-    measure: Callable  # (model, scenes) -> a number
-    form: str  # how the number is written
-    test: str  # file::test that fails with the mistake in place
-
-
-MISTAKES = (
-    Mistake(
-        "B and C swapped in the scan",
-        swapped_b_and_c,
-        "same shapes, no error; the contact is somewhere else",
-        contact_px,
-        "{:.1f} px off",
-        "tests/test_scan.py::test_official_formulas",
-    ),
-    Mistake(
-        "softplus of dt left out",
-        no_softplus,
-        "negative steps, so the state grows instead of fading",
-        largest_state,
-        "largest state {:.2g}",
-        "tests/test_model.py::test_the_picture_reaches_the_last_state_at_step_0",
-    ),
-    Mistake(
-        "scan in bfloat16",
-        state_in_bfloat16,
-        "slow memories stand still: 0.999 times a state rounds to the state",
-        left_of_memory,
-        "{:.2f} left after 1,000 tokens",
-        "tests/test_scan.py::test_mixed_precision_and_autocast",
-    ),
-    Mistake(
-        "divide by the cumulative product of decays",
-        divided_by_product,
-        "right on short inputs; on long ones the product underflows and 0 / 0 follows",
-        not_finite,
-        "{:.0%} inf or nan",
-        "tests/test_scan.py::test_extreme_steps",
-    ),
-    Mistake(
-        "conv1d centred instead of causal",
+MISTAKES = (  # the function that plants it, what is measured, how that is written, the test that must fail
+    (swapped_b_and_c, contact_px, "{:.1f} px off", "scan.py::test_official_formulas"),
+    (no_softplus, largest_state, "largest state {:.2g}", "model.py::test_the_picture_reaches_the_last_state_at_step_0"),
+    (state_in_bfloat16, left_of_memory, "{:.2f} left after 1,000 tokens", "scan.py::test_mixed_precision_and_autocast"),
+    (divided_by_product, not_finite, "{:.0%} inf or nan", "scan.py::test_extreme_steps"),
+    (
         centred_convolution,
-        "the loss is too good to be true: a word sees the next one",
         moved_by_the_future,
         "outputs move by {:.2g} with the next word",
-        "tests/test_model.py::test_language_model_is_causal",
+        "model.py::test_language_model_is_causal",
     ),
-    Mistake(
-        "`step` forgets the inputs of conv1d",
+    (
         forgotten_convolution,
-        "loss and head are right, generated text is noise (inf: no contact)",
         written_px,
         "{:.1f} px off in words",
-        "tests/test_model.py::test_step_equals_forward_for_the_whole_tiny_model",
+        "model.py::test_step_equals_forward_for_the_whole_tiny_model",
     ),
-    Mistake(
-        "head reads `[:, -1]`, the padding",
-        read_at_the_padding,
-        "right for one prompt, wrong for a batch of unequal ones",
-        contact_px,
-        "{:.1f} px off",
-        "tests/test_model.py::test_padding_never_reaches_the_pooled_state",
-    ),
-    Mistake(
-        "direction read from a row of the rotation",
+    (read_at_the_padding, contact_px, "{:.1f} px off", "model.py::test_padding_never_reaches_the_pooled_state"),
+    (
         row_for_column,
-        "the pixel is right, the gripper comes from elsewhere",
         direction_deg,
         "{:.0f} degrees off",
-        "tests/test_model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops",
+        "model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops",
     ),
 )
 
@@ -269,33 +226,36 @@ MISTAKES = (
 
 def rows(model, scenes: list[Sample], robomamba) -> list[dict]:
     """One row a mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; not finite is None."""
-    table, right = [], {}
-    for m in MISTAKES:
-        if m.measure not in right:
-            right[m.measure] = m.measure(model, scenes)
-        with m.plant(robomamba):
-            wrong = m.measure(model, scenes)
-        numbers = {"right": right[m.measure], "wrong": wrong if math.isfinite(wrong) else None}
-        table.append({"mistake": m.name, "see": m.see, **numbers, "form": m.form, "test": m.test})
+    table = []
+    right = {}
+    for plant, measure, form, test in MISTAKES:
+        if measure not in right:
+            right[measure] = measure(model, scenes)
+        with plant(robomamba):
+            wrong = measure(model, scenes)
+        name, see = " ".join(plant.__doc__.split()).split(": ", 1)
+        numbers = {"right": right[measure], "wrong": wrong if math.isfinite(wrong) else None}
+        table.append({"mistake": name, "see": see, **numbers, "form": form, "test": f"tests/test_{test}"})
     return table
 
 
-def prove(robomamba) -> dict[str, bool]:
-    """{name: whether its test fails with the mistake in place}. Raises: ValueError where a test fails without any."""
+def prove(robomamba, table: list[dict]) -> None:
+    """Adds "caught" to the rows: does its test fail with the mistake in place?
+
+    Raises: ValueError where a test fails without any.
+    """
     import pytest
 
     def run(*tests) -> int:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return int(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *tests]))
+            return pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *tests])
 
-    tests = {m.name: str(ROOT / m.test) for m in MISTAKES}
-    if code := run(*tests.values()):
+    tests = [str(ROOT / row["test"]) for row in table]
+    if code := int(run(*tests)):
         raise ValueError(f"the tests do not pass without a mistake (pytest says {code}); run them first")
-    caught = {}
-    for m in MISTAKES:
-        with m.plant(robomamba):
-            caught[m.name] = run(tests[m.name]) == pytest.ExitCode.TESTS_FAILED
-    return caught
+    for row, test, (plant, *_) in zip(table, tests, MISTAKES, strict=True):
+        with plant(robomamba):
+            row["caught"] = run(test) == pytest.ExitCode.TESTS_FAILED
 
 
 def markdown(table: list[dict]) -> str:
@@ -321,18 +281,17 @@ def main() -> None:
     model = robomamba.RoboMamba.from_pretrained(args.checkpoint)
     scenes = samples(model.config.vision.image_size)
     table = rows(model, scenes, robomamba)
-    caught = prove(robomamba) if args.prove else {}
-    for row in table:
-        row |= {"caught": caught[row["mistake"]]} if caught else {}
+    if args.prove:
+        prove(robomamba, table)
     print(markdown(table))
     if args.out:
         write_json(Path(args.out) / "mistakes.json", {"scenes": len(scenes), "rows": table})
         write_text(Path(args.out) / "mistakes.md", markdown(table))
-    missed = [name for name, failed in caught.items() if not failed]
+    missed = [row["mistake"] for row in table if not row.get("caught", True)]
     if missed:
         raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")
-    if caught:
-        print(f"{len(caught)} mistakes planted, {len(caught)} caught by the tests named.")
+    if args.prove:
+        print(f"{len(table)} mistakes planted, {len(table)} caught by the tests named.")
 
 
 if __name__ == "__main__":

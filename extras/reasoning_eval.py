@@ -23,10 +23,8 @@ of every number; and "copy", which repeats the question (a baseline for BLEU). W
 Sources: POPE, arXiv 2305.10355; BLEU, Papineni et al. 2002; Table 1 of RoboMamba (arXiv 2406.04339) for what is asked.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
 import re
 import shlex
 import sys
@@ -39,9 +37,9 @@ from pathlib import Path
 import numpy as np
 
 from common.decoding import generate_batch, generate_ids
-from common.files import write_json, write_text
+from common.files import read_json, read_json_lines, write_json, write_text
 from common.report import paper_table1, reasoning_details, reasoning_report, wilson
-from common.scripts import check_flags, cli, commit, flag, hardware, progress, run_main
+from common.scripts import cli, environment, flag, progress, run_main
 from data.dataset import GREY, load_records
 from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
 
@@ -57,9 +55,6 @@ class ReasoningConfig:
     pictures: int = flag(0, "first so many of each folder; 0 = all", low=0)
     batch_size: int = flag(8, "pictures at a time, with all of their questions", low=1)
     device: str = flag("auto", "auto | cpu | cuda")
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def words(text: str) -> list[str]:
@@ -146,9 +141,6 @@ def exact(said: Sequence[str], true: Sequence[str]) -> dict:
     return wilson(sum(s.strip() == t.strip() for s, t in zip(said, true, strict=True)), len(true))
 
 
-# ---- questions and answers -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Question:
     """One turn, asked of its picture alone."""
@@ -163,17 +155,19 @@ class Question:
 def read_questions(folder, limit: int = 0) -> list[Question]:
     """All turns of a data.build folder, or of its first `limit` pictures. Raises: ValueError naming file and record."""
     file, facts = Path(folder) / "conversations.json", Path(folder) / "facts.jsonl"
-    records, found = load_records(file), []
+    records = load_records(file)
+    found = []
     try:
-        rows = [json.loads(line) for line in facts.read_text().splitlines()] if facts.exists() else []
-        categories = {row["image"]: row["facts"]["category"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        lines = read_json_lines(facts) if facts.exists() else ()
+        categories = {row["image"]: row["facts"]["category"] for _, row in lines}
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder anew") from None
     for index, record in enumerate(records[: limit or None]):
         said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-        families, image = record.get("families", ()), record.get("image")
-        if len(families) != len(said) // 2 or not image:
-            need = f"expected an image and {len(said) // 2} families, one a turn, got {image!r} and {len(families)}"
+        families = record.get("families")
+        image = record.get("image")
+        if not families or not image:
+            need = "expected an image, and families, a question type a turn"
             raise ValueError(f"{file}, record {index}: {need}; `python -m data.build` writes them")
         if categories and image not in categories:
             raise ValueError(f"{facts}: no line for {image} of {file}; build the folder anew")
@@ -209,9 +203,6 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
     side = model.config.vision.image_size
     grey = np.full((side, side, 3), GREY, np.uint8)
     images = list(dict.fromkeys(q.image for q in questions))
-    of_image: dict[str, list[int]] = {image: [] for image in images}
-    for i, q in enumerate(questions):
-        of_image[q.image].append(i)
     said = [""] * len(questions)
     blind: dict[str, str] = {}  # question: the answer without a picture, one a wording
     tokens = 0
@@ -219,7 +210,8 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
     groups = range(0, len(images), pictures)
     start = time.monotonic()
     for k, first in enumerate(groups):
-        rows = [i for image in images[first : first + pictures] for i in of_image[image]]
+        now = set(images[first : first + pictures])
+        rows = [i for i, q in enumerate(questions) if q.image in now]
         began = time.monotonic()
         ids = generate_ids(model, [questions[i].image for i in rows], [questions[i].question for i in rows])
         seconds += time.monotonic() - began
@@ -265,18 +257,15 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
     return out
 
 
-# ---- the whole -------------------------------------------------------------------------------------------------------
-
-
 def split_name(folder: Path) -> tuple[str, dict]:
     """("seen" of a folder built with --split test-seen, its build settings); without a manifest the folder's name."""
-    try:
-        config = json.loads((folder / "manifest.json").read_text())["config"]
-        return config["split"].removeprefix("test-"), config
-    except OSError:
+    file = folder / "manifest.json"
+    if not file.exists():
         return folder.name, {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'manifest.json'}: not what data.build writes ({error!r})") from None
+    config = read_json(file, dict).get("config", {})
+    if "split" not in config:
+        raise ValueError(f"{file}: not what data.build writes")
+    return config["split"].removeprefix("test-"), config
 
 
 def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]:
@@ -284,8 +273,8 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
     from common.training import Processes
     from robomamba import RoboMamba, count
 
-    start, folders = time.monotonic(), [Path(name) for name in cfg.data.split(",")]
-    check_flags(cfg)
+    start = time.monotonic()
+    folders = [Path(name) for name in cfg.data.split(",")]
     named = [split_name(folder) for folder in folders]
     if len({name for name, _ in named}) < len(named):
         raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
@@ -296,35 +285,29 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
         "checkpoint": cfg.checkpoint,
         "parameters": count(model),
         "command": command,
-        "commit": commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
-        "hardware": hardware(),
+        **environment(),
         "decoding": "greedy",
         "majority": most_frequent,
         "splits": {},
     }
     rows = []
+    size = model.config.vision.image_size
     for folder, (name, build), questions in zip(folders, named, asked, strict=True):
-        print(f"{name}: {len(questions)} questions on {len({q.image for q in questions})} pictures of {folder}")
+        pictures = len({q.image for q in questions})
+        print(f"{name}: {len(questions)} questions on {pictures} pictures of {folder}")
         said, blind, speed = decode(model, questions, cfg.batch_size)
-        answers = [
-            said,
-            blind,
-            [most_frequent.get(q.question_type, "") for q in questions],
-            [q.question for q in questions],
-        ]
-        size = model.config.vision.image_size
+        usual = [most_frequent.get(q.question_type, "") for q in questions]
+        answers = dict(zip(ANSWERERS, (said, blind, usual, [q.question for q in questions]), strict=True))
         results["splits"][name] = {
             "folder": str(folder),
             "seed": build.get("seed"),
             "n": len(questions),
-            "pictures": len({q.image for q in questions}),
+            "pictures": pictures,
             "tokens_per_second": speed,
-            "answerers": {who: score(questions, s, size) for who, s in zip(ANSWERERS, answers, strict=True)},
+            "answerers": {who: score(questions, texts, size) for who, texts in answers.items()},
         }
-        for q, *texts in zip(questions, said, blind, strict=True):
-            rows.append({"split": name, **vars(q), **dict(zip(ANSWERERS[:2], texts, strict=True))})
+        for q, answer, without in zip(questions, said, blind, strict=True):
+            rows.append({"split": name, **vars(q), "model": answer, "image-blind": without})
     results["seconds"] = round(time.monotonic() - start, 1)
     return results, rows
 

@@ -117,14 +117,15 @@ def save(path: str, sheet: Image.Image) -> None:
     write_atomically(path, lambda temporary: sheet.save(temporary, kind))
 
 
-def contact_sheet(path: str, seed: int = 0, grammar: bool = False) -> None:
-    """Draw one scene of every category (or seven of every archetype of the grammar), from a friendlier camera."""
+def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None) -> None:
+    """Draw one scene of every category (or of `names`; a name again: the next seed), from a friendlier camera."""
+    names = names or [*SEEN, *UNSEEN]
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
     scene = Scene(image_size=192, view=view)
-    named = [(name, seed, name) for name in SEEN] + [(name, seed, f"{name} (unseen)") for name in UNSEEN]
-    if grammar:
-        named = [(PREFIX + name, seed + k, name) for name in ARCHETYPES for k in range(7)]
-    items = [(Image.fromarray(scene.spawn(name, s).render()), caption) for name, s, caption in named]
+    items = []
+    for i, name in enumerate(names):
+        picture = scene.spawn(name, seed + names[:i].count(name)).render()
+        items.append((Image.fromarray(picture), f"{name} (unseen)" if name in UNSEEN else name))
     scene.close()
     save(path, grid(items, 7))
 
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in NOUNS:
             raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        contact_sheet(cfg.sheet, cfg.seed, cfg.grammar)
+        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)] if cfg.grammar else None
+        contact_sheet(cfg.sheet, cfg.seed, rows)
         print(cfg.sheet)
     if names:
         path = f"{cfg.out}/affordance.png"

@@ -3,9 +3,8 @@
 pytest -m ex1    (ex1 .. ex8, in teaching order; EXERCISE_SEED=7 draws other data)
 
 A check is a function (call, rng): `call` runs one function of adapters.py and returns plain numbers
-(exercise_calls.py), here in this process, for the grader in the student's. What is right is computed in another form
-than the exercise asks for: the scan as one sum over all pairs of tokens, rotations from an axis and an angle. Every
-check compares what comes back with that; a wrong answer is also compared with what known mistakes give.
+(exercise_calls.py), here in this process, for the grader in the student's. They are compared with what is right, in
+another form than the exercise asks for (the scan as a sum over pairs of tokens), then with what known mistakes give.
 """
 
 import functools
@@ -52,8 +51,7 @@ def compare(exercise: int, name: str, got, wanted, mistakes: dict | None = None,
     """Fail unless `got` equals `wanted`; the message names the one of `mistakes` (text: its result) that `got` is."""
     got, wanted = (np.asarray(x, float) for x in (got, wanted))
     advice = f"Read again: {READ[exercise]}."
-    if got.shape != wanted.shape:
-        raise AssertionError(f"{name}: shape {got.shape}, expected {wanted.shape}. {advice}")
+    require(got.shape == wanted.shape, f"{name}: shape {got.shape}, expected {wanted.shape}. {advice}")
     size = max(np.abs(wanted).max(), 1e-6)
     if np.isfinite(got).all() and np.abs(got - wanted).max() <= scale * size:
         return
@@ -66,10 +64,14 @@ def compare(exercise: int, name: str, got, wanted, mistakes: dict | None = None,
     raise AssertionError(f"{name}: {off}, where the numbers go up to {size:.2g}; {known}. {advice}")
 
 
+def require(condition, text: str) -> None:
+    if not condition:
+        raise AssertionError(text)
+
+
 def compare_all(exercise: int, names, got, wanted, mistakes: dict) -> None:
     """`compare` of several results; a mistake gives as many."""
-    if len(got) != len(names):
-        raise AssertionError(f"{len(got)} results, expected {', '.join(names)}")
+    require(len(got) == len(names), f"{len(got)} results, expected {', '.join(names)}")
     for i, name in enumerate(names):
         compare(exercise, name, got[i], wanted[i], {text: results[i] for text, results in mistakes.items()})
 
@@ -83,9 +85,6 @@ def differences(function, x, step: float = 1e-5) -> np.ndarray:
         move[(slice(None), *place) if rows else place] = step
         out[(slice(None), *place) if rows else place] = (function(x + move) - function(x - move)) / (2 * step)
     return out
-
-
-# ---- the scan
 
 
 def scan_inputs(rng, B=2, L=13, E=5, N=3):
@@ -129,8 +128,7 @@ def compare_gradients(exercise, call, rng, name, *more, otherwise):
     reply = call(name, *inputs, *more, weights=weights)
     compare_scans(exercise, reply["outputs"], inputs)
     for i, (letter, got) in enumerate(zip(("u", "dt", "A", "B", "C", "D", "state"), reply["gradients"], strict=True)):
-        if got is None:
-            raise AssertionError(f"gradient of {letter}: none; likely mistake: a detach, .data or numpy on the way")
+        require(got is not None, f"gradient of {letter}: none; likely mistake: a detach, .data or numpy on the way")
 
         def loss(x, i=i):
             results = unrolled(*(x if k == i else other for k, other in enumerate(inputs)))
@@ -140,9 +138,6 @@ def compare_gradients(exercise, call, rng, name, *more, otherwise):
         compare(exercise, f"gradient of {letter}", got, wanted, scale=1e-3, otherwise=otherwise)
 
 
-# ---- exercise 1: discretisation
-
-
 def discretised(rng, variant):
     """u, dt, A, B of one token a row, or of a sequence."""
     u, dt, A, B, *_ = scan_inputs(rng)
@@ -150,9 +145,9 @@ def discretised(rng, variant):
 
 
 @check(1, "one token", "a sequence")
-def decay(call, rng, variant):
+def decay_and_write(call, rng, variant):
     u, dt, A, B = discretised(rng, variant)
-    got = call("discretise", u, dt, A, B)["outputs"][0]
+    decay, write = call("discretise", u, dt, A, B)["outputs"]
     x = dt[..., None] * A
     mistakes = {
         "1 + dt A, Euler's step; the decay is solved exactly: exp(dt A)": 1 + x,
@@ -160,20 +155,14 @@ def decay(call, rng, variant):
         "exp(A), the step size dt is left out": np.broadcast_to(np.exp(A), x.shape),
         "dt A without exp": x,
     }
-    compare(1, "decay", got, np.exp(x), mistakes)
-
-
-@check(1, "one token", "a sequence")
-def write(call, rng, variant):
-    u, dt, A, B = discretised(rng, variant)
-    got = call("discretise", u, dt, A, B)["outputs"][1]
-    right, x = np.einsum("...e,...n->...en", dt * u, B), dt[..., None] * A
+    compare(1, "decay", decay, np.exp(x), mistakes)
+    right = np.einsum("...e,...n->...en", dt * u, B)
     mistakes = {
         "zero-order hold (Eq. 4) for B; Mamba's code writes dt B u": np.expm1(x) / x * right,
         "dt is left out: B u instead of dt B u": right / dt[..., None],
         "u is left out: dt B instead of dt B u": right / u[..., None],
     }
-    compare(1, "write", got, right, mistakes)
+    compare(1, "write", write, right, mistakes)
 
 
 @check(1)
@@ -183,9 +172,6 @@ def a_step_of_size_zero_changes_nothing(call, rng):
     got = call("discretise", u, dt, A, B)["outputs"]
     compare(1, "decay where every second dt is 0", got[0], np.exp(dt[..., None] * A))
     compare(1, "write where every second dt is 0", got[1], np.einsum("...e,...n->...en", dt * u, B))
-
-
-# ---- exercise 2: the reference scan
 
 
 @check(2, 1, 2, 13)
@@ -207,9 +193,6 @@ def reference_scan_in_two_pieces(call, rng):
 @check(2)
 def gradients_of_the_reference_scan(call, rng):
     compare_gradients(2, call, rng, "reference_scan", otherwise="a tensor overwritten in place")
-
-
-# ---- exercise 3: the chunked scan
 
 
 @check(3)
@@ -249,15 +232,9 @@ def chunked_scan_keeps_few_states(call, rng):
     inputs = scan_inputs(rng, B, L, E, N)
     reply = call("chunked_scan", *inputs, 16, count=True)
     compare_scans(3, reply["outputs"], inputs)
-    if not 0 <= reply["kept"] <= B * L * E * N / 2:
-        raise AssertionError(
-            f"{reply['kept']} numbers are kept for the backward pass, the states of all tokens are {B * L * E * N}: "
-            "likely mistake: autograd keeps every state; keep the one before each chunk and recompute the rest. "
-            f"{READ[3]}"
-        )
-
-
-# ---- exercise 4: step
+    text = f"{reply['kept']} numbers are kept for the backward pass, the states of all tokens are {B * L * E * N}; "
+    text += "likely mistake: autograd keeps every state; keep the one before each chunk and recompute the rest. "
+    require(0 <= reply["kept"] <= B * L * E * N / 2, text + READ[3])
 
 
 @check(4)
@@ -289,16 +266,10 @@ def steps_are_the_scan(call, rng):
 def step_leaves_the_given_state_alone(call, rng):
     u, dt, A, B, C, D, state = inputs = scan_inputs(rng, L=1)
     reply = call("step", u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
-    if not np.array_equal(reply["arguments"][-1], state):
-        raise AssertionError(
-            "the given state was overwritten, so that two questions cannot branch from one picture; likely mistake: an "
-            "operation in place (mul_, +=) on the argument"
-        )
+    text = "the given state was overwritten; likely mistake: an operation in place (mul_, +=) on the argument"
+    require(np.array_equal(reply["arguments"][-1], state), text)
     y, after = reply["outputs"]
     compare_scans(4, (np.asarray(y)[:, None], after), inputs)
-
-
-# ---- exercise 5: the Mamba block
 
 
 def softplus(x):
@@ -374,10 +345,10 @@ def block_is_causal(call, rng):
     changed = x.copy()
     changed[:, 6] += 1
     first, second = (np.asarray(call("mamba_block", inputs, *rest)["outputs"][0]) for inputs in (x, changed))
-    if not np.allclose(first[:, :6], second[:, :6], atol=1e-5):
-        raise AssertionError(f"token 6 changes an earlier output; likely mistake: {BLOCK_MISTAKES['ahead']}")
-    if np.allclose(first[:, 6], second[:, 6], atol=1e-3):
-        raise AssertionError("token 6 does not change its own output; likely mistake: the output is late by one token")
+    text = f"token 6 changes an earlier output; likely mistake: {BLOCK_MISTAKES['ahead']}"
+    require(np.allclose(first[:, :6], second[:, :6], atol=1e-5), text)
+    text = "token 6 does not change its own output; likely mistake: the output is late by one token"
+    require(not np.allclose(first[:, 6], second[:, 6], atol=1e-3), text)
     for got, inputs in ((first, x), (second, changed)):
         compare(5, "y", got, block(inputs, *rest)[0])
 
@@ -392,8 +363,6 @@ def block_in_two_pieces(call, rng):
     whole = block(x, weights, conv, ssm)[0]
     compare(5, "y of two pieces, the states handed on", np.concatenate(pieces, 1), whole)
 
-
-# ---- exercise 6: loss mask and packing of a conversation
 
 IGNORE, END = -100, 3
 
@@ -482,9 +451,6 @@ def lengths_and_prompts_count_no_padding(call, rng):
     compare(6, "prompts", prompts, first, mistakes, scale=0)
 
 
-# ---- exercise 7: 6D rotation and geodesic loss
-
-
 def turn(axis, angle):
     """Rodrigues' formula: rotations (n, 3, 3) about unit axes (n, 3) by angles (n,), radians."""
     x, y, z = axis.T
@@ -570,20 +536,15 @@ def gradient_of_the_angle(call, rng):
     reply = call("rotation_and_angle", r6, target, weights=[np.zeros((30, 3, 3)), np.ones(30)])
     compare(7, "rotation", reply["outputs"][0], rotation)
     compare(7, "angle", reply["outputs"][1], angle_to(r6, target), scale=2e-3)  # a clamp of 1e-6 moves 0 to 1.4e-3
-    if reply["gradients"][0] is None:
-        raise AssertionError("the angle has no gradient; likely mistake: a detach, .data or numpy on the way")
+    text = "the angle has no gradient; likely mistake: a detach, .data or numpy on the way"
+    require(reply["gradients"][0] is not None, text)
     gradient = np.asarray(reply["gradients"][0], float)
     for where, rows in (("equal to", equal), ("half a turn from", opposite)):
-        if not np.isfinite(gradient[rows]).all():
-            raise AssertionError(
-                f"the angle's gradient is not finite where the rotation is {where} the target; likely mistake: arccos "
-                "has no slope at 1 and -1, and rounding goes beyond; clamp a little inside"
-            )
+        text = f"the angle's gradient is not finite where the rotation is {where} the target; likely mistake: "
+        text += "arccos has no slope at 1 and -1, and rounding goes beyond; clamp a little inside"
+        require(np.isfinite(gradient[rows]).all(), text)
     wanted = differences(lambda x: angle_to(x, target[general]), r6[general])
     compare(7, "gradient of the angle", gradient[general], wanted, scale=1e-3)
-
-
-# ---- exercise 8: back-projection of a pixel
 
 
 def camera(rng, S=24):
@@ -604,8 +565,7 @@ def seen_at(u, v, z, intrinsics, along_ray=False):
 def points_at(call, pixels, depth, intrinsics, eye, rotation) -> np.ndarray:
     """(n, 3), NaN for None."""
     points = np.asarray(call("backproject", pixels, depth, intrinsics, eye, rotation)["outputs"][0], float)
-    if points.shape != (len(pixels), 3):
-        raise AssertionError(f"points: shape {points.shape[1:]}, expected (3,)")
+    require(points.shape == (len(pixels), 3), f"points: shape {points.shape[1:]}, expected (3,)")
     return points
 
 
@@ -615,10 +575,8 @@ def points_of_pixels(call, rng):
     v, u = rng.permutation(np.argwhere(np.isfinite(depth)))[:30].T
     z, f = depth[v, u], intrinsics[0]
     points = points_at(call, np.stack([u, v], 1), depth, intrinsics, eye, rotation)
-    if np.isnan(points).any():
-        raise AssertionError(
-            "None for a pixel that has a depth; likely mistake: u and v are swapped: depth[row, column]"
-        )
+    text = "None for a pixel that has a depth; likely mistake: u and v are swapped: depth[row, column]"
+    require(not np.isnan(points).any(), text)
     right = seen_at(u, v, z, intrinsics)
     in_camera_frame = {
         "half-pixel shift: 0.5 is added; the intrinsics start at 0": seen_at(u + 0.5, v + 0.5, z, intrinsics),
@@ -645,8 +603,7 @@ def the_nearest_pixel_counts(call, rng):
     du, dv = rng.uniform(0.1, 0.4, (2, 12)) * rng.choice([-1, 1], (2, 12))
     asked = np.stack([u + du, v + dv], 1)
     points = points_at(call, asked, depth, intrinsics, eye, rotation)
-    if np.isnan(points).any():
-        raise AssertionError("None for a place between pixels that all have a depth")
+    require(not np.isnan(points).any(), "None for a place between pixels that all have a depth")
     x, y = np.floor(asked).astype(int).T
     unrounded = seen_at(*asked.T, depth[v, u], intrinsics)
     mistakes = {
@@ -671,16 +628,12 @@ def nothing_there_is_none(call, rng):
     pixels = np.array([[u, v] for _, u, v in cases], float)
     points = points_at(call, pixels, depth, intrinsics, eye, rotation)
     for point, (nothing, u, v) in zip(points, cases, strict=True):
-        if np.isnan(point).any() != bool(nothing):
-            wrong = f"a point {nothing}; expected None" if nothing else "None where something is"
-            raise AssertionError(f"pixel ({u:g}, {v:g}): {wrong}")
+        wrong = f"a point {nothing}; expected None" if nothing else "None where something is"
+        require(np.isnan(point).any() == bool(nothing), f"pixel ({u:g}, {v:g}): {wrong}")
     seen = [k for k, case in enumerate(cases) if not case[0]]
     column, row = np.floor(pixels[seen] + 0.5).astype(int).T
     wanted = seen_at(column, row, depth[row, column], intrinsics) @ rotation + eye
     compare(8, "points", points[seen], wanted, scale=1e-6)
-
-
-# ---- with pytest, in a process of your own
 
 
 def call_here(name: str, *arguments, weights=None, count=False) -> dict:

@@ -18,57 +18,44 @@ import test_exercises
 from extras import assignments
 from extras.assignments import EXERCISES, ROOT, TEACHER_ONLY, solutions, stub
 
-# Whose tests fail while an exercise is not solved: its own, and those of solutions that are built upon it.
-FAIL_WITH = {
-    1: {1, 2, 4},  # the reference scan and `step` discretise token by token
-    2: {2},
-    3: {3, 5},  # the Mamba block scans in chunks
-    4: {4},
-    5: {5},
-    6: {6},
-    7: {7},
-    8: {8},
-}
+# Whose tests fail while an exercise is not solved, too: the scan and `step` discretise, the block scans in chunks.
+FAIL_WITH = {k: {k} for k in EXERCISES} | {1: {1, 2, 4}, 3: {3, 5}}
 
 KEEP = "                if keep:\n                    bounds[i, rows] = h\n"
 STORE = "                y[rows, steps] = y_"
 EARLY = "                h = buffers[1, : math.prod(size)].view(size)[-2:][0].clone()\n"
-# Exercise: file, [(what is right, what is typically written)], what the tests must say.
-WRONG = {
-    1: ("selective_scan.py", [("torch.exp(dt[..., None] * A)", "1 + dt[..., None] * A")], "Euler's step"),
-    2: ("selective_scan.py", [("dt_t, A, B_t)", "dt_t, A, C_t)"), ("* C_t[", "* B_t[")], "B and C are swapped"),
-    3: (
-        "selective_scan.py",
-        [(STORE, EARLY + STORE)],
-        "off by one: a chunk starts from the state before the last token",
-    ),
-    4: ("selective_scan.py", [("(after * C", "(state * C")], "the old state: update it first"),
-    5: ("robomamba.py", [("dt, -torch.exp(", "dt, torch.exp(")], "without the minus"),
-    6: ("data/dataset.py", [("[len(item[0]) for item in items]", "[T for item in items]")], "a pad position"),
-    7: ("finetune_policy.py", [("1 - 1e-6))", "1 - 1e-6)).rad2deg()")], "degrees instead of radians"),
-    8: (
-        "sim/scene.py",
-        [("[(columns - cx)", "[(columns + 0.5 - cx)"), ("(rows - cy)", "(rows + 0.5 - cy)")],
-        "half-pixel",
-    ),
-}
-MORE_WRONG = {
-    1: ("selective_scan.py", [("(dt * u)[", "u[")], "dt is left out"),
-    3: ("selective_scan.py", [(KEEP, ""), (STORE, KEEP + STORE)], "must be the state BEFORE each chunk"),
-    4: ("selective_scan.py", [("decay * state + write", "state.mul_(decay).add_(write)")], "an operation in place"),
-    5: ("robomamba.py", [("u, z = self.in_proj", "z, u = self.in_proj")], "the halves of in_proj are swapped"),
-    6: ("data/dataset.py", [("[IGNORE] * len(prompt) + reply", "prompt + reply")], "prompts are targets too"),
-    7: ("robomamba.py", [("approach], -1)", "approach], -2)")], "rows instead of columns"),
-    8: ("sim/scene.py", [("@ self.camera_rotation", "@ self.camera_rotation.T")], "the rotation is transposed"),
-}
-TOGETHER = ((1, 3, 6, 7, 8), (2, 4, 5))  # wrong answers of one tree: none makes the tests of another fail
+SCAN = "selective_scan.py"
+# Exercise, file, [(what is right, what is typically written)], what the tests must say. A list is one tree: none of its
+# wrong answers makes the tests of another fail.
+WRONG = [
+    [
+        (1, SCAN, [("torch.exp(dt[..., None] * A)", "1 + dt[..., None] * A")], "Euler's step"),
+        (3, SCAN, [(STORE, EARLY + STORE)], "off by one: a chunk starts from the state before the last token"),
+        (6, "data/dataset.py", [("[len(item[0]) for item in items]", "[T for item in items]")], "a pad position"),
+        (7, "finetune_policy.py", [("1 - 1e-6))", "1 - 1e-6)).rad2deg()")], "degrees instead of radians"),
+        (8, "sim/scene.py", [("(columns - cx)", "(columns + 0.5 - cx)"), ("(rows -", "(rows + 0.5 -")], "half-pixel"),
+    ],
+    [
+        (2, SCAN, [("dt_t, A, B_t)", "dt_t, A, C_t)"), ("* C_t[", "* B_t[")], "B and C are swapped"),
+        (4, SCAN, [("(after * C", "(state * C")], "the old state: update it first"),
+        (5, "robomamba.py", [("dt, -torch.exp(", "dt, torch.exp(")], "without the minus"),
+    ],
+    [
+        (1, SCAN, [("(dt * u)[", "u[")], "dt is left out"),
+        (3, SCAN, [(KEEP, ""), (STORE, KEEP + STORE)], "must be the state BEFORE each chunk"),
+        (6, "data/dataset.py", [("[IGNORE] * len(prompt) + reply", "prompt + reply")], "prompts are targets too"),
+        (7, "robomamba.py", [("approach], -1)", "approach], -2)")], "rows instead of columns"),
+        (8, "sim/scene.py", [("@ self.camera_rotation", "@ self.camera_rotation.T")], "the rotation is transposed"),
+    ],
+    [
+        (4, SCAN, [("decay * state + write", "state.mul_(decay).add_(write)")], "an operation in place"),
+        (5, "robomamba.py", [("u, z = self.in_proj", "z, u = self.in_proj")], "the halves of in_proj are swapped"),
+    ],
+]
 
 
 def code() -> dict[str, str]:
-    files = [
-        *ROOT.glob("*.py"),
-        *(path for room in ("data", "sim", "common", "extras") for path in ROOT.glob(f"{room}/*.py")),
-    ]
+    files = [path for room in (".", "data", "sim", "common", "extras") for path in ROOT.glob(f"{room}/*.py")]
     files += [ROOT / "tests/adapters.py", ROOT / "tests/exercise_calls.py"]
     return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in files}
 
@@ -83,14 +70,10 @@ def write_tree(folder: Path, files: dict[str, str]) -> Path:
 def answer(files: dict[str, str], exercise: int, file: str, edits: list) -> None:
     """Edit the solution of an exercise, and nothing outside its markers."""
     for right, wrong in edits:
-        lines, edited = files[file].splitlines(keepends=True), 0
-        for number, first, end in reversed(solutions(files[file], file)):
-            body = "".join(lines[first:end])
-            if number == exercise and right in body:
-                assert body.count(right) == 1, f"exercise {exercise}: {right!r} stands there more than once"
-                lines[first:end], edited = [body.replace(right, wrong)], edited + 1
-        assert edited == 1, f"exercise {exercise}: {right!r} stands in {edited} of its solutions"
-        files[file] = "".join(lines)
+        (match,) = [m for m in solutions(files[file], file) if m["number"] == str(exercise) and right in m["body"]]
+        assert match["body"].count(right) == 1, f"exercise {exercise}: {right!r} stands there more than once"
+        wrong_body = match["body"].replace(right, wrong)
+        files[file] = files[file][: match.start("body")] + wrong_body + files[file][match.end("body") :]
 
 
 def command(*arguments, **env) -> subprocess.CompletedProcess:
@@ -104,7 +87,7 @@ def grade(folder: Path, *trees, flags=(), **env) -> dict:
     done = command("--grade", *trees, "--out", folder / "score.json", *flags, **env)
     assert done.returncode == 0, done.stderr
     scores = json.loads((folder / "score.json").read_text())["trees"]
-    assert all(f"{tree}: {scores[str(tree)]['points']:g} of " in done.stdout for tree in trees)
+    assert all(f"{tree}: {scores[str(tree)]['points']:g} of 100" in done.stdout for tree in trees if not flags)
     return {tree: scores[str(tree)] for tree in trees}
 
 
@@ -119,11 +102,7 @@ def student(tmp_path_factory):
 class Here:
     """Stands in for a student's process: the code of a tree, loaded into this one, so that many trees take seconds."""
 
-    isolation = "none"
     call = staticmethod(test_exercises.call_here)
-
-    def stop(self):
-        pass
 
 
 @pytest.fixture
@@ -151,39 +130,28 @@ def failing(scores: dict) -> set[int]:
     return {int(k) for k, score in scores.items() if score["failed"] or not score["passed"]}
 
 
-# ---- the student's tree
-
-
-def has_docstring(node) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None
+def docstrings(text: str) -> list:
+    kinds = ast.FunctionDef | ast.ClassDef | ast.Module
+    return [ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
 
 
 def test_the_students_tree_has_all_but_the_solutions(student):
-    files = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
-    assert not files & set(TEACHER_ONLY) and all((ROOT / file).is_file() for file in TEACHER_ONLY)
-    assert {
-        "README.md",
-        "tests/adapters.py",
-        "tests/test_exercises.py",
-        "data/pretrained/robomamba-tiny/config.json",
-    } <= files
-    stubbed = 0
-    for file in files:
-        if (ROOT / file).read_bytes() == (student / file).read_bytes():
+    rooms = ("", "data/", "sim/", "common/", "extras/", "tests/")
+    ours = {path.relative_to(ROOT).as_posix() for room in rooms for path in ROOT.glob(f"{room}*.*") if path.is_file()}
+    left_out = {file for file in ours if not (student / file).exists()}
+    assert left_out == set(TEACHER_ONLY) & ours, "say in extras/assignments.py whose these are"
+    assert (student / "data/pretrained/robomamba-tiny/config.json").exists()
+    for file, text in code().items():
+        if file in TEACHER_ONLY:
             continue
-        ours, theirs = (ROOT / file).read_text(), (student / file).read_text()
-        for _, first, end in solutions(ours, file):
-            lines = ours.splitlines()[first:end]
-            assert "\n".join(lines) not in theirs and "NotImplementedError" not in "\n".join(lines)
-            stubbed += 1
-        for number, first, end in solutions(theirs, file):
-            (line,) = theirs.splitlines()[first:end]
-            assert f"exercise {number}" in line and file in line
-        docs = [
-            [ast.get_docstring(node) for node in ast.walk(ast.parse(x)) if has_docstring(node)] for x in (ours, theirs)
-        ]
-        assert docs[0] == docs[1], f"{file}: a docstring was lost"
-    assert stubbed == sum(len(solutions(text, file)) for file, text in code().items()) >= len(EXERCISES)
+        theirs = (student / file).read_text()
+        assert docstrings(text) == docstrings(theirs), f"{file}: a docstring was lost"
+        for match in solutions(text, file):
+            assert match["body"] not in theirs and "NotImplementedError" not in match["body"]
+        for match in solutions(theirs, file):
+            assert f'raise NotImplementedError("exercise {match["number"]}, ' in match["body"]
+            assert file in match["body"] and match["body"].count("\n") == 1
+        assert len(solutions(text, file)) == len(solutions(theirs, file))
 
 
 def test_the_students_tree_loads_and_only_a_call_fails(student):
@@ -199,13 +167,6 @@ def test_the_students_tree_loads_and_only_a_call_fails(student):
     assert done.stdout.strip() == expected, done.stderr
 
 
-def test_every_file_is_the_students_or_the_teachers(student):
-    rooms = ("", "data/", "sim/", "common/", "extras/", "tests/")
-    ours = {path.relative_to(ROOT).as_posix() for room in rooms for path in ROOT.glob(f"{room}*.*") if path.is_file()}
-    left_out = {file for file in ours if not (student / file).exists()}
-    assert left_out == set(TEACHER_ONLY), "say in extras/assignments.py whose these are"
-
-
 def test_markers_of_pytest_are_the_exercises():
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
     assert [m for m in said if m.startswith("ex")] == [f"ex{k}: {title}" for k, (title, _) in EXERCISES.items()]
@@ -217,17 +178,15 @@ def test_markers_of_pytest_are_the_exercises():
     [
         ("# exercise 1: a\nx\n", 1),
         ("x\n# end of exercise 1\n", 2),
-        ("# exercise 1: a\n# end of exercise 2\n", 2),
-        ("# exercise 1: a\n# exercise 2: b\n# end of exercise 2\n", 2),
+        ("# exercise 1: a\n# end of exercise 2\n", 1),
+        ("# exercise 1: a\n# exercise 2: b\n# end of exercise 2\n", 1),
+        ("# exercise 1: a\n# exercise 2: b\n# end of exercise 2\n# end of exercise 1\n", 2),
         ("# exercise 9: a\n# end of exercise 9\n", 1),
     ],
 )
 def test_markers_without_partner_are_named(text, line):
     with pytest.raises(ValueError, match=f"^file.py:{line}: "):
         solutions(text, "file.py")
-
-
-# ---- the checks
 
 
 @pytest.mark.parametrize("stubs", [(1, 3), (2, 4, 5), (6, 7, 8)])
@@ -242,20 +201,18 @@ def test_a_stub_fails_its_own_checks_and_those_that_must_depend_on_it(score_here
             assert messages and all(message.startswith(f"exercise {k}, ") for message in messages)
 
 
-@pytest.mark.parametrize("answers", [WRONG, MORE_WRONG], ids=["wrong", "more wrong"])
-@pytest.mark.parametrize("group", TOGETHER)
-def test_a_typical_wrong_answer_is_named(score_here, answers, group):
+@pytest.mark.parametrize("answers", WRONG)
+def test_a_typical_wrong_answer_is_named(score_here, answers):
     files = code()
-    for k in set(group) & set(answers):
-        answer(files, k, *answers[k][:2])
+    for exercise, file, edits, _ in answers:
+        answer(files, exercise, file, edits)
     scores = score_here(files)
-    for k in set(group) & set(answers):
-        messages = scores[k]["failed"].values()
-        assert any("likely mistake: " in text and answers[k][2] in text for text in messages), (k, messages)
-        assert scores[k]["points"] < scores[k]["max_points"]
+    for exercise, _, _, named in answers:
+        messages = scores[exercise]["failed"].values()
+        assert any("likely mistake: " in text and named in text for text in messages), (exercise, messages)
+        assert scores[exercise]["points"] < scores[exercise]["max_points"]
+    assert failing(scores) <= set().union(*(FAIL_WITH[exercise] for exercise, *_ in answers))
 
-
-# ---- the grader
 
 CHEATS = r"""
 import ctypes, json, os, signal, sys, time
@@ -372,14 +329,12 @@ def test_solutions_pass_and_attacks_earn_nothing(student, tmp_path):
     assert sorted(cheats.rglob("*")) == before, "the grader wrote into the student's tree"
 
 
-def test_without_namespaces_it_is_said_and_no_process_is_left(student, tmp_path, monkeypatch):
-    marker = f"98764.{os.getpid()}"
+def test_without_namespaces_it_is_said(student, tmp_path):
     tree = shutil.copytree(student, tmp_path / "cheat")
-    told = CHEATS.format(teacher="/nowhere", victim="/nowhere", marker=marker)
+    told = CHEATS.format(teacher="/nowhere", victim="/nowhere", marker="0")
     write_tree(tree, {"tests/adapters.py": told})
     score = grade(tmp_path, tree, flags=("--exercises", "2,7"), PATH="/nowhere")[tree]
-    assert score["points"] == 0 and "no namespaces" in score["isolation"]
-    assert processes(marker) == 0
+    assert score["points"] == 0 and score["isolation"].startswith("none (no unshare here): it can")
 
 
 def test_what_breaks_costs_only_its_own_exercise(tmp_path):
@@ -393,12 +348,13 @@ def test_what_breaks_costs_only_its_own_exercise(tmp_path):
     with open(tree / "tests/adapters.py", "a") as file:
         file.write(adapters[adapters.index("def backproject(") :].replace("np.ndarray", "object"))
     score = grade(tmp_path, tree, flags=("--seconds", "2", "--exercises", "1,2,3,4,6,8"))[tree]
-    messages = {int(k): (s["message"], *s["failed"].values()) for k, s in score["exercises"].items()}
-    assert messages[1][0] == messages[1][1] == "the process was stopped, out of time, in decay, one token"
-    assert set(messages[1][2:]) == {"not run"} and "out of time" in messages[2][0]
-    assert "answer is" in messages[3][0] and messages[4][0] == "the process ended, in one step"
+    messages = {int(k): list(s["failed"].values()) for k, s in score["exercises"].items()}
+    assert messages[1][0] == messages[2][0] == "the process was stopped, out of time" and set(messages[1][1:]) == {
+        "not run"
+    }
+    assert "answer is" in messages[3][0] and messages[4][0] == "the process ended"
     assert score["exercises"]["6"]["points"] == 15 == score["points"]
-    assert all("cannot import name 'scene'" in text for text in messages[8][1:])
+    assert all("cannot import name 'scene'" in text for text in messages[8])
 
 
 def test_a_broken_tree_is_a_result(tmp_path):
@@ -410,9 +366,10 @@ def test_a_broken_tree_is_a_result(tmp_path):
     folder = write_tree(tmp_path / "folder", {"tests/adapters.py/x.py": ""})
     scores = grade(tmp_path, broken, folder)
     assert failing(scores[broken]["exercises"]) == {1, 2, 3, 4, 5, 7}  # 6 and 8 need no scan
-    message = scores[broken]["exercises"]["1"]["failed"]["decay, one token"]
+    message = scores[broken]["exercises"]["1"]["failed"]["decay and write, one token"]
     assert message.startswith("SyntaxError") and "selective_scan.py" in message
-    assert scores[folder]["points"] == 0 and "tests/adapters.py: no such file" in scores[folder]["message"]
+    assert scores[folder]["points"] == 0
+    assert "No module named 'adapters'" in scores[folder]["exercises"]["6"]["failed"]["labels are the replies"]
 
 
 @pytest.mark.parametrize(
@@ -420,8 +377,8 @@ def test_a_broken_tree_is_a_result(tmp_path):
     [
         (["--grade", "nowhere"], "nowhere: no such folder"),
         (["--student", "data"], "data: exists"),
-        (["--student", "new", "--exercises", "1,9"], "--exercises 1,9: there are 1, 2"),
-        (["--student", "new", "--exercises", "one"], "--exercises one: expected numbers"),
+        (["--student", "new", "--exercises", "1,9"], "--exercises 1,9: expected some of 1,2"),
+        (["--student", "new", "--exercises", "one"], "--exercises one: expected some of 1,2"),
         (["--grade", ".", "--seconds", "0"], "--seconds 0"),
     ],
 )

@@ -9,107 +9,79 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("selective_scan", "robomamba", "train", "finetune_policy", "sim_eval")
-ROOMS = ("data", "sim", "common", "extras")
 MAY_IMPORT = {  # arrows run one way: scripts -> data -> sim -> common
     "scripts": {"scripts", "data", "sim", "common"},
     "data": {"data", "sim", "common"},
     "sim": {"sim", "common"},
     "common": {"common"},
+    "extras": {"scripts", "data", "sim", "common", "extras"},
 }
-FILES = {name: [ROOT / f"{name}.py"] for name in SCRIPTS} | {room: sorted(ROOT.glob(f"{room}/*.py")) for room in ROOMS}
+FILES = [ROOT / f"{name}.py" for name in SCRIPTS]
+FILES += [path for room in ("data", "sim", "common", "extras") for path in sorted(ROOT.glob(f"{room}/*.py"))]
 
 
 def imported(path: Path, everywhere: bool = False) -> set[str]:
     """Full names of what a file imports: at module level, or also inside its functions."""
-    body = [ast.parse(path.read_text("utf-8"))]
+    nodes = [ast.parse(path.read_text("utf-8"))]
     found = set()
-    while body:
-        node = body.pop()
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         if everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            body += ast.iter_child_nodes(node)
+            nodes += ast.iter_child_nodes(node)
     return found
 
 
 def room_of(name: str) -> str | None:
     first = name.split(".")[0]
-    return "scripts" if first in SCRIPTS else first if first in ROOMS else None
+    if first in SCRIPTS:
+        return "scripts"
+    return first if first in MAY_IMPORT else None
 
 
-def test_arrows_run_one_way_and_nobody_needs_the_extras():
+def test_arrows_run_one_way_and_only_the_simulator_imports_pybullet():
+    """Inside functions too, a room imports no extras; a script may there, and no test but test_extras*."""
     wrong = []
-    for owner, files in FILES.items():
-        for path in files if owner != "extras" else ():
+    users = set()
+    tests = [path for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_extras")]
+    for path in FILES + tests:
+        file = path.relative_to(ROOT).as_posix()
+        everywhere = imported(path, everywhere=True)
+        owner = room_of(file.removesuffix(".py").replace("/", "."))
+        if path in FILES:
             rooms = {room_of(name) for name in imported(path)} - {None}
-            wrong += [f"{path.relative_to(ROOT)} imports {room}" for room in rooms - MAY_IMPORT[room_of(owner)]]
+            wrong += [f"{file} imports {room}" for room in rooms - MAY_IMPORT[owner]]
+            users |= {file} if "pybullet" in {name.split(".")[0] for name in everywhere} else set()
+        if owner not in ("scripts", "extras") and "extras" in {room_of(name) for name in everywhere}:
+            wrong.append(f"{file} needs extras")
     assert not wrong, sorted(wrong)
-
-
-def test_rooms_import_no_extras_and_no_upper_room_inside_functions_either():
-    """Scripts may, inside a function; so may a room's `main`-like use of a script that hands a model over."""
-    wrong = []
-    for room in ("data", "sim", "common"):
-        for path in FILES[room]:
-            if "extras" in {room_of(name) for name in imported(path, everywhere=True)}:
-                wrong.append(str(path.relative_to(ROOT)))
-    assert not wrong, wrong
-
-
-def module_file(name: str) -> Path | None:
-    """data.prompts -> data/prompts.py; None for what is not ours."""
-    path = ROOT / (name.replace(".", "/") + ".py")
-    return path if room_of(name) and path.is_file() else None
+    assert users and all(user.startswith("sim/") for user in users), users
 
 
 def test_nothing_that_the_model_imports_imports_the_model():
-    todo, seen = [ROOT / "robomamba.py"], set()
+    todo = [ROOT / "robomamba.py"]
+    seen = set()
     while todo:
         path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += [file for file in map(module_file, imported(path)) if file]
+        seen.add(path)
+        files = {ROOT / (name.replace(".", "/") + ".py") for name in imported(path) if room_of(name)}
+        todo += [file for file in files - seen if file.is_file()]
     back = [str(path.relative_to(ROOT)) for path in seen if "robomamba" in imported(path, everywhere=True)]
     assert len(seen) > 3 and not back, back
 
 
-def test_only_the_simulator_imports_pybullet():
-    users = {
-        path.relative_to(ROOT).as_posix()
-        for files in FILES.values()
-        for path in files
-        if any(name.split(".")[0] == "pybullet" for name in imported(path, everywhere=True))
-    }
-    assert users and all(user.startswith("sim/") for user in users), users
-
-
-def test_importing_the_model_loads_no_simulator_and_no_plots():
-    command = [sys.executable, "-X", "importtime", "-c", "import robomamba"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-500:]
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "selective_scan" in loaded and "torch" in loaded
-    heavy = ("pybullet", "sim", "extras", "matplotlib", "common.plots")
-    assert not [name for name in loaded if name in heavy or name.startswith(("sim.", "extras.", "matplotlib."))]
-
-
-@pytest.fixture(scope="module")
-def without_extras(tmp_path_factory):
-    """A copy of the sources without extras/ and their tests."""
-    copy = tmp_path_factory.mktemp("house") / "copy"
-    left_out = shutil.ignore_patterns("extras", "test_extras*", "pretrained", "cache", "runs", ".*", "__pycache__")
-    return Path(shutil.copytree(ROOT, copy, ignore=left_out))
-
-
-PROGRAM = """
+PROGRAM = f"""
 import contextlib, io, runpy, sys
-for name in {scripts}:
+import robomamba
+heavy = {{"pybullet", "sim", "extras", "matplotlib", "common.plots"}}
+loaded = set(sys.modules) | {{name.split(".")[0] for name in sys.modules}}
+assert "selective_scan" in loaded and not loaded & heavy, loaded & heavy
+for name in {SCRIPTS}:
     sys.argv = [name + ".py", "--help"]
     said = io.StringIO()
     try:
@@ -124,16 +96,10 @@ print("all loaded")
 """
 
 
-def test_the_extras_can_be_deleted(without_extras):
-    assert not (without_extras / "extras").exists() and not list(without_extras.glob("tests/test_extras*"))
-    program = PROGRAM.format(scripts=SCRIPTS)
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=without_extras, capture_output=True, text=True, timeout=280)
+def test_the_extras_can_be_deleted_and_the_model_loads_no_simulator_and_no_plots(tmp_path):
+    """In a copy of the sources without extras/ and their tests."""
+    left_out = shutil.ignore_patterns("extras", "test_extras*", "pretrained", "cache", "runs", ".*", "__pycache__")
+    copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=left_out))
+    assert not (copy / "extras").exists() and not list(copy.glob("tests/test_extras*"))
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=copy, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip().endswith("all loaded"), done.stderr[-1000:]
-
-
-def test_no_other_test_needs_the_extras():
-    """What stays after `rm -rf extras tests/test_extras*` imports none of it."""
-    left = [path for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_extras")]
-    using = [path.name for path in left if any(room_of(name) == "extras" for name in imported(path, everywhere=True))]
-    assert left and not using, using
