@@ -7,19 +7,16 @@ finds it be named; `test_planted_bug` does that. Gaps are max|difference| / max|
 1e-7 to 1e-6 in float32; the tolerances leave a factor of ten or more and are far below what an off-by-one gives.
 """
 
-import json
 import math
 import re
-import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_scan as module
-from selective_scan import example_inputs, scan_chunked, scan_reference, scan_step, selective_scan
+from selective_scan import example_inputs, scan_chunked, scan_parallel, scan_reference, scan_step, selective_scan
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "state")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -168,6 +165,7 @@ METHODS = {
     "chunked": scan_chunked,
     "chunk of 1": partial(scan_chunked, chunk=1),
     "chunk of 7": partial(scan_chunked, chunk=7),
+    "parallel": scan_parallel,
     "reference": scan_reference,
 }
 each_method = pytest.mark.parametrize("scan", METHODS.values(), ids=METHODS.keys())
@@ -183,23 +181,37 @@ def test_scan_passes(scan, check):
 @pytest.mark.parametrize("zero_state", (True, False), ids=("zero state", "random state"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
 @pytest.mark.parametrize("L", LENGTHS)
-def test_lengths(L, dtype, zero_state):
-    check_definition(scan_chunked, L, dtype, zero_state)
+@pytest.mark.parametrize("scan", (scan_chunked, scan_parallel))
+def test_lengths(scan, L, dtype, zero_state):
+    check_definition(scan, L, dtype, zero_state)
+
+
+@pytest.mark.parametrize("sizes", ({"B": 1}, {"E": 1}, {"N": 1}, {"B": 7, "E": 33, "N": 5}))
+@pytest.mark.parametrize("steps", (1, 7, 100))
+def test_slabs_of_the_parallel_form(monkeypatch, sizes, steps):
+    """However many steps a slab holds, a short last slab and a short last chunk included."""
+    monkeypatch.setattr(module, "MIN_CHUNK", steps)
+    monkeypatch.setattr(module, "SLAB", 1)
+    check_definition(scan_parallel, 25, torch.float64, **sizes)
 
 
 @pytest.mark.parametrize("sizes", ({"B": 1}, {"E": 1}, {"N": 1}, {"B": 7, "E": 33, "N": 5}))
 @pytest.mark.parametrize("rows", (1, 3, 100))
 def test_blocks_of_batch_rows(monkeypatch, sizes, rows):
     """However many batch rows fit a buffer, the remainder included."""
-    monkeypatch.setattr(module, "_block_sizes", lambda B, L, N, E, chunk, compile: (9, min(rows, B)))
+    monkeypatch.setattr(module, "_block_sizes", lambda B, L, N, E, chunk: (9, min(rows, B)))
     check_definition(scan_chunked, 25, torch.float64, **sizes)
 
 
-def test_a_buffer_holds_about_a_slab():
-    for B, L, E, N in (*module.SHAPES, *module.TRAINING_SHAPES, (1, 1, 1, 1), (1000, 3, 5120, 16)):
-        T, rows = module._block_sizes(B, L, N, E, None, False)
+@pytest.mark.parametrize("threads", (1, 2, 8))
+def test_a_buffer_holds_about_a_slab_for_each_thread(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for B, L, E, N in ((8, 128, 512, 16), (1, 4096, 256, 16), (64, 65, 384, 8), (1, 1, 1, 1), (1000, 3, 5120, 16)):
+        T, rows = module._block_sizes(B, L, N, E, None)
         assert 1 <= T <= min(L, module.MAX_CHUNK) and 1 <= rows <= B
-        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB
+        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB * threads
+    _, rows = module._block_sizes(8, 128, 16, 512, None)
+    assert rows * 16 * 512 >= 32768 * min(threads, 2)  # PyTorch gives a second thread work from there on
 
 
 def test_linear_graph_of_the_reference():
@@ -211,9 +223,11 @@ def test_step_is_scan():
     u, dt, A, B, C, D, state = inputs
     ys = []
     for t in range(20):
-        y, state = scan_step(u[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        now = (u[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        y, state = scan_step(*now)
         ys.append(y)
     wanted_y, wanted_state = scan_chunked(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(scan_step(*now), module._step(*now), strict=True))
     close(torch.stack(ys, 1), wanted_y, 1e-12)
     close(state, wanted_state, 1e-12)
 
@@ -221,13 +235,13 @@ def test_step_is_scan():
 def test_official_formulas():
     u, dt, A, B, C, D, state = (x.detach() for x in inputs_of(L=33))
     wanted_y, wanted_state = official(u, dt, A, B, C, D)
-    for method in ("chunked", "reference"):
+    for method in ("chunked", "parallel", "reference"):
         y, state = selective_scan(u, dt, A, B, C, D, method=method)
         close(y, wanted_y, 1e-5)
         close(state, wanted_state, 1e-5)
 
 
-@pytest.mark.parametrize("method", ("chunked", "reference"))
+@pytest.mark.parametrize("method", ("chunked", "parallel", "reference"))
 def test_gradcheck(method):
     inputs = inputs_of(2, 5, 3, 2, torch.float64)
     scan = partial(selective_scan, method=method, **({"chunk": 2} if method == "chunked" else {}))
@@ -237,15 +251,16 @@ def test_gradcheck(method):
 
 def test_without_d_and_state():
     u, dt, A, B, C, D, state = inputs_of()
-    for scan in (scan_chunked, scan_reference):
+    for scan in (scan_chunked, scan_parallel, scan_reference):
         y, last = scan(u, dt, A, B, C)
         wanted_y, wanted_last = scan(u, dt, A, B, C, torch.zeros_like(D), torch.zeros_like(state))
         assert torch.equal(y, wanted_y) and torch.equal(last, wanted_last)
 
 
-def test_any_memory_layout():
+@pytest.mark.parametrize("scan", (scan_chunked, scan_parallel))
+def test_any_memory_layout(scan):
     inputs = inputs_of(B=3, L=20)
-    wanted = with_gradients(scan_chunked, inputs)
+    wanted = with_gradients(scan, inputs)
     for strides in ("reversed", "expanded"):
         views = []
         for x in inputs:
@@ -254,31 +269,32 @@ def test_any_memory_layout():
                 views[-1] = views[-1].permute(*reversed(range(x.dim()))).requires_grad_()
             else:
                 views.append(x.detach().clone().requires_grad_())
-        got = with_gradients(scan_chunked, views)
+        got = with_gradients(scan, views)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    y, _ = scan_chunked(*inputs)  # y.sum() sends back one expanded number
+    y, _ = scan(*inputs)  # y.sum() sends back one expanded number
     summed = torch.autograd.grad(y.sum(), inputs[0])[0]
     close(summed, torch.autograd.grad(scan_reference(*inputs)[0].sum(), inputs[0])[0], 1e-4)
 
 
-def test_mixed_precision_and_autocast():
+@pytest.mark.parametrize("scan", (scan_chunked, scan_parallel))
+def test_mixed_precision_and_autocast(scan):
     u, dt, A, B, C, D, state = inputs_of()
     half = [x.detach().bfloat16().requires_grad_() for x in (u, B, C)]
-    y, last = scan_chunked(half[0], dt, A, half[1], half[2], D, state)
+    y, last = scan(half[0], dt, A, half[1], half[2], D, state)
     assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
     grads = torch.autograd.grad(y.float().sum(), [half[0], dt, A])
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
     inputs = [u, dt, A, B, C, D, state]
-    wanted = with_gradients(scan_chunked, inputs)
+    wanted = with_gradients(scan, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        got = with_gradients(scan_chunked, inputs)
+        got = with_gradients(scan, inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_extreme_steps():
     """dt = 0 keeps the state, a very large dt leaves only the new token; nothing is nan."""
     u, dt, A, B, C, D, state = (x.detach() for x in inputs_of(L=4))
-    for scan in (scan_chunked, scan_reference):
+    for scan in (scan_chunked, scan_parallel, scan_reference):
         _, last = scan(u, torch.zeros_like(dt), A, B, C, D, state)
         assert torch.equal(last, state)
         _, last = scan(u, torch.full_like(dt, 1e4), A, B, C, D, state)
@@ -309,47 +325,79 @@ def test_keeps_only_the_states_between_chunks():
         assert not scan_chunked(*inputs)[0].requires_grad
 
 
-def test_peak_memory_is_flat_in_chunks():
-    """1/8 of what holding four tensors of all states would take; the parallel scan of mambapy holds about eight."""
-    shape = (1, 2048, 64, 16)
-    peak = module._peak_mib(module._train, scan_chunked, example_inputs(*shape))
-    assert peak <= 4 * 4 * math.prod(shape) / 2**20 / 8 + 3 * 4 * module.MAX_CHUNK * 64 * 16 / 2**20
-
-
-def test_gradients_of_gradients_are_refused():
+@pytest.mark.parametrize("scan", (scan_chunked, scan_parallel))
+def test_gradients_of_gradients_are_refused(scan):
     inputs = inputs_of(1, 3, 2, 2)
     with pytest.raises(RuntimeError, match="no gradients of gradients"):
-        torch.autograd.grad(scan_chunked(*inputs)[0].sum(), inputs[0], create_graph=True)
+        torch.autograd.grad(scan(*inputs)[0].sum(), inputs[0], create_graph=True)
 
 
-# --- torch.compile ---
+# --- operators, devices, transforms ---
 
 
-def test_fused_bodies_uncompiled(monkeypatch):
-    """The functions handed to torch.compile, run as they are: full chunks, a last short one, short blocks of rows."""
-    monkeypatch.setattr(module, "_compiled", lambda function: function)
-    monkeypatch.setattr(module, "FUSED_MIN", 1)
-    monkeypatch.setattr(module, "_block_sizes", lambda *_: (4, 2))
-    for L in (1, 4, 18):
-        check_definition(partial(scan_chunked, compile=True), L, B=5)
-    check_definition(partial(scan_chunked, compile=True), 9, torch.float64)
+class Watch(TorchDispatchMode):
+    """Counts the operator calls, and notes the device of every tensor that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.devices = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls += 1
+        self.devices |= {x.device.type for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
 
 
-def test_fused_exp2():
-    z = torch.cat([torch.linspace(-200, 200, 100_001), torch.tensor([-math.inf, math.inf, 0.0])])
-    got, wanted = module._exp2(z), torch.exp2(z.double())
-    normal = (z >= -126) & (z < 127.5)
-    assert ((got - wanted).abs() / wanted)[normal].max() < 5e-7
-    assert got[z < -126].max() <= 2.0**-126 and got[z >= 128].isinf().all()
-    assert module._exp2(torch.tensor(math.nan)).isnan()
+@pytest.mark.parametrize("L", (256, 1024, 4096))
+def test_the_parallel_form_calls_few_operators(L):
+    inputs = example_inputs(1, L, 4, 2)
+    with Watch() as parallel:
+        with_gradients(scan_parallel, inputs)
+    assert parallel.calls <= 12 * math.sqrt(L) + 60
+    with Watch() as chunked:
+        with_gradients(scan_chunked, inputs)
+    assert chunked.calls > 3 * L  # what it is compared with; and the count counts
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled(monkeypatch):
-    monkeypatch.setattr(module, "FUSED_MIN", 1)
-    monkeypatch.setattr(module, "FUSED_CHUNK", 2)
-    check_definition(partial(scan_chunked, compile=True), 5, E=16)
+@pytest.mark.parametrize("D_and_state", (True, False))
+@pytest.mark.parametrize("method", ("auto", "chunked", "parallel", "reference"))
+def test_every_tensor_is_made_on_the_device_of_the_inputs(method, D_and_state):
+    inputs = [x.detach().to("meta").requires_grad_() for x in inputs_of()]
+    inputs = inputs if D_and_state else inputs[:5]
+    step = [x[:, 0] if name in ("u", "dt", "B", "C") else x for name, x in zip(NAMES, inputs, strict=False)]
+    with Watch() as watch:
+        y, state = selective_scan(*inputs, method=method)
+        torch.autograd.grad((y, state), inputs, (torch.empty_like(y), torch.empty_like(state)))
+        scan_step(*step)
+    assert watch.devices == {"meta"} and watch.calls > 100
+
+
+def test_auto_goes_by_the_device(monkeypatch):
+    used = []
+    for name in ("chunked", "parallel", "reference"):
+        monkeypatch.setattr(module, f"scan_{name}", lambda *_, name=name, **__: used.append(name))
+    inputs = inputs_of()
+    selective_scan(*inputs)
+    selective_scan(*(x.detach().to("meta") for x in inputs))
+    assert used == ["chunked", "parallel"]
+
+
+def test_torch_func_and_compile():
+    """Under them "auto" is the definition; a fast form asked for by name says so in one line."""
+    inputs = [x.detach() for x in inputs_of(L=5, dtype=torch.float64)]
+    u, *rest = inputs
+    wanted = torch.autograd.grad(scan_chunked(u.requires_grad_(), *rest)[0].sum(), u)[0]
+    u = u.detach()
+    close(torch.func.grad(lambda x: selective_scan(x, *rest)[0].sum())(u), wanted, 1e-12)
+    many = torch.func.vmap(lambda x: selective_scan(x, *rest)[0])(torch.stack([u, 2 * u]))
+    close(many[1], selective_scan(2 * u, *rest)[0], 1e-12)
+    compiled = torch.compile(lambda *x: selective_scan(*x)[0], backend="eager", fullgraph=True)
+    close(compiled(*inputs), selective_scan(*inputs)[0], 1e-12)
+    for method in ("chunked", "parallel"):
+        with pytest.raises(RuntimeError, match="do not go through torch.func and torch.compile"):
+            torch.func.vmap(lambda x, m=method: selective_scan(x, *rest, method=m)[0])(torch.stack([u, u]))
 
 
 # --- errors ---
@@ -373,7 +421,7 @@ def test_compiled(monkeypatch):
         ("C", lambda x: x.to("meta"), r"C: got device meta, expected cpu"),
     ],
 )
-@pytest.mark.parametrize("method", ("chunked", "reference"))
+@pytest.mark.parametrize("method", ("chunked", "parallel", "reference"))
 def test_bad_input_is_named(method, name, change, message):
     inputs = [change(x.detach()) if n == name else x.detach() for n, x in zip(NAMES, inputs_of(), strict=True)]
     with pytest.raises(ValueError, match=message):
@@ -382,10 +430,11 @@ def test_bad_input_is_named(method, name, change, message):
 
 def test_bad_options_are_named():
     inputs = inputs_of()
-    with pytest.raises(ValueError, match="method: got 'parallel', expected 'chunked' or 'reference'"):
-        selective_scan(*inputs, method="parallel")
-    with pytest.raises(ValueError, match="chunk: got 0"):
-        selective_scan(*inputs, chunk=0)
+    with pytest.raises(ValueError, match="method: got 'fast', expected 'auto', 'chunked', 'parallel' or 'reference'"):
+        selective_scan(*inputs, method="fast")
+    for chunk in (0, -3, 1.5, "7"):
+        with pytest.raises(ValueError, match=f"chunk: got {chunk!r}, expected None or an integer"):
+            scan_chunked(*inputs, chunk=chunk)
     with pytest.raises(ValueError, match=r"u, A: got shapes \(2, 40, 6\).*expected \(B, E\)"):
         scan_step(*inputs)
 
@@ -457,9 +506,7 @@ def zero_order_hold_for_b(u, dt, A, B, C, D, state):
         (state_not_returned, check_split),
         (padded_on_both_sides, check_causal),
         (no_float32, check_bfloat16),
-        (module.scan_cumprod, check_finite),
         (padding_moves_the_state, check_padding),
-        (module.scan_indexed, check_linear),
     ],
 )
 def test_planted_bug(bug, check):
@@ -504,15 +551,3 @@ def test_the_gap_between_zero_order_hold_and_euler_in_the_docstring():
     for ratio, dt, A in (said.groups()[:3], said.groups()[3:]):
         x = float(dt) * float(A)
         assert f"{math.expm1(x) / x:.{len(ratio) - 2}f}" == ratio
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs(tmp_path):
-    out = tmp_path / "scan.json"
-    subprocess.run([sys.executable, module.__file__, "--quick", "--threads", "1", "--out", out], check=True)
-    result = json.loads(out.read_text())
-    rows = {row["method"]: row for row in result["shapes"][0]["methods"]}
-    assert rows["chunked"]["error"] < 1e-5 and rows["chunked"]["grad_error"] < 1e-4
-    assert rows["chunked"]["peak_mib"] > 0 and rows["reference"]["train_ms"] > 0
-    assert result["cumprod"][-1]["dt .001 to .1"] > 0.5 > result["cumprod"][0]["dt .001 to .1"]
-    assert {"command", "versions", "hardware", "linear", "indexed", "floor"} <= result.keys()
