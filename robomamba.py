@@ -8,9 +8,9 @@
     python robomamba.py --image scene.png --act "Open the top drawer."
     python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
 
-Read `selective_scan.py` first (the recurrence and the symbol key), then this file top to bottom. Shapes and presets are
-in `common/config.py`, checkpoint files in `common/weights.py`, published Mamba and CLIP folders in
-`common/published.py`, the tokenizer in `data/tokenizer.py`.
+Read `selective_scan.py` first (the recurrence and the symbol key), then `common/config.py` (the shapes: dataclasses and
+presets), then this file top to bottom. Checkpoint files: `common/weights.py`; published Mamba and CLIP folders:
+`common/published.py`; the tokenizer: `data/tokenizer.py`.
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752; CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
@@ -31,6 +31,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,15 +42,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import published
-from common.config import PRESETS as PRESETS  # train.py and others import it from here
-from common.config import HeadConfig, LMConfig, RoboMambaConfig, VisionConfig, parts_config
+from common.config import PRESETS, HeadConfig, LMConfig, RoboMambaConfig, VisionConfig, paper_config
 from common.files import read_json, write_json
 from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
 from data import depth as depth_camera
 from data import tokenizer
 from data.dataset import IGNORE, read_picture
 from data.prompts import contact_question
-from selective_scan import scan_step, selective_scan
+from selective_scan import _step, selective_scan
 
 # ---- vision ----------------------------------------------------------------------------------------------------------
 
@@ -88,6 +88,18 @@ class ViTBlock(nn.Module):
         return x + self.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))  # CLIP's activation, "QuickGELU"
 
 
+def patch_embedding(cfg: VisionConfig) -> nn.Module:
+    """CLIP's one convolution of whole patches, or the stem's strided ones; pixels -> (B, W, S / patch, S / patch)."""
+    channels = 7 if cfg.depth else 3
+    if not cfg.stem:
+        return nn.Conv2d(channels, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+    layers = []
+    for width in cfg.stem:
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GELU()]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, cfg.width, 3, stride=2, padding=1))
+
+
 class VisionTransformer(nn.Module):
     """CLIP's image tower: class token, learned positions, pre-norm blocks; returns the patch tokens of one layer.
 
@@ -100,9 +112,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         W = cfg.width
-        self.embeddings = nn.Module()  # a namespace, as `encoder` below
+        self.embeddings = nn.Module()  # a namespace
         self.embeddings.class_embedding = nn.Parameter(torch.zeros(W))
-        self.embeddings.patch_embedding = self._patch_embedding(cfg)
+        self.embeddings.patch_embedding = patch_embedding(cfg)
         self.embeddings.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, W)
         self.pre_layrnorm = nn.LayerNorm(W)  # spelt as in the published checkpoints
         self.encoder = nn.Module()
@@ -119,16 +131,6 @@ class VisionTransformer(nn.Module):
     def save_pretrained(self, folder) -> None:
         """Write an image-tower folder that `transformers` reads."""
         published.save_clip(self, folder)
-
-    @staticmethod
-    def _patch_embedding(cfg: VisionConfig) -> nn.Module:
-        channels_in = 7 if cfg.depth else 3
-        if not cfg.stem:
-            return nn.Conv2d(channels_in, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
-        layers = []
-        for c_in, c_out in zip((channels_in, *cfg.stem), cfg.stem, strict=False):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
-        return nn.Sequential(*layers, nn.Conv2d(cfg.stem[-1], cfg.width, 3, stride=2, padding=1))
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> float, CLIP's mean and deviation."""
@@ -157,7 +159,6 @@ class VisionTransformer(nn.Module):
 
 
 def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequential:
-    """Linear, activation, Linear, .., Linear over `widths`."""
     layers = []
     for w_in, w_out in zip(widths[:-1], widths[1:-1], strict=False):
         layers += [nn.Linear(w_in, w_out), activation()]
@@ -175,6 +176,22 @@ def position_code(side: int, d_model: int) -> Tensor:
 
 
 # ---- mamba -----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) over the last axis. F.rms_norm gives the same with twice as many operations."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.rsqrt(length * length / x.shape[-1] + eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps).to(self.weight.dtype) * self.weight
 
 
 class LayerState(NamedTuple):
@@ -222,12 +239,11 @@ class MambaMixer(nn.Module):
 
         As K shifted products: F.conv1d wants (B, E, L), so two transposes, and has a slow backward on a CPU.
         """
-        K = self.cfg.d_conv
-        L = x.shape[1] - K + 1
-        w = self.conv1d.weight[:, 0]  # (E, K)
-        y = torch.addcmul(self.conv1d.bias, x[:, :L], w[:, 0])
-        for k in range(1, K):
-            y = torch.addcmul(y, x[:, k : k + L], w[:, k])
+        taps = self.conv1d.weight[:, 0].T.contiguous()  # (K, E)
+        L = x.shape[1] - len(taps) + 1
+        y = self.conv1d.bias
+        for k, tap in enumerate(taps):
+            y = torch.addcmul(y, x[:, k : k + L], tap)
         return y
 
     def selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,10 +251,12 @@ class MambaMixer(nn.Module):
         # exercise 5: the Mamba block, what a token selects
         cfg = self.cfg
         dt, BC = self.x_proj(u).split([cfg.rank, 2 * cfg.d_state], -1)
+        # line 4: dt = softplus(parameter + s_dt(u)), where s_dt is a product of two matrices of rank R
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(self.A_log.dtype) + self.dt_proj.bias)
-        BC = BC.unflatten(-1, (2, cfg.d_state))  # (.., 2, N)
+        # lines 2 and 3: B = s_B(u), C = s_C(u)
+        BC = BC.to(self.A_log.dtype).unflatten(-1, (2, cfg.d_state))  # (.., 2, N)
         if cfg.bc_norm:
-            BC = F.rms_norm(BC.to(self.A_log.dtype), (cfg.d_state,), eps=cfg.norm_eps)
+            BC = rms_norm(BC, cfg.norm_eps)
         B, C = BC.unbind(-2)
         return dt, -torch.exp(self.A_log), B, C
         # end of exercise 5
@@ -262,7 +280,7 @@ class MambaMixer(nn.Module):
         window = torch.cat([state.conv.to(u.dtype), u[:, None]], 1)  # (B, K, E)
         u = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)  # `conv` for one token
         dt, A, B, C = self.selection(u)
-        y, ssm = scan_step(u, dt, A, B, C, self.D, state.ssm)
+        y, ssm = _step(u.to(dt.dtype), dt, A, B, C, self.D, state.ssm)  # scan_step without its checks
         return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(window[:, 1:], ssm)
 
 
@@ -271,13 +289,13 @@ class MambaBlock(nn.Module):
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         self.mixer = MambaMixer(cfg)
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """A sequence (B, L, D), or one token (B, D), which is a step of the recurrence."""
         mix = self.mixer.step if x.ndim == 2 else self.mixer
-        y, state = mix(self.norm(x.to(self.norm.weight.dtype)), state)
+        y, state = mix(self.norm(x), state)
         return x + y, state
 
 
@@ -288,7 +306,7 @@ class MambaBackbone(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers = nn.ModuleList(MambaBlock(cfg) for _ in range(cfg.n_layer))
-        self.norm_f = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.norm_f = RMSNorm(cfg.d_model, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor, states: Sequence | None = None) -> tuple[Tensor, list[LayerState]]:
         """Embeddings (B, L, D) after `states` (one a block or None) -> final-norm states (B, L, D), new `states`."""
@@ -298,11 +316,9 @@ class MambaBackbone(nn.Module):
         for block, state in zip(self.layers, states, strict=True):
             x, state = block(x, state)
             after.append(state)
-        return self.norm_f(x.to(self.norm_f.weight.dtype)), after
+        return self.norm_f(x), after
 
-    def step(self, x: Tensor, states: Sequence) -> tuple[Tensor, list[LayerState]]:
-        """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
-        return self(x, states)
+    step = forward  # on one embedding (B, D); memory stays constant however long the sequence gets
 
 
 class MambaLM(nn.Module):
@@ -511,8 +527,8 @@ class RoboMamba(nn.Module):
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        Args: image as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`.
-        Many questions at once: common/decoding.py.
+        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`. Many questions at
+        once: common/decoding.py.
         """
         rng = torch.Generator().manual_seed(seed)
         device = self.lm.lm_head.weight.device
@@ -525,10 +541,9 @@ class RoboMamba(nn.Module):
             logits = self.lm.lm_head(h)[0].float().cpu()
             if not logits.isfinite().all():
                 raise ValueError("the logits are not finite: these weights cannot be used")
+            token = int(logits.argmax())
             if temperature > 0:
                 token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=rng))
-            else:
-                token = int(logits.argmax())
             if token == self.encoding.eot_token:
                 break
             answer.append(token)
@@ -544,7 +559,8 @@ class RoboMamba(nn.Module):
             any model's contact is refined on the measured surface (data/depth.py).
         Raises: ValueError, also for an action that is not finite.
         """
-        S, device = self.config.vision.image_size, self.lm.lm_head.weight.device
+        S = self.config.vision.image_size
+        device = self.lm.lm_head.weight.device
         if (depth is None) != (intrinsics is None):
             raise ValueError("depth and intrinsics go together")
         geometry = None
@@ -566,10 +582,7 @@ class RoboMamba(nn.Module):
         return Action(float(u), float(v), rotation.numpy())
 
     def save_pretrained(self, path, half: bool = False) -> None:
-        """Write `path`/{model.safetensors, config.json, vocab.tiktoken}, all of them or none.
-
-        half: weight matrices in float16 (A_log, D, dt bias, norms stay); loading gives float32 again.
-        """
+        """Write `path`/{model.safetensors, config.json, vocab.tiktoken}; half: matrices but A_log in float16."""
 
         def write(staging: Path) -> None:
             save_tensors(staging / "model.safetensors", self, half=half)
@@ -594,14 +607,17 @@ class RoboMamba(nn.Module):
     def from_parts(cls, vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
         """A model ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
 
-        preset: whose projector, head, pooling and position code (the paper's widths follow the language model's).
-        tokenizer_file: default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published
-        parts (bfloat16 halves the memory); what is new, and to be trained, is float32.
+        preset: whose projector, head, pooling and position code. tokenizer_file: default tokenizer.json in mamba_folder
+        (the original folders have none). dtype: of the published parts; what is new, and to be trained, is float32.
         """
         encoding = tokenizer.read_tokenizer_json(tokenizer_file or Path(mamba_folder) / "tokenizer.json")
         vision = VisionTransformer.from_pretrained(vision_folder, dtype=dtype)
         lm = MambaLM.from_pretrained(mamba_folder, dtype)
-        config = parts_config(preset, vision.cfg, lm.cfg)
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
+        if preset not in ("tiny", "small"):
+            config = paper_config(vision.cfg, lm.cfg)  # its widths follow the language model's
         if encoding.n_vocab > lm.cfg.vocab_size:
             raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
         with torch.device("meta"):
@@ -659,8 +675,7 @@ def init_weights(model: nn.Module) -> None:
 
 
 def count(module: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters())  # tied ones once
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -684,14 +699,14 @@ def main() -> None:
         print(model.generate(args.image, args.ask))
         return
     depth = depth_camera.read_depth(args.depth) if args.depth else None
-    action = model.predict_action(args.image, args.act, depth, args.intrinsics)
+    u, v, rotation = model.predict_action(args.image, args.act, depth, args.intrinsics)
     side = model.config.vision.image_size
-    print(f"pixel u {action.u:.1f} v {action.v:.1f} (of {side})")
+    print(f"pixel u {u:.1f} v {v:.1f} (of {side})")
     if depth is not None:
-        x, y, z = depth_camera.lift(action.u, action.v, side, depth, args.intrinsics)
+        x, y, z = depth_camera.lift(u, v, side, depth, args.intrinsics)
         print(f"point x {x:.4f} y {y:.4f} z {z:.4f} m, camera frame x right, y down, z forward")
     print("rotation, columns forward, left, approach, camera frame x right, y down, z forward:")
-    print(np.array2string(action.rotation, precision=3, suppress_small=True))
+    print(np.array2string(rotation, precision=3, suppress_small=True))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,13 @@
-"""The shapes of RoboMamba: dataclasses, their JSON, and the presets. robomamba.py has the model they describe.
-
-    config = RoboMambaConfig.from_dict(json.load(file), "config.json")      # an unknown key is an error
-    config = PRESETS["tiny"]                                                # python -m extras.costs lists them
-
-Letters in comments are those of selective_scan.py and robomamba.py.
-"""
+"""The shapes of RoboMamba, their JSON and the presets (`python -m extras.costs` lists them). Letters: robomamba.py."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from common.weights import dataclass_from_dict
 
 
 @dataclass
-class VisionConfig:
-    """The image encoder. Defaults are the `tiny` preset; CLIP's own shapes are in CLIP_L below."""
-
+class VisionConfig:  # the image encoder; defaults are the `tiny` preset, CLIP's own shapes are in CLIP_L below
     image_size: int = 128  # S, pixels
     patch_size: int = 16  # pixels
     width: int = 192  # W
@@ -31,9 +23,7 @@ class VisionConfig:
 
 
 @dataclass
-class LMConfig:
-    """The language model. Fields named as in Mamba's own config where it has them."""
-
+class LMConfig:  # the language model; fields named as in Mamba's own config where it has them
     d_model: int = 192
     n_layer: int = 4
     vocab_size: int = 1024
@@ -58,9 +48,7 @@ class LMConfig:
 
 
 @dataclass
-class HeadConfig:
-    """The policy head (paper section 3.3, appendix Table 6)."""
-
+class HeadConfig:  # the policy head (paper section 3.3, appendix Table 6)
     kind: str = "two_mlp"  # pixel and rotation apart (the paper's choice) | "one_mlp": one MLP with 8 outputs
     hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
     pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
@@ -76,23 +64,20 @@ class RoboMambaConfig:
 
     def __post_init__(self):
         vision, head = self.vision, self.head
-        patch = vision.patch_size
-        layers = range(-vision.n_layer - 1, vision.n_layer + 1)
-        stem_patch = 2 ** (len(vision.stem) + 1) if vision.stem else patch
-        per_channel = (len(vision.image_mean), len(vision.image_std)) == (3, 3) and min(vision.image_std) >= 1e-3
-        rules = {
-            f"vision: patch_size {patch} must divide image_size {vision.image_size}": vision.image_size % patch == 0,
-            f"vision: n_head {vision.n_head} must divide width {vision.width}": vision.width % vision.n_head == 0,
-            f"vision.select_layer: {vision.select_layer} is not a layer": vision.select_layer in layers,
-            f"vision.stem: {vision.stem} makes patches of {stem_patch}, not patch_size {patch}": stem_patch == patch,
-            "vision: image_mean and image_std must be three numbers each, image_std at least 0.001": per_channel,
-            "lm.d_model: must be a multiple of 4 for position_code": not self.position_code or self.lm.d_model % 4 == 0,
-            f"head.kind: {head.kind!r}, expected two_mlp or one_mlp": head.kind in ("two_mlp", "one_mlp"),
-            f"head.pool: {head.pool!r}, expected last, first_last or mean": head.pool in ("last", "first_last", "mean"),
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ValueError(rule)
+        if vision.image_size % vision.patch_size:
+            raise ValueError(f"vision: patch_size {vision.patch_size} must divide image_size {vision.image_size}")
+        if vision.width % vision.n_head:
+            raise ValueError(f"vision: n_head {vision.n_head} must divide width {vision.width}")
+        if not -vision.n_layer - 1 <= vision.select_layer <= vision.n_layer:
+            raise ValueError(f"vision.select_layer: {vision.select_layer} is not a layer")
+        if vision.stem and 2 ** (len(vision.stem) + 1) != vision.patch_size:
+            raise ValueError(f"vision.stem: {vision.stem} does not make patches of patch_size {vision.patch_size}")
+        if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or min(vision.image_std) < 1e-3:
+            raise ValueError("vision: image_mean and image_std must be three numbers each, image_std at least 0.001")
+        if self.position_code and self.lm.d_model % 4:
+            raise ValueError("lm.d_model: must be a multiple of 4 for position_code")
+        if head.kind not in ("two_mlp", "one_mlp") or head.pool not in ("last", "first_last", "mean"):
+            raise ValueError(f"head: no kind {head.kind!r} with pool {head.pool!r}; common/config.py lists them")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -117,17 +102,8 @@ PRESETS = {
     "tiny": RoboMambaConfig(),
     "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True)),
     "small": RoboMambaConfig(
-        VisionConfig(width=384, n_layer=8), LMConfig(384, 8, d_state=16), HeadConfig(hidden=(24,)), (768,)
+        VisionConfig(128, 16, 384, 8), LMConfig(384, 8, 1024, 16), HeadConfig(hidden=(24,)), (768,)
     ),
     "mamba-130m": paper_config(CLIP_L, LMConfig(d_model=768, n_layer=24, **MAMBA)),
     "robomamba-2.8b": paper_config(CLIP_L, LMConfig(d_model=2560, n_layer=64, **MAMBA)),
 }
-
-
-def parts_config(preset: str, vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
-    """Published parts with the projector, head and pooling of a preset. Raises: ValueError for an unknown one."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if preset in ("tiny", "small"):
-        return replace(PRESETS[preset], vision=vision, lm=lm)
-    return paper_config(vision, lm)  # its widths follow the language model's

@@ -3,9 +3,7 @@
     answers = generate_batch(model, [image, image, ..], ["what is this object?", ..])
 
 Prompts differ in length, but nothing is padded: all rows read as many tokens as the shortest prompt has in one pass;
-from there each step feeds a row the next token of its prompt, or what it said last. So every state is that of a true
-last token, a short question already answers while a long one is still being read, and a row that has ended leaves the
-batch.
+from there each step feeds a row the next token of its prompt, or what it said last. A row that ends leaves the batch.
 """
 
 import os
@@ -14,11 +12,10 @@ import torch
 
 
 def generate_batch(model, images, questions: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Answers to `questions`, in their order.
+    """Answers to `questions`, in their order. Raises: ValueError as RoboMamba.generate, and for lists of other lengths.
 
-    Args: model, a RoboMamba. images: one image (as RoboMamba.generate takes it, or None) for all questions, or a list
-        with one for each; an image that occurs several times is encoded once.
-    Raises: ValueError as RoboMamba.generate; also where the lists differ in length.
+    images: one image (as RoboMamba.generate takes it, or None) for all questions, or a list with one for each; an image
+    that occurs several times is encoded once.
     """
     return [model.text(ids) for ids in generate_ids(model, images, questions, max_new_tokens)]
 
@@ -32,7 +29,6 @@ def generate_ids(model, images, questions: list[str], max_new_tokens: int = 64) 
         return answers
     backbone = model.lm.backbone
     device = model.lm.lm_head.weight.device
-    end = model.encoding.eot_token
     t = min(map(len, prompts))
     words = torch.tensor([prompt[:t] for prompt in prompts], device=device)
     h, states = backbone(backbone.embedding(words), _prefill(model, images, len(prompts)))
@@ -43,12 +39,11 @@ def generate_ids(model, images, questions: list[str], max_new_tokens: int = 64) 
         if not logits.isfinite().all():
             raise ValueError("the logits are not finite: these weights cannot be used")
         said = logits.argmax(-1).tolist()
-        kept = []
-        fed = []
+        kept, fed = [], []
         for i, row in enumerate(rows):
             if t < len(prompts[row]):
                 token = prompts[row][t]
-            elif len(answers[row]) == max_new_tokens or said[i] == end:
+            elif len(answers[row]) == max_new_tokens or said[i] == model.encoding.eot_token:
                 continue
             else:
                 token = said[i]
@@ -73,7 +68,6 @@ def _prefill(model, images, n: int) -> list | None:
         raise ValueError(f"images: {len(images)} for {n} questions; give one, or one each")
     keys = [str(image) if isinstance(image, str | os.PathLike) else id(image) for image in images]
     different = dict(zip(keys, images, strict=True))
-    place = {key: i for i, key in enumerate(different)}
+    owners = [list(different).index(key) for key in keys]
     states = model.encode_image(torch.cat([model.image_tensor(image) for image in different.values()]))
-    owners = [place[key] for key in keys]
     return [state._make(s[owners] for s in state) for state in states]

@@ -4,18 +4,13 @@
     lm = load(MambaLM, cfg, folder, mamba_name)                    # weights; no name needs a table
     encoding = read_tokenizer_json(file, "<|endoftext|>", turns)   # GPT-NeoX's tokens as a tiktoken.Encoding
 
-What such folders look like (all accepted):
-
-    config.json          Mamba, original: d_model, n_layer, vocab_size, ssm_cfg, pad_vocab_size_multiple
-                         Mamba, -hf:      hidden_size, num_hidden_layers, vocab_size, state_size, time_step_rank, ..
-                         CLIP:            hidden_size, .. of the image tower, or all of CLIP with a `vision_config`
-    weights, one of      model.safetensors | pytorch_model.bin | one of the two in parts, named by an .index.json
-    names                backbone.embedding.weight (original), backbone.embeddings.weight (-hf); lm_head.weight, or not;
-                         CLIP's tower alone or behind `vision_model.`, beside the text tower
+config.json   Mamba's original (d_model, n_layer, ssm_cfg, ..) or -hf (hidden_size, ..); CLIP's, or its image tower's
+weights       model.safetensors or pytorch_model.bin, whole or in parts that an .index.json names
+names         backbone.embedding.weight (original), backbone.embeddings.weight (-hf); lm_head.weight, or not;
+              CLIP's tower alone or behind `vision_model.`, beside the text tower
 
 Nothing in such a file is executed (a pickle is read with `weights_only=True`), nothing outside the folder is opened.
 Every error names the file.
-
 Sources: github.com/state-spaces/mamba (config and names), huggingface.co/docs/transformers (the -hf ones), OpenAI CLIP.
 """
 
@@ -37,7 +32,38 @@ from common.files import read_json, write_atomically, write_json
 from common.weights import check_number, load_tensors, open_safetensors, save_folder, save_tensors
 
 TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Our names of shapes: theirs. What cannot vary here must be as it is in the second table, or be absent.
+MAMBA = {k: k for k in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "dt_rank")}
+MAMBA_FIXED = {"layer": "Mamba1", "rms_norm": True, "bias": False, "conv_bias": True}
+MAMBA_FIXED |= {"d_intermediate": 0, "attn_layer_idx": []}
+MAMBA_OTHER = "ssm_cfg attn_cfg residual_in_fp32 fused_add_norm pad_vocab_size_multiple tie_embeddings"
+MAMBA_OTHER += " dt_min dt_max dt_init dt_scale dt_init_floor use_fast_path"  # speed and initial values only
+HF = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size", "d_state": "state_size"}
+HF |= {"d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
+HF_FIXED = {"model_type": "mamba", "hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
+CLIP = {"image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size"}
+CLIP |= {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "mlp_ratio": "intermediate_size"}
+CLIP_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
+# Where a config is silent; CLIP's are those of ViT-B/32.
+MAMBA_DEFAULT = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
+CLIP_DEFAULT = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12}
+CLIP_DEFAULT |= {"num_attention_heads": 12, "intermediate_size": 3072}
+
+
+def read_shapes(file: Path, config: dict, names: dict, fixed: dict, what: str) -> dict:
+    """{our name: number} of a published config. Raises: ValueError naming the key that is absurd or unsupported."""
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {config[key]!r}, but only {what} is known here ({key} = {value!r})")
+    values = {}
+    for ours, key in names.items():
+        value = config.get(key)
+        if ours == "dt_rank" and value == "auto":
+            value = 0  # ceil(d_model / 16)
+        limit = "" if ours == "mlp_ratio" else ours  # there it is a width still
+        values[ours] = check_number(f"{file}: {key}", value, True, 0 if ours == "dt_rank" else 1, limit)
+    return values
+
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
@@ -54,15 +80,15 @@ def weight_files(folder) -> list[Path]:
     """The files that hold the weights of a published folder: one file, or the parts that its index names."""
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
-        index = folder / f"{name}.index.json"
         if not index.is_file():
             continue
         parts = read_json(index, dict).get("weight_map")
         if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
             raise ValueError(f"{index}: `weight_map` is not a table of tensor and file names")
-        for part in sorted(set(parts.values())):
+        for part in parts.values():
             if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", part):  # no separators: it lies in this folder
                 raise ValueError(f"{index}: {part!r} is not the name of a weights file in the index's own folder")
             if not (folder / part).is_file():
@@ -83,10 +109,9 @@ def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
                     raise ValueError("compressed, which torch.save never does")
         with warnings.catch_warnings(action="ignore"):  # about the pickle's age
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=in_zip)
-        if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-        ):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError("not a table of tensors")
+        shapes = {str(k): tuple(t.shape) if t.is_floating_point() else t.dtype for k, t in tensors.items()}
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks to run {wants[1]}" if wants else "is damaged or asks for more than tensors"
@@ -94,15 +119,7 @@ def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file}: not a readable file of tensors ({reason})") from None
-    shapes = {k: tuple(t.shape) if t.is_floating_point() else t.dtype for k, t in tensors.items()}
     return shapes, tensors.__getitem__
-
-
-def _check_fixed(file: Path, config: dict, fixed: dict, what: str) -> None:
-    """What our code cannot vary must be as it is there, or be absent."""
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {config[key]!r}, but only {what} is known here ({key} = {value!r})")
 
 
 # ---- Mamba -----------------------------------------------------------------------------------------------------------
@@ -120,40 +137,26 @@ def mamba_config(folder) -> dict:
     """
     file = Path(folder) / "config.json"
     config = read_json(file, dict)
+    multiple, eps = 1, 1e-5
+    what = "Mamba-1 with RMSNorm and SiLU"
     if "hidden_size" in config:  # -hf; asked first, because some of these folders hold the original's keys as well
-        theirs = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size"}
-        theirs |= {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
-        fixed = {"model_type": "mamba", "hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
-        multiple = 1
-        eps = config.get("layer_norm_epsilon", 1e-5)
+        eps = check_number(f"{file}: layer_norm_epsilon", config.get("layer_norm_epsilon", eps), False, 1e-12)
+        config = {HF[key]: value for key, value in MAMBA_DEFAULT.items()} | config
+        values = read_shapes(file, config, HF, HF_FIXED, what)
     else:
         ssm = config.get("ssm_cfg") or {}
         if not isinstance(ssm, dict):
             raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
-        config = config | ssm
-        theirs = {k: k for k in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "dt_rank")}
-        fixed = {"layer": "Mamba1", "rms_norm": True, "bias": False, "conv_bias": True}
-        fixed |= {"d_intermediate": 0, "attn_layer_idx": []}
-        harmless = "ssm_cfg attn_cfg residual_in_fp32 fused_add_norm pad_vocab_size_multiple tie_embeddings"
-        harmless += " dt_min dt_max dt_init dt_scale dt_init_floor use_fast_path"  # speed and initial values only
-        unknown = sorted(config.keys() - theirs.keys() - fixed.keys() - set(harmless.split()))
+        config = MAMBA_DEFAULT | config | ssm
+        unknown = sorted(config.keys() - MAMBA.keys() - MAMBA_FIXED.keys() - set(MAMBA_OTHER.split()))
         if unknown:
             raise ValueError(f"{file}: unknown key {unknown[0]!r} in a Mamba config")
+        values = read_shapes(file, config, MAMBA, MAMBA_FIXED, what)
         multiple = config.get("pad_vocab_size_multiple", 8)
-        eps = 1e-5
-    _check_fixed(file, config, fixed, "Mamba-1 with RMSNorm and SiLU")
-    default = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
-    values = {}
-    for ours, key in theirs.items():
-        value = config.get(key, default.get(ours))
-        if ours == "dt_rank" and value == "auto":
-            value = 0  # ceil(d_model / 16)
-        values[ours] = check_number(f"{file}: {key}", value, True, 0 if ours == "dt_rank" else 1, ours)
-    multiple = check_number(f"{file}: pad_vocab_size_multiple", multiple, True, 1)
+        multiple = check_number(f"{file}: pad_vocab_size_multiple", multiple, True, 1)
     values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
-    values["norm_eps"] = check_number(f"{file}: layer_norm_epsilon", eps, False, 1e-12)
     start = {"dt_min": 0.001, "dt_max": 0.1, "a_min": 1.0, "a_max": float(values["d_state"])}
-    return values | start | {"bc_norm": False}
+    return values | start | {"norm_eps": eps, "bc_norm": False}
 
 
 def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
@@ -165,23 +168,21 @@ def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
         raise ValueError("bc_norm: published Mamba code cannot normalise B and C; this model has no published form")
     if naming == "original" and cfg.norm_eps != 1e-5:
         raise ValueError(f"norm_eps: {cfg.norm_eps} cannot be said in the original config, which means 1e-5")
+    config = {theirs: getattr(cfg, ours) for ours, theirs in (HF if naming == "hf" else MAMBA).items()}
 
     def write_hf(staging: Path) -> None:
-        config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
-        config |= {"hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layer, "vocab_size": cfg.vocab_size}
-        config |= {"state_size": cfg.d_state, "conv_kernel": cfg.d_conv, "expand": cfg.expand}
-        config |= {"intermediate_size": cfg.d_inner, "time_step_rank": cfg.rank, "layer_norm_epsilon": cfg.norm_eps}
+        more = {"time_step_rank": cfg.rank, "intermediate_size": cfg.d_inner, "layer_norm_epsilon": cfg.norm_eps}
+        more |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
         rename = lambda name: name.replace("backbone.embedding.", "backbone.embeddings.")  # noqa: E731
         save_tensors(staging / "model.safetensors", lm, rename)
-        write_json(staging / "config.json", config)
+        write_json(staging / "config.json", config | more)
 
     def write_original(staging: Path) -> None:
-        ssm = {"d_state": cfg.d_state, "d_conv": cfg.d_conv, "expand": cfg.expand, "dt_rank": cfg.rank}
-        config = {"d_model": cfg.d_model, "n_layer": cfg.n_layer, "vocab_size": cfg.vocab_size, "ssm_cfg": ssm}
-        config |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
+        ssm = {key: config.pop(key) for key in ("d_state", "d_conv", "expand", "dt_rank")} | {"dt_rank": cfg.rank}
+        more = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
         weights = {name: p.detach().cpu() for name, p in lm.state_dict().items()}  # the tied head under both names
         write_atomically(staging / "pytorch_model.bin", lambda temporary: torch.save(weights, temporary))
-        write_json(staging / "config.json", config)
+        write_json(staging / "config.json", config | {"ssm_cfg": ssm} | more)
 
     save_folder(folder, write_hf if naming == "hf" else write_original)
 
@@ -205,19 +206,8 @@ def clip_config(folder) -> dict:
     config = config.get("vision_config", config)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: vision_config is {config!r}, expected a JSON object")
-    fixed = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
-    _check_fixed(file, config, fixed, "OpenAI's CLIP image tower")
-    theirs = {  # our name: theirs, and ViT-B/32's value, which CLIP configs leave out
-        "image_size": ("image_size", 224),
-        "patch_size": ("patch_size", 32),
-        "width": ("hidden_size", 768),
-        "n_layer": ("num_hidden_layers", 12),
-        "n_head": ("num_attention_heads", 12),
-    }
-    values = {}
-    for ours, (key, default) in theirs.items():
-        values[ours] = check_number(f"{file}: {key}", config.get(key, default), True, 1, ours)
-    hidden = check_number(f"{file}: intermediate_size", config.get("intermediate_size", 3072), True, 1)
+    values = read_shapes(file, CLIP_DEFAULT | config, CLIP, CLIP_FIXED, "OpenAI's CLIP image tower")
+    hidden = values["mlp_ratio"]
     if hidden % values["width"]:
         raise ValueError(f"{file}: intermediate_size {hidden} is no multiple of {values['width']}")
     return values | {"mlp_ratio": hidden // values["width"], "stem": (), "output_norm": False}
@@ -230,10 +220,9 @@ def save_clip(vision: nn.Module, folder) -> None:
         raise ValueError(f"stem {cfg.stem}, depth {cfg.depth}: CLIP has one convolution of RGB patches, stem=()")
 
     def write(staging: Path) -> None:
-        config = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-        config |= {"image_size": cfg.image_size, "patch_size": cfg.patch_size, "hidden_size": cfg.width}
-        config |= {"num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head}
-        config |= {"intermediate_size": cfg.mlp_ratio * cfg.width, "num_channels": 3, "layer_norm_eps": 1e-5}
+        config = {theirs: getattr(cfg, ours) for ours, theirs in CLIP.items()} | CLIP_FIXED
+        config |= {"intermediate_size": cfg.mlp_ratio * cfg.width}
+        config |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
         save_tensors(staging / "model.safetensors", vision, lambda name: f"vision_model.{name}")
         write_json(staging / "config.json", config)
 
@@ -241,6 +230,16 @@ def save_clip(vision: nn.Module, folder) -> None:
 
 
 # ---- tokenizer.json --------------------------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SETTINGS = {  # of tokenizer.json: (what a silent file means, the only value that PublishedEncoding knows)
+    "model": {"type": (None, "BPE"), "byte_fallback": (False, False), "ignore_merges": (False, False)},
+    "pre_tokenizer": {"type": (None, "ByteLevel"), "add_prefix_space": (True, False), "use_regex": (True, True)},
+    "normalizer": {"type": ("NFC", "NFC")},
+    "added_tokens": {"single_word": (False, False), "lstrip": (False, False), "rstrip": (False, False)},
+}
+UNUSED = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+SETTINGS["model"] |= {key: (None, None) for key in UNUSED}
 
 
 class PublishedEncoding(tiktoken.Encoding):
@@ -259,18 +258,14 @@ class PublishedEncoding(tiktoken.Encoding):
         self._cut = regex.compile(f"({'|'.join(longest_first)})" if added else r"(\b\B)")  # or what never matches
         super().__init__("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special | added)
 
-    def _pieces(self, text: str, encode: Callable) -> list[int]:
-        ids = []
-        for i, part in enumerate(self._cut.split(unicodedata.normalize("NFC", text))):
-            ids += [self.added[part]] if i % 2 else encode(part)
-        return ids
-
     def encode_ordinary(self, text: str) -> list[int]:
-        return self._pieces(text, super().encode_ordinary)
+        return self.encode(text, disallowed_special=())
 
     def encode(self, text: str, **options) -> list[int]:
-        plain = super().encode
-        return self._pieces(text, lambda part: plain(part, **options))
+        ids = []
+        for i, part in enumerate(self._cut.split(unicodedata.normalize("NFC", text))):
+            ids += [self.added[part]] if i % 2 else super().encode(part, **options)
+        return ids
 
 
 def alphabet() -> dict[str, int]:
@@ -299,37 +294,36 @@ def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> P
     Merges to ranks: such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours
     whose SPELLING has an id, lowest id first. Both cut every text alike if each token, encoded alone by the listed
     merges, comes out whole, and if ids grow with the merge that completes their token: then no pair spells a token in a
-    way that is not listed (it would have shown when the token was encoded alone), and the order is the same. Both are
-    checked here.
+    way that is not listed, and the order is the same. Both are checked here.
 
     Raises: ValueError naming the file and what in it is missing, or would need another encoder.
     """
     file = read_json(path, dict, "published Mamba -hf folders hold one")
     try:
-        model = file["model"]
-        extra = file["added_tokens"]
+        model, extra = file["model"], file["added_tokens"]
+        parts = [("model", model), ("pre_tokenizer", file["pre_tokenizer"])]
+        parts += [("normalizer", file.get("normalizer") or {}), *(("added_tokens", token) for token in extra)]
         byte_of = alphabet()
-        added_names = {token["content"] for token in extra}
-        ids = {
-            bytes(byte_of[c] for c in token): int(i)
-            for token, i in model["vocab"].items()
-            if token not in added_names and all(c in byte_of for c in token)
-        }
+        names = {token["content"] for token in extra}
+        plain = {t: int(i) for t, i in model["vocab"].items() if t not in names and set(t) <= byte_of.keys()}
+        ids = {bytes(byte_of[c] for c in token): i for token, i in plain.items()}
         pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         order = {tuple(bytes(byte_of[c] for c in part) for part in pair): i for i, pair in enumerate(pairs)}
         special = {t["content"]: int(t["id"]) for t in extra if t.get("special")}
         added = {t["content"]: int(t["id"]) for t in extra if not t.get("special")}
-        expected = _expected_settings(file, model, extra)
+        found = [
+            (where, key, part.get(key, SETTINGS[where][key][0])) for where, part in parts for key in SETTINGS[where]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    for key, (found, wanted) in expected.items():
-        if found != wanted:
-            raise ValueError(f"{path}: {key} is {found!r}, this encoder knows {wanted!r} only")
+    for where, key, value in found:
+        wanted = SETTINGS[where][key][1]
+        if value != wanted and (value or wanted):  # "" and 0 stand for None
+            raise ValueError(f"{path}: {where}.{key} is {value!r}, this encoder knows {wanted!r} only")
     if end not in special:
         raise ValueError(f"{path}: no special token {end!r}, which ends every answer")
     if not ids:
         raise ValueError(f"{path}: model.vocab holds no token")
-
     completed = {}  # token -> the merge that completes it
     for token in ids:
         pieces, completed[token] = merged(token, order)
@@ -345,23 +339,3 @@ def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> P
     for name in turns:
         special.setdefault(name, max(*taken, *special.values()) + 1)
     return PublishedEncoding(ids, special, added)
-
-
-def _expected_settings(file: dict, model: dict, extra: list) -> dict:
-    """{setting: (value in the file, the only value that PublishedEncoding knows)}."""
-    cut = file["pre_tokenizer"]
-    expected = {
-        "model.type": (model["type"], "BPE"),
-        "model.byte_fallback": (model.get("byte_fallback", False), False),
-        "model.ignore_merges": (model.get("ignore_merges", False), False),
-        "pre_tokenizer": (cut["type"], "ByteLevel"),
-        "pre_tokenizer.add_prefix_space": (cut.get("add_prefix_space", True), False),
-        "pre_tokenizer.use_regex": (cut.get("use_regex", True), True),
-        "normalizer": ((file.get("normalizer") or {}).get("type", "NFC"), "NFC"),
-    }
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        expected[f"model.{key}"] = (model.get(key) or None, None)
-    for token in extra:
-        for key in ("single_word", "lstrip", "rstrip"):
-            expected[f"added_tokens {token['content']!r}.{key}"] = (token.get(key, False), False)
-    return expected

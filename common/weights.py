@@ -6,7 +6,6 @@
 
 Reading a file executes nothing and allocates nothing before the names and shapes of ALL tensors fit the model. Then the
 tensors are read one at a time into the model's own memory and dtype: there is never a second copy of the weights.
-Published Mamba and CLIP folders are read by common/published.py, with the same `load_tensors`.
 """
 
 import math
@@ -28,8 +27,6 @@ KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 LARGEST = {"n_layer": 2**10, "expand": 64, "mlp_ratio": 64, "d_state": 2**12, "image_size": 2**14}  # others: 2**20
 RETIRED = (("mixer", "mamba"),)  # what older configs say and nothing depends on
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
 
 def check_number(name: str, value, whole: bool, low: float, key: str = "") -> int | float:
     """The value, if it is a (whole) number from `low` to the largest one reasonable for `key`."""
@@ -48,11 +45,12 @@ def dataclass_from_dict(cls, values, source: str):
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
     defaults = {field.name: getattr(cls(), field.name) for field in fields(cls)}
-    values = {key: value for key, value in values.items() if (key, value) not in RETIRED}
-    unknown = sorted(set(values) - set(defaults))
-    if unknown:
-        raise ValueError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(defaults)}")
-    checked = {key: _check_field(key, value, defaults[key], f"{source}.{key}") for key, value in values.items()}
+    checked = {}
+    for key, value in values.items():
+        if key in defaults:
+            checked[key] = _check_field(key, value, defaults[key], f"{source}.{key}")
+        elif (key, value) not in RETIRED:
+            raise ValueError(f"{source}: unknown key {key!r}; known keys are {', '.join(defaults)}")
     try:
         return cls(**checked)
     except ValueError as error:  # from __post_init__, which knows no file
@@ -63,9 +61,9 @@ def _check_field(key: str, value, default, name: str):
     """`value`, if it has the type of `default` and a reasonable size."""
     if is_dataclass(default):
         return dataclass_from_dict(type(default), value, name)
+    if isinstance(default, bool | str) and type(value) is not type(default):
+        raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
     if isinstance(default, bool | str):
-        if type(value) is not type(default):
-            raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
         return value
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or len(value) > LARGEST["n_layer"]:
@@ -75,9 +73,6 @@ def _check_field(key: str, value, default, name: str):
     if isinstance(default, int):
         return check_number(name, value, True, {"dt_rank": 0, "select_layer": -LARGEST["n_layer"]}.get(key, 1), key)
     return check_number(name, value, False, 1e-12, key)
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(path: Path, module: nn.Module, rename: Callable[[str], str] = str, half: bool = False) -> None:
@@ -93,11 +88,8 @@ def save_folder(folder, write: Callable[[Path], None], owned: tuple = ()) -> Non
     """Replace the files of a checkpoint folder together; other files in it stay.
 
     `write(staging)` makes the new files in an empty folder: a full disk or a kill meanwhile leaves the old checkpoint.
-    Then config.json goes first and comes back last, so that no moment shows a config beside weights of another save: a
-    folder without config.json is refused on loading.
-
-    Args: owned, further names that belong to the checkpoint: they are removed where `write` makes none.
-    Raises: ValueError naming a file or folder that cannot be written.
+    Then config.json goes first and comes back last: no moment shows a config beside weights of another save. `owned`:
+    further files of a checkpoint, removed where `write` makes none. Raises: ValueError naming what cannot be written.
     """
     folder = Path(folder)
     staging = folder / "saving.tmp"
@@ -116,9 +108,6 @@ def save_folder(folder, write: Callable[[Path], None], owned: tuple = ()) -> Non
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
 def open_safetensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
     """({name: shape, or dtype where that is no floating point}, function that reads one tensor)."""
     if not file.is_file():
@@ -132,24 +121,15 @@ def open_safetensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
     return shapes, tensors.get_tensor
 
 
-def load_tensors(
-    model: nn.Module,
-    files: list[Path],
-    rename: Callable[[str], str | None] = str,
-    tied: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    open_file: Callable = open_safetensors,
-) -> None:
+def load_tensors(model, files, rename=str, tied=None, dtype=torch.float32, open_file=open_safetensors) -> None:
     """Fill a model built on the meta device; one ValueError names every missing, surplus or misshaped tensor.
 
-    Args: rename: a file's name -> the model's, or None for a tensor to leave out. tied: {name that may be there: the
-        parameter it must equal}. dtype: of the parameters in memory; KEEP_FLOAT32 are never 16-bit.
+    Args: files: paths. rename: a file's name -> the model's, or None for a tensor to leave out. tied: {name that may be
+        there: the parameter it must equal}. dtype: of the parameters in memory; KEEP_FLOAT32 are never 16-bit.
     Raises: ValueError, also for a tensor with a number that is not finite.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
-    found = {}
-    readers = {}
-    problems = []
+    found, readers, problems = {}, {}, []
     for file in files:
         shapes, read = open_file(file)
         for theirs, shape in shapes.items():
@@ -163,8 +143,9 @@ def load_tensors(
     wanted = expected | {alias: expected[name] for alias, name in tied.items()}
     problems += [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"surplus {name}" for name in found.keys() - wanted.keys()]
-    misshaped = [name for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
-    problems += [f"{name} is {found[name]}, expected {wanted[name]}" for name in misshaped]
+    for name in wanted.keys() & found.keys():
+        if found[name] != wanted[name]:
+            problems.append(f"{name} is {found[name]}, expected {wanted[name]}")
     if problems:
         raise ValueError(f"{files[0] if len(files) == 1 else files[0].parent}: " + "; ".join(sorted(problems)))
 

@@ -20,18 +20,16 @@ KV: a Transformer's cache at so many tokens, with as many layers of the same wid
 def memory(model: nn.Module) -> dict[str, int]:
     """Bytes: weights "float32" and "bfloat16", recurrent "state" of one sequence, Transformer "cache" of one token."""
     lm = model.config.lm
-    parameters = dict(model.named_parameters())  # tied ones once
-    half = sum(p.numel() * (4 if name.endswith(KEEP_FLOAT32) else 2) for name, p in parameters.items())
+    kept = sum(p.numel() for name, p in model.named_parameters() if name.endswith(KEEP_FLOAT32))
     return {
-        "float32": sum(4 * p.numel() for p in parameters.values()),
-        "bfloat16": half,
+        "float32": 4 * count(model),
+        "bfloat16": 2 * count(model) + 2 * kept,
         "state": lm.n_layer * lm.d_inner * (2 * (lm.d_conv - 1) + 4 * lm.d_state),
         "cache": 2 * 2 * lm.n_layer * lm.d_model,
     }
 
 
 def main() -> None:
-    """One line a preset: parameters of every part and the head's share, then MB. Nothing is allocated."""
     names = ("vision", "projector", "lm", "head")
     columns = [("preset", 16), *((name, 14) for name in (*names, "total")), ("head %", 8)]
     columns += [(name, 12) for name in ("MB float32", "MB bfloat16", "MB state", *(f"KV {n:,d}" for n in TOKENS))]
@@ -40,8 +38,8 @@ def main() -> None:
         with torch.device("meta"):
             model = RoboMamba(config)
         parts = [count(getattr(model, part)) for part in names]
-        needs = memory(model)
-        costs = [needs[k] for k in ("float32", "bfloat16", "state")] + [n * needs["cache"] for n in TOKENS]
+        *costs, cache = memory(model).values()
+        costs += [n * cache for n in TOKENS]
         line = "".join(f"{n:14,d}" for n in (*parts, sum(parts))) + f"{100 * parts[-1] / sum(parts):8.3f}"
         print(f"{name:>16s}{line}" + "".join(f"{cost / 1e6:12,.1f}" for cost in costs))
     print(ASSUMED)

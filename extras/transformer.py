@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robomamba import LMConfig, RoboMamba, init_weights
+from robomamba import LMConfig, RMSNorm, RoboMamba, init_weights
 
 
 def parameter_matched(model: RoboMamba) -> RoboMamba:
@@ -95,8 +95,8 @@ class TransformerBlock(nn.Module):
         mamba = cfg.d_inner * (3 * D + 2 * cfg.rank + 3 * cfg.d_state + cfg.d_conv + 3) + D  # parameters of a block
         left = mamba * stands_for - 4 * D * D - 2 * D  # for the MLP
         hidden = max(8, 8 * round(left / (2 * D) / 8))
-        self.norm = nn.RMSNorm(D, eps=cfg.norm_eps)
-        self.mlp_norm = nn.RMSNorm(D, eps=cfg.norm_eps)
+        self.norm = RMSNorm(D, eps=cfg.norm_eps)
+        self.mlp_norm = RMSNorm(D, eps=cfg.norm_eps)
         self.mixer = CausalAttention(cfg)
         self.mlp = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
 

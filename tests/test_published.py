@@ -373,7 +373,7 @@ def test_a_tokenizer_that_tiktoken_would_read_otherwise_is_refused(tokenizer_fil
     changed("do not grow with their merges", swap_ids)
     changed("model.type is 'WordPiece'", lambda f: f["model"].update(type="WordPiece"))
     changed("add_prefix_space is True", lambda f: f["pre_tokenizer"].update(add_prefix_space=True))
-    changed("normalizer is 'Lowercase'", lambda f: f.update(normalizer={"type": "Lowercase"}))
+    changed("normalizer.type is 'Lowercase'", lambda f: f.update(normalizer={"type": "Lowercase"}))
     changed("lstrip is True", lambda f: f["added_tokens"][3].update(lstrip=True))
     changed("no special token '<|endoftext|>'", lambda f: f["added_tokens"].pop(0))
     changed("an id is used twice", lambda f: f["added_tokens"][1].update(id=0))
