@@ -71,16 +71,7 @@ MAX_TRIES = 20  # scenes tried for one episode before it is given up
 
 MODELS = ("model", "model-depth", "model-text", "model-pixel", "model-direction")  # --checkpoint, used in several ways
 TABLES = ("blind", "mean-action")
-NAMES = (
-    *MODELS,
-    *TABLES,
-    *policies.SCRIPTED,
-    "random-depth",
-    "direction-DEGREES",
-    "pixel-PIXELS",
-    "NAME=FOLDER",
-    "NAME=M:F",
-)
+NAMES = (*MODELS, *TABLES, *policies.SCRIPTED, "random-depth", "direction-DEGREES", "pixel-PIXELS", "NAME=FOLDER")
 PHYSICS = "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel"  # on validation scenes
 PHYSICS += "".join(f",direction-{n}" for n in (10, 20, 30, 45, 60)) + "".join(f",pixel-{n}" for n in (2, 4, 8, 16))
 DEMO = {"policy": "model,expert,random,random-normal,mean-action,blind", "split": "both", "episodes": 32, "strips": 6}
@@ -122,9 +113,8 @@ def make_policies(cfg: EvalConfig) -> tuple[dict[str, Callable], dict[str, str |
             source = cfg.checkpoint
         sources[name] = source if equals or name in MODELS else None
         if name in TABLES:
-            found[name] = policies.blind_policy(
-                policies.read_blind_table(ours(cfg.blind_table)), mean=name == "mean-action"
-            )
+            table = policies.read_blind_table(ours(cfg.blind_table))
+            found[name] = policies.blind_policy(table, mean=name == "mean-action")
         elif sources[name] is None:
             found[name] = random_depth if name == "random-depth" else scripted(name)
             if found[name] is None:
@@ -152,8 +142,7 @@ def load_model(folder: Path):
 
     torch.set_num_threads(1)
     model = RoboMamba.from_pretrained(folder)
-    S = model.config.vision.image_size
-    model.predict_action(np.zeros((S, S, 3), np.uint8), "open the door")
+    model.predict_action(np.zeros((model.config.vision.image_size,) * 2 + (3,), np.uint8), "open the door")
     return model
 
 
@@ -186,8 +175,7 @@ def random_depth(o: Observation):
 # ---- one episode -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One episode: number `k` of a split is round k // len(categories) of its category."""
 
     split: str
@@ -203,9 +191,8 @@ class Job:
 
 def sentence(scene: Scene, part: int) -> str:
     """The instruction for `part`, one of several phrasings, a function of (category, seed, part)."""
-    rng = stream(scene.category, scene.seed, f"sentence {part}")
     noun = NOUNS.get(scene.category, scene.category.lower())
-    return questions.instruction(scene.spec.parts[part], noun, rng)
+    return questions.instruction(scene.spec.parts[part], noun, stream(scene.category, scene.seed, f"sentence {part}"))
 
 
 def observe(scene: Scene, label: Label | None, purpose: str) -> Observation:
@@ -248,9 +235,7 @@ def score(o: Observation, done: Attempt) -> dict:
     outcome = done.outcome
     record = {"u": u, "v": v, "approach": approach, "moved": round(float(outcome.moved), 5)}
     record |= {"initial": bool(outcome.initial), "long": bool(outcome.long), "reason": outcome.reason}
-    if done.failure:
-        record["failure"] = done.failure
-    record["on_part"] = False
+    record |= {"failure": done.failure, "on_part": False} if done.failure else {"on_part": False}
     if None not in (u, v, *approach):
         pixel = math.floor(v + 0.5), math.floor(u + 0.5)
         inside = min(pixel) >= 0 and max(pixel) < o.scene.image_size
@@ -263,11 +248,9 @@ def score(o: Observation, done: Attempt) -> dict:
 
 def all_labels(scene: Scene, label: Label) -> dict[int, Label]:
     """The expert's contact of every part of the picture that has one; `label` is the target's."""
-    found = {scene.target: label}
-    for part in range(len(scene.spec.parts)):
-        if part != scene.target:
-            found[part] = expert(scene, stream(scene.category, scene.seed, f"expert {part}"), part)
-    return {part: label for part, label in found.items() if label}
+    others = [part for part in range(len(scene.spec.parts)) if part != scene.target]
+    found = {part: expert(scene, stream(scene.category, scene.seed, f"expert {part}"), part) for part in others}
+    return {scene.target: label} | {part: other for part, other in found.items() if other}
 
 
 def wrong_sentence(policy: Callable, o: Observation, done: Attempt, labels: dict[int, Label]) -> dict:
@@ -275,13 +258,11 @@ def wrong_sentence(policy: Callable, o: Observation, done: Attempt, labels: dict
     sentence names another part, and success is still counted for the first."""
     rng = stream(o.scene.category, o.scene.seed, "language")
     u, v = done.action[:2]
-    nearest = None
-    if None not in (u, v):
-        nearest = min(labels, key=lambda j: math.hypot(u - labels[j].u, v - labels[j].v))
+    away = {} if None in (u, v) else {j: math.hypot(u - label.u, v - label.v) for j, label in labels.items()}
     other = int(rng.choice([j for j in labels if j != o.part]))
     wrong = attempt(policy, o._replace(instruction=sentence(o.scene, other), part=other, rng=rng), o.part)
-    moved = wrong is not None and bool(wrong.outcome.initial)
-    return {"parts": len(labels), "nearest": nearest == o.part, "wrong_initial": moved}
+    nearest = min(away, key=away.get, default=None) == o.part
+    return {"parts": len(labels), "nearest": nearest, "wrong_initial": bool(wrong and wrong.outcome.initial)}
 
 
 class Bench:
@@ -385,7 +366,7 @@ def evaluate(bench: Bench, splits: dict, broken: dict, held: dict, command: str 
     arriving = ((job, bench.episode(job)) for job in jobs)
     if cfg.workers > 1:
         arriving = parallel(_work, jobs, cfg.workers, _start, (cfg,))
-    answers: dict[Job, dict] = {}
+    answers = {}
     start = time.monotonic()
     partial = False
     try:
@@ -414,18 +395,17 @@ def skipped(done: list[tuple[Job, dict]], broken: dict) -> dict:
     """What was left out: objects {name: why}; scenes without a contact and episodes given up {name: count}.
 
     Raises: ValueError when nothing is left."""
+    given_up = Counter(job.category for job, answer in done if not answer["solved"])
     infeasible: Counter = Counter()
-    given_up: Counter = Counter()
     for job, answer in done:
         infeasible[job.category] += answer["tried"] - answer["solved"]
-        given_up[job.category] += not answer["solved"]
     solved = {job.category for job, answer in done if answer["solved"]}
     failed = {job: answer["why"] for job, answer in done if job.category not in solved}
     if done and not solved:
         why = {job.category: reason for job, reason in failed.items()} | broken
         raise ValueError("nothing could be evaluated. " + "; ".join(f"{name}: {why[name]}" for name in why))
     objects = broken | {job.category: why for job, why in failed.items() if job.split == "objects"}
-    return {"objects": objects, "infeasible": dict(+infeasible), "given_up": dict(+given_up)}
+    return {"objects": objects, "infeasible": dict(+infeasible), "given_up": dict(given_up)}
 
 
 def show_dialogue(bench: Bench, out: Path) -> None:

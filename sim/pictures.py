@@ -25,10 +25,8 @@ CAPTION_PX = 16
 EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
-GIF_COLOURS = 64
-GIF_MS = 60  # a frame
-GIF_HOLD = 8  # frames that the first and the last picture stay
-SHEET_COLOURS = 128  # of strips.png
+GIF_COLOURS, SHEET_COLOURS = 64, 128  # of episode.gif and strips.png
+GIF_MS, GIF_HOLD = 60, 8  # a frame; frames that the first and the last picture stay
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
 
@@ -131,11 +129,8 @@ def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None) -> N
 
 
 def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4) -> None:
-    """Where on a part does a pull work? Above the pictures of `names`, below how far a pull gets at each pixel.
-
-    Every 4th pixel of the target is tried with the TRUE direction of motion there. Red: nothing moved; yellow: half of
-    the long threshold; green: all of it. Points near a hinge stay red because friction wins there.
-    """
+    """Where on a part does a pull work? Below the pictures of `names`: how far one gets at every 4th pixel of the
+    target, in the TRUE direction of motion. Red: not at all (near a hinge friction wins); green: the long threshold."""
     scene = Scene(image_size)
     items = []
     for name in names:

@@ -76,7 +76,6 @@ def random_pixel(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, flo
 
 
 def object_pixel(o: Observation) -> tuple[float, float]:
-    """A random pixel of the object."""
     return random_pixel(o.scene.links != BACKGROUND, o.rng)
 
 

@@ -115,23 +115,13 @@ def tiny(table, tmp_path_factory):
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(  # the usual textbook values, four digits
-    "k, n, low, high",
-    [
-        (0, 10, 0.0, 0.2775),
-        (1, 10, 0.0179, 0.4042),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1.0),
-        (95, 100, 0.8882, 0.9785),
-    ],
+    "k, n, low, high", [(0, 10, 0.0, 0.2775), (1, 10, 0.0179, 0.4042), (10, 10, 0.7225, 1.0), (95, 100, 0.8882, 0.9785)]
 )
 def test_wilson_interval(k, n, low, high):
+    assert wilson(0, 0) == {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}  # nothing tried says nothing
     got = wilson(k, n)
     assert (got["k"], got["n"], got["rate"]) == (k, n, k / n)
     assert got["lo"] == pytest.approx(low, abs=1e-4) and got["hi"] == pytest.approx(high, abs=1e-4)
-
-
-def test_wilson_of_nothing_says_nothing():
-    assert wilson(0, 0) == {"k": 0, "n": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
 
 
 def test_summary_counts_categories_alike_and_every_failure():
@@ -213,20 +203,7 @@ def test_results_have_the_promised_form(tiny):
             assert all(c.keys() == {"n", "initial", "long"} for c in summary["categories"].values())
     assert results["splits"]["seen"]["initial"]["k"] == 2 and results["splits"]["seen"]["pixel_error"] == 0
     assert len(results["episodes"]) == 2 * 2 * 3
-    keys = {
-        "category",
-        "part",
-        "seed",
-        "instruction",
-        "u",
-        "v",
-        "moved",
-        "initial",
-        "long",
-        "reason",
-        "policy",
-        "split",
-    }
+    keys = set("category part seed instruction u v moved initial long reason policy split".split())
     for record in results["episodes"]:
         assert keys <= record.keys() and record["part"].split()[-1] in record["instruction"].lower()
         base, names = (20_000_000, SEEN) if record["split"] == "seen" else (30_000_000, UNSEEN)
@@ -490,12 +467,6 @@ def test_the_default_files_are_found_from_anywhere(tmp_path, monkeypatch, bench)
     monkeypatch.chdir(tmp_path)
     one = bench(policy="model,blind,mean-action")
     assert list(one.policies) == ["model", "blind", "mean-action"] and one.image_size == 128
-
-
-def test_a_combined_policy_takes_the_pixel_of_one_and_the_direction_of_the_other():
-    mixed = policies.combine(lambda o: (1, 2, "x"), lambda o: (3, 4, "y"))
-    assert mixed(None) == (1, 2, "y")
-    assert policies.combine(lambda o: (1, 2, "x"), lambda o: None)(None) is None
 
 
 def test_a_random_pixel_gets_the_help_of_the_depth_picture(monkeypatch):
