@@ -156,10 +156,12 @@ def isolated(new: Path, visible: list, hidden: list) -> list[str]:
 
 
 class Student:
-    """A submission's process, started when it is first asked and again after it has ended."""
+    """A submission's process, started when it is first asked and again after it has ended.
+
+    folder: an empty one, for the copy of `tree`; seconds: of one exercise.
+    """
 
     def __init__(self, folder: Path, tree: Path, hidden: list, seconds: int):
-        """folder: an empty one, for the copy of `tree`; seconds: of one exercise."""
         work = folder / "work"
         self.seconds = seconds
         self.process = None
@@ -249,8 +251,7 @@ def grade_exercise(student: Student, exercise: int, checks, seed: int, seconds: 
 def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int = 20, hidden=()) -> dict:
     """The score of a tree: {points, max_points, isolation, exercises: {number: as `grade_exercise` says}}.
 
-    Args: checks, the module tests/test_exercises.py; seconds, of one exercise; hidden, folders that the student's
-        process must not see.
+    Args: checks, the module tests/test_exercises.py; seconds, of one exercise; hidden, folders it must not see.
     Raises: ValueError where `tree` is no folder. Whatever is wrong inside it is a result.
     """
     tree = Path(tree).resolve()
@@ -285,7 +286,7 @@ def main() -> None:
     task.add_argument("--grade", metavar="TREE", nargs="+", help="grade these trees")
     parser.add_argument("--exercises", default=known, help="only these (default: all)")
     parser.add_argument("--out", default="score.json", help="with --grade: the scores (default: score.json)")
-    parser.add_argument("--seed", type=int, help="with --grade: of the data (default: drawn, and kept in the scores)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="with --grade (default: drawn)")
     parser.add_argument("--seconds", type=int, default=20, help="with --grade: time of one exercise (default: 20)")
     args = parser.parse_args()
     if not set(args.exercises.split(",")) <= set(known.split(",")):
@@ -297,17 +298,17 @@ def main() -> None:
             print(f"exercise {number}  {points:2} points  {title}: {', '.join(places)}")
         print(f"wrote {args.student}, without {', '.join(TEACHER_ONLY)}")
         return
-    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    if seed < 0 or args.seconds < 1:
-        raise ValueError(f"--seed {seed} must be 0 or more, --seconds {args.seconds} must be 1 or more")
+    if args.seed < 0 or args.seconds < 1:
+        raise ValueError(f"--seed {args.seed} must be 0 or more, --seconds {args.seconds} must be 1 or more")
     sys.path.insert(0, str(ROOT / "tests"))
     import test_exercises
 
     scores = {}
     for tree in args.grade:
-        scores[tree] = grade(tree, test_exercises, exercises, seed, args.seconds, map(os.path.abspath, args.grade))
+        hidden = map(os.path.abspath, args.grade)
+        scores[tree] = grade(tree, test_exercises, exercises, args.seed, args.seconds, hidden)
         print(summary(tree, scores[tree]), flush=True)
-        write_json(args.out, {"seed": seed, "trees": scores})
+        write_json(args.out, {"seed": args.seed, "trees": scores})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ Models" (arXiv 2403.01590). Extra letters: P visual tokens, T prompt tokens, L =
 import argparse
 import contextlib
 import math
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,12 +39,10 @@ from data.prompts import contact_question
 from selective_scan import discretise
 
 SHIPPED = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
-SHOWN = 4  # layers in a picture; of a deeper model these many, evenly spread
-WORDS = 40  # of a longer prompt only some words are written at the axes
+SHOWN, WORDS = 4, 40  # layers in a picture, words at an axis; of more these many, evenly spread
 SPAN = 0.05  # doublings: colours never show less than this as a difference
 EVERY = 12  # steps of the simulator a frame
-EPISODE_SEED = 10_700_000  # validation scenes
-EPISODE_TRIES = 30
+EPISODE_SEED, EPISODE_TRIES = 10_700_000, 30  # validation scenes
 
 CAPTIONS = {
     "steps.png": "Step size dt of every layer, over the patches and the words (mean over the channels, divided by the "
@@ -62,33 +60,27 @@ CAPTIONS = {
 }
 
 
-class Layer(NamedTuple):
-    """What one layer's scan was given for one sequence, float64."""
+# What one layer's scan was given for one sequence, float64: u, dt (L, E), dt > 0; A (E, N), < 0; B, C (L, N); D (E,)
+Layer = namedtuple("Layer", "u dt A B C D")
 
-    u: Tensor  # (L, E)
-    dt: Tensor  # (L, E), > 0
-    A: Tensor  # (E, N), < 0
-    B: Tensor  # (L, N)
-    C: Tensor  # (L, N)
-    D: Tensor  # (E,)
+# A moment of the pull, and what the model makes of the picture of this moment alone: view, with the gripper, which the
+# model is not shown; rgb uint8 (S, S, 3); opening, m; dt (P,) of the last layer, mean over the channels; states after
+# the picture, {layer counted from 1: (E, N)}
+Frame = namedtuple("Frame", "view rgb opening dt states")
 
 
 @torch.inference_mode()
 def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
     """One forward pass of picture uint8 (S, S, 3) and prompt ids; picture and words joined to one sequence a layer."""
-    mixers = [block.mixer for block in model.lm.backbone.layers]
-    seen = [[] for _ in mixers]  # first the picture's u, then the words'
-    layers = []
+    seen = {block.mixer: [] for block in model.lm.backbone.layers}  # first the picture's u, then the words'
     with contextlib.ExitStack() as hooks:
-        for mixer, parts in zip(mixers, seen, strict=True):
+        for mixer, parts in seen.items():
             hook = mixer.x_proj.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0]))
             hooks.callback(hook.remove)
         picture = torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None]
         model(picture, torch.tensor([ids]), torch.tensor([len(ids)]))
-    for mixer, parts in zip(mixers, seen, strict=True):
-        u = torch.cat(parts, 1)[0]
-        layers.append(Layer(u.double(), *(x.double() for x in (*mixer.selection(u), mixer.D))))
-    return layers
+    inputs = {mixer: torch.cat(parts, 1)[0] for mixer, parts in seen.items()}
+    return [Layer(*(x.double() for x in (u, *mixer.selection(u), mixer.D))) for mixer, u in inputs.items()]
 
 
 def scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,9 +121,6 @@ def states(layer: Layer) -> Tensor:
 def shown(layers: list) -> list[int]:
     """Which layers are drawn: at most SHOWN, first and last among them."""
     return np.unique(np.linspace(0, len(layers) - 1, min(SHOWN, len(layers))).round().astype(int)).tolist()
-
-
-# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None = None) -> None:
@@ -234,16 +223,6 @@ def pictures_of(model, rgb: np.ndarray, question: str) -> dict[str, list[Image.I
     layers = read(model, rgb, ids)
     drawn = {"steps.png": draw_steps, "attention.png": draw_attention, "memory.png": draw_memory}
     return {name: [as_image(draw(rgb, words, layers))] for name, draw in drawn.items()}
-
-
-class Frame(NamedTuple):
-    """One moment of the pull, and what the model makes of the picture of this moment alone."""
-
-    view: Image.Image  # with the gripper, which the model is not shown
-    rgb: np.ndarray  # uint8 (S, S, 3)
-    opening: float  # m
-    dt: np.ndarray  # (P,) of the last layer, mean over the channels
-    states: dict[int, Tensor]  # layer, counted from 1: (E, N), after the picture
 
 
 def film(model, scene, action, instruction: str) -> list[Frame]:

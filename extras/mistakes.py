@@ -27,7 +27,7 @@ from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
 ROOT = Path(__file__).parent.parent
 FIRST_SEED = 10_800_000  # validation scenes (sim_eval.py)
-DECAY_STEPS = 1000  # tokens of the memory test: with dt * A = -1 / DECAY_STEPS a state falls to 1 / e
+DECAY_STEPS = 1000  # with dt * A = -1 / DECAY_STEPS a state falls to 1 / e
 
 
 class Sample(NamedTuple):
@@ -61,9 +61,6 @@ def batch(model, scenes: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torc
     lengths = torch.tensor([len(i) for i in ids])
     tokens = torch.tensor([i + [model.encoding.eot_token] * (int(lengths.max()) - len(i)) for i in ids])
     return torch.from_numpy(np.stack([s.rgb.transpose(2, 0, 1) for s in scenes])), tokens, lengths
-
-
-# ---- the mistakes: name and symptom ----------------------------------------------------------------------------------
 
 
 def swapped_b_and_c(robomamba):
@@ -134,9 +131,6 @@ def row_for_column(robomamba):
     return patch.object(robomamba.Action, "approach", property(lambda self: self.rotation[2]))
 
 
-# ---- what they do ----------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def contact_px(model, scenes) -> float:
     """Median distance, pixels, between the head's contacts and the expert's; all prompts in one padded batch."""
@@ -194,7 +188,7 @@ def written_px(model, scenes) -> float:
     return statistics.median(errors)
 
 
-MISTAKES = (  # the function that plants it, what is measured, how that is written, the test that must fail
+MISTAKES = (  # the function that plants it, what is measured, how that is written, the test_*.py that must fail
     (swapped_b_and_c, contact_px, "{:.1f} px off", "scan.py::test_official_formulas"),
     (no_softplus, largest_state, "largest state {:.2g}", "model.py::test_the_picture_reaches_the_last_state_at_step_0"),
     (state_in_bfloat16, left_of_memory, "{:.2f} left after 1,000 tokens", "scan.py::test_mixed_precision_and_autocast"),
@@ -219,9 +213,6 @@ MISTAKES = (  # the function that plants it, what is measured, how that is writt
         "model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops",
     ),
 )
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def rows(model, scenes: list[Sample], robomamba) -> list[dict]:

@@ -1,15 +1,12 @@
 """Reasoning evaluation: greedy-decoded answers to questions about pictures the model was not trained on.
 
-    python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen          # seconds
-    python -m data.build --scenes 200 --split test-unseen --out data/cache/test-unseen
+    python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen      # seconds; so for test-unseen
     python -m extras.reasoning_eval --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 
-    folder -> read_questions -> decode (a batch at a time) -> score -> OUT/reasoning.json, reasoning.md (common/report)
-                                                                  `-> OUT/answers.jsonl, every answer, to look at
-
-Four answer every question: the model; the same model in front of a grey picture ("image-blind", the vision-free
-baseline); "majority", the most frequent answer of the question type in the training data, or for coordinates the median
-of every number; and "copy", which repeats the question (a baseline for BLEU). What is reported of each:
+Written: reasoning.json, reasoning.md (common/report.py); every answer to answers.jsonl. Four answer every question: the
+model; the same model before a grey picture ("image-blind", the vision-free baseline); "majority", the most frequent
+answer of the question type in the training data, or for coordinates the median of every number; and "copy", which
+repeats the question (a baseline for BLEU). What is reported of each:
 
     words         exact match after stripping, k/n with Wilson's 95 % interval
     coordinates   visual grounding and contact: where, contact: median distance in pixels, contact also the median angle
@@ -71,10 +68,11 @@ def bleu(said: Sequence[str], true: Sequence[str]) -> list[float]:
 
     No smoothing: where no n-gram is right, or none is long enough, BLEU-n and those after it are 0.
     """
-    matches, totals, c, r = [0] * 4, [0] * 4, 0, 0
-    for pair in zip(said, true, strict=True):
-        ours, theirs = map(words, pair)
-        c, r = c + len(ours), r + len(theirs)
+    matches = [0] * 4
+    totals = [0] * 4
+    pairs = [(words(s), words(t)) for s, t in zip(said, true, strict=True)]
+    c, r = (sum(len(pair[k]) for pair in pairs) for k in (0, 1))
+    for ours, theirs in pairs:
         for n in range(4):
             grams, wanted = (Counter(zip(*(t[i:] for i in range(n + 1)), strict=False)) for t in (ours, theirs))
             matches[n] += (grams & wanted).total()
@@ -238,18 +236,17 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
     def texts(rows) -> tuple[list[str], list[str]]:
         return [said[i] for i in rows], [questions[i].answer for i in rows]
 
-    out: dict = {"families": {}}
-    for name, rows in types.items():
-        place = name in COORDINATE_TYPES
-        out["families"][name] = place_scores(name, *texts(rows), size) if place else exact(*texts(rows))
+    def scored(name, rows) -> dict:
+        return place_scores(name, *texts(rows), size) if name in COORDINATE_TYPES else exact(*texts(rows))
+
+    out: dict = {"families": {name: scored(name, rows) for name, rows in types.items()}}
     in_words = [i for i, q in enumerate(questions) if q.question_type not in COORDINATE_TYPES]
-    groups = {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": None}
-    for name, wanted in groups.items():
-        rows = [i for i in in_words if wanted is None or questions[i].question_type in wanted]
+    for name, wanted in {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": types}.items():
+        rows = [i for i in in_words if questions[i].question_type in wanted]
         if rows:
             out[name] = exact(*texts(rows))
-            if name == "robot":
-                out["bleu"] = bleu(*texts(rows))
+        if rows and name == "robot":
+            out["bleu"] = bleu(*texts(rows))
     if "presence" in types:
         out["pope"] = pope(*texts(types["presence"]))
     categories = sorted({questions[i].category for i in in_words} - {""})
@@ -290,7 +287,7 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
         "majority": most_frequent,
         "splits": {},
     }
-    rows = []
+    rows = []  # of answers.jsonl
     size = model.config.vision.image_size
     for folder, (name, build), questions in zip(folders, named, asked, strict=True):
         pictures = len({q.image for q in questions})

@@ -3,7 +3,7 @@
     answer("step", [u, dt, A, B, C, D, state])         in your own process: what `pytest -m ex4` does
     serve(tree, seconds)                               one JSON line a question, one a reply: what the grader starts
 
-test_exercises.py has the checks. A mistake here would be a mistake in all of them; there is nothing to solve.
+There is nothing to solve here; test_exercises.py has the checks.
 """
 
 import contextlib
@@ -16,9 +16,6 @@ import traceback
 import numpy as np
 import torch
 
-MEMORY = 3 * 2**30  # bytes of address space; torch alone takes 0.7 GB
-FILE_SIZE = 2**20  # bytes of a file that is written
-
 
 def plain(x):
     """A tensor or an array as nested lists; None as itself."""
@@ -29,9 +26,7 @@ def as_tensor(x, differentiate: bool = False):
     """Numbers as a float32 tensor, or a dict of such; an int (the size of a chunk) stays."""
     if isinstance(x, dict):
         return {name: as_tensor(value) for name, value in x.items()}
-    if isinstance(x, int):
-        return x
-    return torch.tensor(np.asarray(x), dtype=torch.float32, requires_grad=differentiate)
+    return x if isinstance(x, int) else torch.tensor(np.asarray(x), dtype=torch.float32, requires_grad=differentiate)
 
 
 def backproject(function, pixels, depth, intrinsics, eye, camera_rotation) -> list:
@@ -57,12 +52,7 @@ def answer(name: str, arguments: list, weights: list | None = None, count: bool 
         return {"outputs": [backproject(function, *arguments)]}
     tensors = [as_tensor(x, weights is not None or count) for x in arguments]
     kept = []
-
-    def keep(x):
-        kept.append(x.numel())
-        return x
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
     with hooks if count else contextlib.nullcontext():
         outputs = function(*tensors)
     leaves = [x for x in tensors if isinstance(x, torch.Tensor)]
@@ -73,13 +63,6 @@ def answer(name: str, arguments: list, weights: list | None = None, count: bool 
     return reply
 
 
-def told(error: BaseException, tree: str) -> str:
-    """'ValueError: what (robomamba.py:12)': never empty."""
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(tree)]
-    where = f" ({os.path.relpath(places[-1].filename, tree)}:{places[-1].lineno})" if places else ""
-    return f"{type(error).__name__}: {str(error)[:400]}{where}"
-
-
 def serve(tree: str, seconds: int) -> None:
     """Limit this process, take the code of `tree`, and answer the questions of stdin until it ends."""
     questions = os.fdopen(os.dup(0))
@@ -88,18 +71,18 @@ def serve(tree: str, seconds: int) -> None:
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)
-    limits = {"CPU": seconds, "AS": MEMORY, "FSIZE": FILE_SIZE, "NPROC": 0, "CORE": 0}
-    for limit, value in limits.items():
+    # CPU in seconds; bytes of addresses, of which torch takes 0.7 GB, and of a file; no other process
+    for limit, value in {"CPU": seconds, "AS": 3 * 2**30, "FSIZE": 2**20, "NPROC": 0, "CORE": 0}.items():
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit on the address space
             resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
     sys.path[:0] = [f"{tree}/tests", tree]
     os.chdir(tree)
-    replies.write('{"ready": true}\n')
-    replies.flush()
+    print('{"ready": true}', file=replies, flush=True)
     for question in questions:
         try:
             reply = json.dumps(answer(**json.loads(question)))
         except BaseException as error:  # exit(), pytest.skip() and Ctrl-C of a submission too
-            reply = json.dumps({"error": told(error, tree)})
-        replies.write(reply + "\n")
-        replies.flush()
+            places = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(tree)]
+            where = f" ({os.path.relpath(places[-1].filename, tree)}:{places[-1].lineno})" if places else ""
+            reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:400]}{where}"})
+        print(reply, file=replies, flush=True)
