@@ -33,7 +33,9 @@ The robot's question types are RoboVQA's six: planning, success, possible (discr
 (generative affordance), past and future. Success and past are asked of pictures after an attempt (facts["event"]).
 "Movable" is ManipLLM's affordance question; a grammar object has no name, and nothing asks for one.
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
-no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
+no category shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own). Of a grammar
+object nobody asks for a kind of part, present or absent: its fixed discs and panels look like lids and drawers, and one
+and the same plate is called a lid, a cover or a flap.
 
 Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the question types;
 LLaVA (arXiv 2304.08485) for the layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from
@@ -72,7 +74,7 @@ FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "r
           "push back": "slides back"}  # fmt: skip
 PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back": "pushed back"}
 
-PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
+PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no category shows one that is fixed
 CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
 COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -191,9 +193,8 @@ def plain_parts(category: str) -> dict[tuple[str, str], float]:
 def vocabulary(shares: tuple[tuple[str, float], ...], untold: tuple[str, ...]) -> tuple[dict, dict]:
     """({noun: weight}, {(verb, label): weight}) of things that may be absent; see `turns`."""
     nouns, parts = {}, {}
-    for category, share in ((c, s) for c, s in shares if s > 0):
-        if not category.startswith(PREFIX):  # a grammar object has no noun of its own
-            nouns[NOUNS[category]] = share
+    for category, share in ((c, s) for c, s in shares if s > 0 and not c.startswith(PREFIX)):
+        nouns[NOUNS[category]] = share
         for key, n in plain_parts(category).items() if category not in untold else ():
             parts[key] = parts.get(key, 0) + share * n
     return nouns, parts
@@ -338,7 +339,7 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
         if (kind := label.split()[-1]) not in {p["kind"] for p in facts["parts"]}:
             absent[kind] = absent.get(kind, 0) + weight
     other = draw_weighted(rng, absent)
-    if not kinds or not other:
+    if not kinds or not other or facts["category"].startswith(PREFIX):
         return []
     yes = rng.random() < 0.5
     kind = draw_one(rng, kinds) if yes else other
@@ -378,17 +379,20 @@ def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
         asked = set(key[1].split())
         if any(asked <= name or name <= asked for name in names):
             del absent[key]
-    other = draw_weighted(rng, absent)
-    if not other or not (opened or closed):
-        return []
+    grammar = facts["category"].startswith(PREFIX)  # "no" only of what is open, or closed, already
+    other = draw_weighted(rng, {} if grammar else absent)
     closable = [p for p in closed if part_state(p)]
+    if not (opened or closed) or not (other or grammar):
+        return []
+    if grammar and not opened and not (closable and rng.random() < CLOSE_CLOSED):
+        return []
     if rng.random() < 0.5:
         part = draw_one(rng, opened + closed)
         verb, label, answer = "close" if part_state(part) == "open" else part["verb"], part["label"], "yes"
-    elif opened and rng.random() < 0.5:
+    elif opened and (grammar or rng.random() < 0.5):
         part = draw_one(rng, opened)
         verb, label, answer = part["verb"], part["label"], f"no, the {part['label']} is already open"
-    elif closable and rng.random() < CLOSE_CLOSED:
+    elif closable and (grammar or rng.random() < CLOSE_CLOSED):
         label = draw_one(rng, closable)["label"]
         verb, answer = "close", f"no, the {label} is already closed"
     else:
