@@ -2,7 +2,6 @@
 
     python -m data.build --scenes 20000 --out data/cache/train
     python -m data.build --scenes 600 --split val --out data/cache/val
-    python -m data.build --scenes 200 --out data/cache/small            # seconds, to look at
 
 What lies in DIR afterwards:
 
@@ -16,24 +15,18 @@ What lies in DIR afterwards:
     facts.jsonl                 the ground truth of each picture, from which the questions were made
     manifest.json               settings, counts, intrinsics, versions, seconds
 
-Everything is deterministic in --seed and --scenes, whatever the number of workers. A run that was stopped goes on where
-it was: finished groups of scenes lie in DIR/parts until all are there.
+Deterministic in --seed and --scenes, whatever --workers. A run that was stopped goes on where it was: finished groups
+of scenes lie in DIR/parts until all are there.
 
-What a train split shows: the 20 seen categories; objects of the grammar (sim/grammar.py) for variety, with labels of
-all kinds; and, under the paper's rule (README "Seen and unseen"), pictures of unseen categories with general questions
-only: which colour, what is it, a caption; no part, contact, plan or affordance, no mask of a movable part. --hold-out
-treats seen categories as unseen ones and leaves archetypes out, and `--split transfer` shows exactly those: transfer is
-chosen there, without the test categories.
+A train split shows the 20 seen categories; objects of the grammar (sim/grammar.py) with all labels; and, under the
+paper's rule (README "Seen and unseen"), unseen categories with general questions only: no part, contact, plan or
+affordance. --hold-out treats seen categories as unseen ones and leaves archetypes out; --split transfer shows exactly
+those, so that transfer is chosen without the test categories (--hold-out Display,Toaster,trays,latch).
 
-    python -m data.build --hold-out Display,Toaster,trays,latch --out data/cache/train
-    python -m data.build --hold-out Display,Toaster,trays,latch --split transfer --scenes 400 --out data/cache/transfer
-
-Sources: the sampling of successful poses follows RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question types
-RoboVQA (arXiv 2311.00899). Differs: contact labels are the middle of the region that works, tested with small jitters,
-not random points.
+Sources: successful poses as in RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question types of RoboVQA (arXiv
+2311.00899). Differs: a contact is the middle of the region that works, tested with small jitters, not a random point.
 """
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -41,16 +34,16 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.files import read_json, write_atomically, write_text
+from common.files import read_json, read_npz, write_atomically, write_json, write_text
 from common.scripts import check_flags, cli, environment, flag, parallel, progress, run_main
 from data import questions
-from data.depth import MM_PER_M, camera_depth
+from data.depth import MM_PER_M, camera_depth, windows
 from data.tokenizer import NUMBER_BASE, NUMBERS, train_ranks, write_ranks
 from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, MULTI_CAPABLE, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN
 from sim.grammar import ARCHETYPES, PREFIX, STRICT
@@ -62,18 +55,17 @@ CATEGORY_WEIGHT = {"StorageFurniture": 3.0, "Refrigerator": 2.0}  # the rest 1: 
 GOES_ON = "nothing is lost: the same command goes on"
 POINTS = 3  # of either answer, for "can this point be moved?"
 NEAR_SHARE = 1 / 24  # of the side: how far from the object a point of the background may lie
-UNTOLD = -3  # of dense.npz's part: not told (pictures of unseen categories)
+DENSE = ("targets", "kinds", "part", "act", "arm")  # of dense.npz, made by sim/expert.py
+UNTOLD = -3  # of dense.npz's part: not told
+HIDDEN = {"kinds": -1, "part": UNTOLD, "act": 0, "arm": 0}  # fill dense.npz for pictures of unseen categories
 GROUP = 100  # scenes a worker makes at a time; also the unit of resuming
+ANYWHERE = {"workers": 0, "out": ""}  # the settings in which two builds of one folder may differ
 
 
 @dataclass(frozen=True)
 class BuildConfig:
     scenes: int = flag(2000, "pictures", low=1)
-    demos: int = flag(
-        10_000,
-        "at most so many manipulation samples of seen categories (the paper's 10K), as many of the grammar",
-        low=0,
-    )
+    demos: int = flag(10_000, "at most so many samples of seen categories (the paper's 10K), as many of grammar", low=0)
     workers: int = flag(2, "processes", low=1, high=256)
     seed: int = flag(0, "of everything that is drawn", low=0)
     out: str = flag("data/cache/train", "folder")
@@ -83,17 +75,11 @@ class BuildConfig:
     archetypes: str = flag("all", "of the grammar: all | strict (none near an unseen category) | a number | a list")
     hold_out: str = flag("", "categories and archetypes without labels in train, shown by --split transfer: a list")
     categories: str = flag("", "only these seen categories: a list, or drawer-door")
-    unseen: float = flag(
-        0.08, "fraction of unseen categories, general questions only (0: strict rule; train only)", low=0, high=1
-    )
-    opened: float = flag(0.08, "fraction with parts already open: questions of state, no contact labels", low=0, high=1)
-    after: float = flag(
-        0.14, "fraction taken after an attempt, good or bad: questions of past and success", low=0, high=1
-    )
+    unseen: float = flag(0.08, "fraction of unseen categories (0: strict rule; train only)", low=0, high=1)
+    opened: float = flag(0.08, "fraction with parts already open: state, no contact labels", low=0, high=1)
+    after: float = flag(0.14, "fraction after an attempt, good or bad: past and success", low=0, high=1)
     full_labels: bool = flag(False, "camera pose and part masks as well, for other people's models")
-    vocab: int = flag(
-        1021, "byte-pair ranks learned on the texts of a train split (3 special tokens come on top); 0 = none", low=0
-    )
+    vocab: int = flag(1021, "byte-pair ranks learned on a train split's texts (+ 3 special tokens); 0: none", low=0)
 
 
 def check(cfg: BuildConfig) -> None:
@@ -103,13 +89,10 @@ def check(cfg: BuildConfig) -> None:
         raise ValueError(f"--image-size {cfg.image_size}: must be a multiple of 16, the side of the dense targets")
     if 0 < cfg.vocab < NUMBER_BASE + NUMBERS:
         raise ValueError(f"--vocab {cfg.vocab}: must be 0 or at least {NUMBER_BASE + NUMBERS}")
-    for pair in (("grammar", "unseen"), ("opened", "after")):
-        if sum(getattr(cfg, name) for name in pair) > 1:
-            raise ValueError(f"--{pair[0]} and --{pair[1]} together must be at most 1")
+    for one, other in (("grammar", "unseen"), ("opened", "after")):
+        if getattr(cfg, one) + getattr(cfg, other) > 1:
+            raise ValueError(f"--{one} and --{other} together must be at most 1")
     draw_from(cfg)
-
-
-# ---- which objects ---------------------------------------------------------------------------------------------------
 
 
 def listed(flag_name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -123,14 +106,12 @@ def listed(flag_name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]
 def chosen_archetypes(cfg: BuildConfig) -> tuple[str, ...]:
     """--archetypes; a number takes the first of a fixed random order, so that more archetypes include the fewer."""
     every = tuple(ARCHETYPES)
-    if cfg.archetypes in ("all", "strict"):
-        return every if cfg.archetypes == "all" else STRICT
+    named = {"all": every, "strict": STRICT}
     if not cfg.archetypes.isdecimal():
-        return listed("--archetypes", cfg.archetypes, every)
+        return named.get(cfg.archetypes) or listed("--archetypes", cfg.archetypes, every)
     if int(cfg.archetypes) > len(every):
         raise ValueError(f"--archetypes {cfg.archetypes}: there are {len(every)}")
-    order = np.random.default_rng(0).permutation(len(every))
-    return tuple(every[i] for i in order[: int(cfg.archetypes)])
+    return tuple(every[i] for i in np.random.default_rng(0).permutation(len(every))[: int(cfg.archetypes)])
 
 
 @functools.cache
@@ -140,17 +121,13 @@ def draw_from(cfg: BuildConfig) -> dict[str, tuple[str, ...]]:
     Raises: ValueError for an unknown name, and where nothing is left to draw from.
     """
     held = listed("--hold-out", cfg.hold_out, (*SEEN, *ARCHETYPES))
-    unseen = cfg.split == "test-unseen"
-    names = UNSEEN if unseen else SEEN
-    if cfg.categories == "drawer-door":
-        names = DRAWER_DOOR_UNSEEN if unseen else DRAWER_DOOR_SEEN
-    elif cfg.categories:
-        names = listed("--categories", cfg.categories, names)
-    held_archetypes = tuple(PREFIX + name for name in held if name in ARCHETYPES)
     held_categories = tuple(name for name in held if name in SEEN)
+    names, drawer_door = (UNSEEN, DRAWER_DOOR_UNSEEN) if cfg.split == "test-unseen" else (SEEN, DRAWER_DOOR_SEEN)
+    if cfg.categories:
+        names = drawer_door if cfg.categories == "drawer-door" else listed("--categories", cfg.categories, names)
     labelled = tuple(name for name in names if name not in held)
     if cfg.split == "transfer":
-        labelled = (*held_categories, *held_archetypes)
+        labelled = (*held_categories, *(PREFIX + name for name in held if name in ARCHETYPES))
     if not labelled:
         raise ValueError(f"--split {cfg.split}, --hold-out '{cfg.hold_out}': no category is left to show")
     grammar = tuple(PREFIX + name for name in chosen_archetypes(cfg) if name not in held)
@@ -166,10 +143,8 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
     rng = np.random.default_rng([cfg.seed, base, index])
     names = draw_from(cfg)
     draw = rng.random() if cfg.split == "train" else 1.0
-    source = "labelled"
-    if draw < cfg.unseen:
-        source = "general"
-    elif draw < cfg.unseen + cfg.grammar and names["grammar"]:
+    source = "general" if draw < cfg.unseen else "labelled"
+    if cfg.unseen <= draw < cfg.unseen + cfg.grammar and names["grammar"]:
         source = "grammar"
     weight = np.array([CATEGORY_WEIGHT.get(name, 1.0) for name in names[source]])
     category = names[source][rng.choice(len(weight), p=weight / weight.sum())]
@@ -178,40 +153,20 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
     return category, seed, "general" if source == "general" else "all", ("opened", "after", "closed")[state]
 
 
-# ---- one scene -------------------------------------------------------------------------------------------------------
-
-
-def open_parts(scene, rng: np.random.Generator) -> None:
-    """Most parts of the scene open to somewhere between 30 and 80 % of what is left."""
-    joints = []
-    for part, joint in zip(scene.spec.parts, scene.joints, strict=True):
-        opens = rng.random() < 0.7
-        joints.append(joint + rng.uniform(0.3, 0.8) * (part.upper - joint) if opens else joint)
-    scene.set_joints(joints)
-
-
-def windows(mask: np.ndarray, reach: int) -> np.ndarray:
-    """The (2 reach + 1)^2 neighbours of every pixel of mask (S, S), False off the picture."""
-    side = 2 * reach + 1
-    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, reach), (side, side))
-
-
 def draw_points(links: np.ndarray, rng: np.random.Generator) -> list[list]:
     """[[u, v, on a movable part], ..]: POINTS of either answer (fewer where there is no room), none at an edge.
 
     links (S, S): number of the part, BASE, or BACKGROUND. One "no" lies on the background close to the object.
     """
-    movable = windows(links >= 0, 1).all((2, 3))
-    fixed = windows(links < 0, 1).all((2, 3))
-    near = windows(links != BACKGROUND, max(1, round(NEAR_SHARE * len(links)))).any((2, 3))
-    body = fixed & (links == BASE)
-    aside = fixed & (links == BACKGROUND) & near
+    movable = windows(links >= 0, 1).all(-1)
+    fixed = windows(links < 0, 1).all(-1)
+    near = windows(links != BACKGROUND, max(1, round(NEAR_SHARE * len(links)))).any(-1)
+    masks = [*[movable] * POINTS, *[fixed & (links == BASE)] * (POINTS - 1), fixed & (links == BACKGROUND) & near]
     points = []
-    for mask in (*[movable] * POINTS, *[body] * (POINTS - 1), aside):
-        rows, columns = np.nonzero(mask)
-        if len(rows):
-            i = rng.integers(len(rows))
-            points.append([int(columns[i]), int(rows[i]), bool(movable[rows[i], columns[i]])])
+    for cells in map(np.argwhere, masks):
+        if len(cells):
+            row, column = cells[rng.integers(len(cells))].tolist()
+            points.append([column, row, bool(movable[row, column])])
     return points
 
 
@@ -228,24 +183,22 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     rng = np.random.default_rng([seed, 1])
     scene.spawn(category, seed)
     event = expert.attempt(scene, rng) if state == "after" else None
-    if state == "opened":
-        open_parts(scene, rng)
+    if state == "opened":  # most parts, by 30 to 80 % of what is left
+        pairs = zip(scene.spec.parts, scene.joints, strict=True)
+        left = [(joint, part.upper - joint) for part, joint in pairs]
+        scene.set_joints([q + rng.uniform(0.3, 0.8) * room if rng.random() < 0.7 else q for q, room in left])
     picture = scene.render()
     facts = expert.facts(scene, rng, expert=question_set == "all" and state == "closed")
     if event:
         facts["event"] = event
-    for part in facts["parts"]:
-        if part["contact"]:  # the head's target: approach, then forward, which the fixed rule fills in
-            rotation = rotation_from_approach(np.array(part["contact"]["approach"]))
-            part["contact"]["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
-    dense = dict(zip(("targets", "kinds"), expert.dense_targets(scene), strict=True))
-    dense |= dict(zip(("part", "act", "arm"), expert.part_targets(scene), strict=True))
+    for contact in filter(None, (part["contact"] for part in facts["parts"])):
+        rotation = rotation_from_approach(contact["approach"])  # the head's target: its approach, then its forward
+        contact["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
+    dense = dict(zip(DENSE, (*expert.dense_targets(scene), *expert.part_targets(scene)), strict=True))
     if question_set == "general":
         dense["targets"][..., 5:] = -1  # -1 = not told
-        dense["kinds"] = np.full_like(dense["kinds"], -1)
-        dense["part"] = np.full_like(dense["part"], UNTOLD)
-        dense["act"] = np.zeros_like(dense["act"])
-        dense["arm"] = np.zeros_like(dense["arm"])
+        for name, fill in HIDDEN.items():
+            dense[name][...] = fill
     else:
         facts["points"] = draw_points(scene.links, np.random.default_rng([seed, 4]))
     metres = camera_depth(scene.depth, np.random.default_rng([seed, 3]))
@@ -255,10 +208,7 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     row = {"index": index, "image": image, "rule": question_set, "intrinsics": [f, f, cx, cy], "facts": facts}
     if cfg.full_labels and question_set == "all":
         pictures[".parts.png"] = (scene.links + 2).astype(np.uint8)
-        pose = np.eye(4)
-        pose[:3, :3] = scene.camera_rotation.T
-        pose[:3, 3] = scene.eye
-        row["camera"] = pose.tolist()
+        row["camera"] = np.vstack([np.column_stack([scene.camera_rotation.T, scene.eye]), [0, 0, 0, 1]]).tolist()
     return row, pictures, dense
 
 
@@ -268,14 +218,14 @@ _scene = None  # one PyBullet world a process
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
     """Render and label scenes [first, last) into DIR/parts and DIR/images, in a worker; returns their number."""
     global _scene
-    from sim import scene as world  # here, so that only the workers load PyBullet
+    from sim.scene import Scene  # here, so that only the workers load PyBullet
 
     cfg, first, last = job
     out = Path(cfg.out)
     done = out / "parts" / f"{first:08d}.npz"
     if done.exists():
         return last - first
-    _scene = _scene or world.Scene(cfg.image_size)
+    _scene = _scene or Scene(cfg.image_size)
     rows, dense = [], []
     for index in range(first, last):
         row, pictures, cells = make_scene(_scene, cfg, index)
@@ -285,7 +235,7 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
             Image.fromarray(picture).save(path, compress_level=3)
         rows.append(row)
         dense.append(cells)
-    arrays = {name: np.stack([cells[name] for cells in dense]) for name in dense[0]}
+    arrays = {name: np.stack([cells[name] for cells in dense]) for name in DENSE}
     write_arrays(done, rows=np.frombuffer(json.dumps(rows).encode(), np.uint8), **arrays)
     return last - first
 
@@ -298,83 +248,43 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_atomically(path, write)
 
 
-# ---- all scenes ------------------------------------------------------------------------------------------------------
-
-
-def read_groups(paths: list[Path]) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Files of `make_group` -> (rows of facts.jsonl, arrays of dense.npz)."""
-    rows, parts = [], []
-    for path in paths:
-        with np.load(path) as file:
-            rows += json.loads(file["rows"].tobytes())
-            parts.append({name: file[name] for name in file.files if name != "rows"})
-    return rows, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def write_turns(row: dict, shares: dict[str, float], untold: tuple[str, ...], rng: np.random.Generator) -> dict:
-    """A record of conversations.json."""
-    turns = questions.turns(row["facts"], rng, row["rule"], shares, untold)
-    record = questions.to_llava(f"{row['index']:08d}", row["image"], turns)
-    return record | {"families": [turn.question_type for turn in turns]}
-
-
 def write_samples(row: dict, rng: np.random.Generator) -> list[dict]:
-    """The lines of manipulation.jsonl of one picture.
-
-    With full labels each has "camera" (4 x 4, world from camera), "mask" (file) and "mask_value" (the part's in it).
-    """
-    facts = row["facts"]
+    """Lines of manipulation.jsonl; with full labels also camera (4 x 4, world from camera), mask and the part in it."""
+    facts, image = row["facts"], Path(row["image"])
     samples = []
     for j, part in enumerate(facts["parts"]):
-        contact = part["contact"]
-        if row["rule"] != "all" or not contact:
-            continue
-        sample = {
-            "image": row["image"],
-            "depth": str(Path(row["image"]).with_suffix(".depth.png")),
-            "intrinsics": row["intrinsics"],
-            "category": facts["category"],
-            "part": part["label"],
-            "instruction": questions.instruction(part, NOUNS[facts["category"]], rng),
-            **{key: contact[key] for key in ("u", "v", "approach", "rotation6d")},
-            "seed": facts["seed"],
-        }
-        if "camera" in row:
-            mask = str(Path(row["image"]).with_suffix(".parts.png"))
-            sample |= {"camera": row["camera"], "mask": mask, "mask_value": 2 + j}
-        samples.append(sample)
+        if contact := part["contact"]:
+            sample = {"image": row["image"], "depth": str(image.with_suffix(".depth.png"))}
+            sample |= {"intrinsics": row["intrinsics"], "category": facts["category"], "part": part["label"]}
+            sample["instruction"] = questions.instruction(part, NOUNS[facts["category"]], rng)
+            sample |= {key: contact[key] for key in ("u", "v", "approach", "rotation6d")} | {"seed": facts["seed"]}
+            if "camera" in row:
+                sample |= {"camera": row["camera"], "mask": str(image.with_suffix(".parts.png")), "mask_value": 2 + j}
+            samples.append(sample)
     return samples
-
-
-def at_most(samples: list[dict], limit: int) -> list[dict]:
-    """The first `limit` samples of the categories and the first `limit` of the grammar, in their order."""
-    taken = Counter()
-    kept = []
-    for sample in samples:
-        source = sample["category"].startswith(PREFIX)
-        taken[source] += 1
-        if taken[source] <= limit:
-            kept.append(sample)
-    return kept
 
 
 def merge(cfg: BuildConfig, seconds: float) -> dict:
     """Join the groups into the files a training run reads; returns the manifest, which is written last."""
     out = Path(cfg.out)
-    rows, dense = read_groups(sorted((out / "parts").glob("*.npz")))
-    tally = Counter(row["facts"]["category"] for row in rows)
-    shares = {category: n / len(rows) for category, n in sorted(tally.items())}  # "no" takes its words in these
-    conversations, samples = [], []
-    for row in rows:
-        rng = np.random.default_rng([cfg.seed, row["index"], 2])
-        conversations.append(write_turns(row, shares, draw_from(cfg)["general"], rng))
-        samples += write_samples(row, rng)
-    samples = at_most(samples, cfg.demos)
+    groups = [read_npz(path, ("rows", *DENSE)) for path in sorted((out / "parts").glob("*.npz"))]
+    rows = [row for group in groups for row in json.loads(group["rows"].tobytes())]
+    dense = {name: np.concatenate([group[name] for group in groups]) for name in DENSE}
     names = [row["facts"]["category"] for row in rows]
-    names = ["object" if name.startswith(PREFIX) else name for name in names]
-    colours = list(COLOURS)
-    dense["category"] = np.array([CATEGORY_NAMES.index(name) for name in names], np.int16)
-    dense["colour"] = np.array([colours.index(row["facts"]["colour"]) for row in rows], np.int16)
+    shares = {name: n / len(rows) for name, n in sorted(Counter(names).items())}  # "no" takes its words in these
+    conversations, samples, taken = [], [], Counter()
+    for row, name in zip(rows, names, strict=True):
+        rng = np.random.default_rng([cfg.seed, row["index"], 2])
+        turns = questions.turns(row["facts"], rng, row["rule"], shares, draw_from(cfg)["general"])
+        record = questions.to_llava(f"{row['index']:08d}", row["image"], turns)
+        conversations.append(record | {"families": [turn.question_type for turn in turns]})
+        source = "grammar" if name.startswith(PREFIX) else "categories"
+        new = write_samples(row, rng)[: cfg.demos - taken[source]]
+        taken[source] += len(new)
+        samples += new
+    numbers = {name: i for i, name in enumerate(CATEGORY_NAMES)}
+    dense["category"] = np.array([numbers.get(name, numbers["object"]) for name in names], np.int16)
+    dense["colour"] = np.array([list(COLOURS).index(row["facts"]["colour"]) for row in rows], np.int16)
     write_arrays(out / "dense.npz", **dense)
     write_text(out / "facts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(out / "manipulation.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
@@ -383,27 +293,14 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
         texts = (turn["value"] for record in conversations for turn in record["conversations"])
         write_ranks(out / "vocab.tiktoken", train_ranks(texts, cfg.vocab))
     types = Counter(name for record in conversations for name in record["families"])
-    capable = set(MULTI_CAPABLE) & set(SEEN)
+    capable = {*MULTI_CAPABLE} & {*SEEN}
     several = [len(row["facts"]["parts"]) > 1 for row in rows if row["facts"]["category"] in capable]
-    manifest = {
-        "config": dataclasses.asdict(cfg),
-        "objects": draw_from(cfg),
-        "intrinsics": rows[0]["intrinsics"],
-        "pictures": len(rows),
-        "turns": types.total(),
-        "families": dict(sorted(types.items())),
-        "manipulation_samples": len(samples),
-        "multi_part_share_of_capable": round(float(np.mean(several)), 4) if several else None,
-        "seconds": round(seconds, 1),
-        **environment(),
-    }
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    manifest = {"config": asdict(cfg), "objects": draw_from(cfg), "intrinsics": rows[0]["intrinsics"]}
+    manifest |= {"pictures": len(rows), "turns": types.total(), "families": dict(sorted(types.items()))}
+    manifest |= {"manipulation_samples": len(samples), "seconds": round(seconds, 1), **environment()}
+    manifest["multi_part_share_of_capable"] = round(float(np.mean(several)), 4) if several else None
+    write_json(out / "manifest.json", manifest)
     return manifest
-
-
-def settings(cfg: BuildConfig) -> dict:
-    """What two builds of one folder must share."""
-    return dataclasses.asdict(cfg) | {"workers": 0, "out": ""}
 
 
 def remove_parts(parts: Path) -> None:
@@ -420,17 +317,16 @@ def build(cfg: BuildConfig) -> dict:
     """
     check(cfg)
     out = Path(cfg.out)
-    parts, done, started = out / "parts", out / "manifest.json", out / "parts" / "config.json"
+    parts, done = out / "parts", out / "manifest.json"
+    settings = asdict(cfg) | ANYWHERE
+    known = [read_json(path, dict) for path in (done, parts / "config.json") if path.exists()]
+    if known and known[0].get("config", known[0]) | ANYWHERE != settings:
+        raise ValueError(f"--out {out} holds a build with other settings; remove it or name another folder")
     if done.exists():
-        manifest = read_json(done, dict)
-        if manifest.get("config", {}) | {"workers": 0, "out": ""} != settings(cfg):
-            raise ValueError(f"--out {out} holds data made with other settings; remove it or name another folder")
         remove_parts(parts)
         print(f"{done} is there with these settings: nothing to do")
-        return manifest
-    if started.exists() and read_json(started, dict) | {"workers": 0, "out": ""} != settings(cfg):
-        raise ValueError(f"--out {out} holds an unfinished build with other settings; remove it or name another folder")
-    write_text(started, json.dumps(settings(cfg)))
+        return known[0]
+    write_json(parts / "config.json", settings)
     start = time.monotonic()
     made = 0
     jobs = [(cfg, first, min(first + GROUP, cfg.scenes)) for first in range(0, cfg.scenes, GROUP)]

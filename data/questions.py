@@ -1,10 +1,8 @@
 """Questions and answers about one rendered picture, written from what the simulator knows about it (numpy only).
 
-    facts (a dict, one per picture, from data/build.py)
-      |-- turns(facts, rng)             questions of every type           -> [Turn, ...] -> to_llava -> LLaVA's JSON
-      |-- turns(facts, rng, "general")  only: what is it, its colour, a caption, is there a cabinet
-      '-- dialogue(facts, rng)          3-5 turns that read well in a demonstration
-    instruction -> contact_question -> (the model) -> parse_contact       the robot's question and its answer
+    turns(facts, rng)             questions of every type           -> [Turn, ...] -> to_llava -> LLaVA's JSON
+    turns(facts, rng, "general")  only: what is it, its colour, a caption, is there a cabinet
+    dialogue(facts, rng)          3-5 turns that read well in a demonstration
 
 | type     | asks                                      | answers                                                     |
 |----------|-------------------------------------------|-------------------------------------------------------------|
@@ -28,16 +26,18 @@
 | movable  | can the point (37,52) be moved            | "yes", "no": on a movable part, on anything else            |
 | contact  | where to touch, and from which direction  | "37 52 05 71 93": pixel (u, v), approach (x, y, z)          |
 
-Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question.
-No question gives away the answer of another one: those about "this object" come first, then those that name a part,
-half of them without the object's noun. An ANSWER still helps the turns after it: evaluation asks each question alone.
+Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question. Questions about
+"this object" come first, then those that name a part, half of them without the object's noun, so that none gives away
+another's answer. An ANSWER still helps the turns after it: evaluation asks each question alone.
 The robot's question types are RoboVQA's six: planning, success, possible (discriminative affordance), contact
 (generative affordance), past and future. Success and past are asked of pictures after an attempt (facts["event"]).
 "Movable" is ManipLLM's affordance question; a grammar object has no name, and nothing asks for one.
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
-no object shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own).
+no category shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own). Of a grammar
+object nobody asks for a kind of part, present or absent: its fixed discs and panels look like lids and drawers, and one
+and the same plate is called a lid, a cover or a flap.
 
-Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4 and RoboVQA (arXiv 2311.00899) for the question types;
+Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the question types;
 LLaVA (arXiv 2304.08485) for the layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from
 templates, not from people; one picture, not a video.
 """
@@ -47,8 +47,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 
-from data.prompts import contact_answer, contact_question, number
+from data.prompts import ASK, INSTRUCTIONS_NOUN, INSTRUCTIONS_PLAIN, contact_answer, contact_question, number
 from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
 from sim.grammar import PREFIX
 from sim.objects import PART_KINDS
@@ -73,73 +74,10 @@ FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "r
           "push back": "slides back"}  # fmt: skip
 PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back": "pushed back"}
 
-PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no object shows one that is fixed
+PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no category shows one that is fixed
 CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
 COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-ASK = {
-    "object": ("What is this?", "What is this object?", "What object is in the picture?", "Name this object.",
-               "What do you see?", "What kind of thing is this?"),
-    "caption": ("Describe this object briefly.", "Give a short caption of the picture.", "Caption this picture.",
-                "What is in the picture, and in which colour?", "Describe this object in a few words."),
-    "full caption": ("Describe this object and what can move on it.", "Caption this picture with the movable parts.",
-                     "Describe this object with its movable parts.", "What is this, and what can move on it?"),
-    "colour": ("What colour is this object?", "What colour is it?", "Name the colour of this object.",
-               "Which colour does this object have?", "What color is this object?"),
-    "part colour": ("What colour is {the}?", "Name the colour of {the}.", "Which colour does {the} have?",
-                    "What color is {the}?"),
-    "size": ("How large is this object in the picture: small, medium or large?", "How large does this object look?",
-             "Does this object look small, medium or large?", "Of what size is this object in the picture?"),
-    "larger": ("Which looks larger, {a} or {b}?", "Which is larger in the picture, {a} or {b}?",
-               "{a} or {b}: which is larger?", "Of {a} and {b}, which is the larger one?"),
-    "side": ("Is this object in the left or in the right half of the picture?", "Left or right: where is this object?",
-             "On which side of the picture is this object, left or right?", "Which half holds it: left, right?"),
-    "left right": ("Is {a} to the left or to the right of {b}?", "Left or right of {b}: where is {a}?",
-                   "On which side of {b} is {a}, left or right?", "Seen from here, is {a} left or right of {b}?"),
-    "above below": ("Is {a} above or below {b}?", "Above or below {b}: where is {a}?",
-                    "In the picture, is {a} above or below {b}?", "Is {a} higher than {b} or lower, above or below?"),
-    "parts": ("Which parts of this object can you see that move?", "Which movable parts can you see?",
-              "What can be moved on this object?", "Name the parts of this object that can move.",
-              "List the movable parts in view."),
-    "count": ("How many movable parts can you see?", "How many parts of this object can move?",
-              "Count the movable parts.", "What is the number of movable parts in view?"),
-    "count kind": ("How many {kinds} can you see?", "Count the {kinds}.", "How many {kinds} are there?",
-                   "What is the number of {kinds}?"),
-    "state": ("Is {the} open or closed?", "Is {the} closed or open?", "In which state is {the}, open or closed?",
-              "Tell me whether {the} is open or closed."),
-    "where": ("Where is {the}?", "Where in the picture is {the}?", "Give the position of {the}.", "Locate {the}.",
-              "Point to {the}."),
-    "box": ("Give the bounding box of {the}.", "What is the bounding box of {the}?", "Put a box around {the}.",
-            "Which bounding box holds {the}?"),
-    "presence": ("Is there {a} in this picture?", "Is there {a}?", "Can you see {a}?", "Does the picture show {a}?",
-                 "Do you see {a} here?"),
-    "possible": ("Is it possible to {act}?", "Can a robot {act} now?", "{act}: possible right now?",
-                 "Would it work to {act}?", "Could you {act} right now?"),
-    "plan": ("How do I {act}?", "Which steps does it take to {act}?", "Goal: {act}. What are the steps?",
-             "Plan how to {act}.", "How would a robot {act}?"),
-    "next": ("Goal: {act}. Done so far: {done}. What next?", "I want to {act}. So far: {done}. Next step?",
-             "Current goal is: {act}. Last steps: {done}. Immediate next step?",
-             "Task: {act}. Finished: {done}. What follows?"),
-    "five": ("Goal: {act}. Done so far: {done}. What are the next five steps?", "I want to {act}. Next five steps?",
-             "Current goal is: {act}. Last steps: {done}. Next five steps?", "Plan ahead, five steps: {act}."),
-    "success": ("The goal was to {act}. Did it work?", "Somebody tried to {act}. Was it a success?",
-                "Goal: {act}. Has it been reached?", "Was the attempt to {act} successful?"),
-    "past": ("What has just been done?", "What did the robot just do?", "Which action has just been finished?",
-             "What happened right before this picture?"),
-    "future": ("The gripper holds {the} and pulls. What will happen?", "What happens if the robot pulls at {the}?",
-               "The robot is about to pull at {the}. What comes next?", "Predict what a pull at {the} will do."),
-    "future push": ("The gripper touches {the} and pushes. What will happen?", "What happens if one pushes {the}?",
-                    "The robot is about to push {the}. What comes next?", "Predict what a push at {the} will do."),
-    "movable": ("Can the point {point} be moved?", "Does the point {point} lie on a part that moves?",
-                "Would what is at {point} move if pulled or pushed?", "Is there a movable part at {point}?"),
-    "actions": ("What actions are possible now?", "What could a robot do with this object?",
-                "Which actions are possible on this object?", "What can be done with this object now?"),
-}  # fmt: skip
-
-# Half with the object's noun, a quarter with "object", a quarter with neither: the part is told by its own name.
-INSTRUCTIONS_NOUN = ("{act} of the {noun}", "{act} on the {noun}", "{act} of this {noun}", "on the {noun}, {act}")
-INSTRUCTIONS_PLAIN = ("{act} of the object", "{act} of this object", "{act}", "{act}, please")
 
 
 @dataclass(frozen=True)
@@ -179,16 +117,14 @@ def action_words(verb: str, thing: str) -> str:
     return " ".join([first, thing, *rest] if thing == "it" else [verb, thing])
 
 
-def draw_one(rng: np.random.Generator, options: Sequence):
+def draw_one(rng: Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
-def draw_weighted(rng: np.random.Generator, weights: Mapping):
+def draw_weighted(rng: Generator, weights: Mapping):
     """A key of `weights`, as often as its weight says; None if there is none."""
-    if not weights:
-        return None
     p = np.array(list(weights.values()))
-    return list(weights)[int(rng.choice(len(p), p=p / p.sum()))]
+    return list(weights)[int(rng.choice(len(p), p=p / p.sum()))] if weights else None
 
 
 def fit_together(noun: str, label: str) -> bool:
@@ -196,7 +132,7 @@ def fit_together(noun: str, label: str) -> bool:
     return not set(noun.split()) & set(label.split())
 
 
-def name_part(label: str, noun: str, rng: np.random.Generator) -> str:
+def name_part(label: str, noun: str, rng: Generator) -> str:
     """Half of the time "the top drawer", else "the top drawer of the cabinet"."""
     with_noun = rng.random() < 0.5 and fit_together(noun, label)
     return f"the {label} of the {noun.removeprefix('pair of ')}" if with_noun else f"the {label}"
@@ -207,7 +143,7 @@ def write_pixels(values: Sequence[float], size: float) -> str:
     return f"({','.join(number(value, size) for value in values)})"
 
 
-def instruction(part, noun: str, rng: np.random.Generator) -> str:
+def instruction(part, noun: str, rng: Generator) -> str:
     """The sentence for the robot: verb and label of a part in one of eight wordings, half of them with the noun.
 
     part: an entry of facts["parts"], or anything with the attributes `verb` and `label` (objects.Part).
@@ -218,12 +154,9 @@ def instruction(part, noun: str, rng: np.random.Generator) -> str:
     return wording.format(act=action_words(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
 
 
-# ---- what the facts say ----------------------------------------------------------------------------------------------
-
-
 def listing_order(part: Mapping) -> tuple:
     """Sort key from the label alone, so a set of parts has ONE listing: drawers, doors ..; top first, left first."""
-    kind = PART_KINDS.index(part["kind"]) if part["kind"] in PART_KINDS else len(PART_KINDS)
+    kind = (*PART_KINDS, part["kind"]).index(part["kind"])
     return kind, part["kind"], [SIDES.index(word) for word in part["label"].split() if word in SIDES], part["label"]
 
 
@@ -239,8 +172,9 @@ def part_state(part: Mapping) -> str | None:
     return "open" if part["openness"] >= OPEN_FROM else "closed"
 
 
-def is_at_start(part: Mapping) -> bool:
-    return part["openness"] <= CLOSED_UP_TO
+def is_decided(part: Mapping) -> bool:
+    """Does the picture tell what can be done with it now?"""
+    return part_state(part) is not None or part["openness"] <= CLOSED_UP_TO
 
 
 @functools.cache
@@ -256,15 +190,11 @@ def plain_parts(category: str) -> dict[tuple[str, str], float]:
 
 
 @functools.cache
-def vocabulary(
-    shares: tuple[tuple[str, float], ...], untold: tuple[str, ...]
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """({noun: weight}, {(verb, label): weight}) of things that may be absent. Parts of `untold` are in no text, and a
-    grammar object has no noun of its own."""
+def vocabulary(shares: tuple[tuple[str, float], ...], untold: tuple[str, ...]) -> tuple[dict, dict]:
+    """({noun: weight}, {(verb, label): weight}) of things that may be absent; see `turns`."""
     nouns, parts = {}, {}
-    for category, share in ((c, s) for c, s in shares if s > 0):
-        if not category.startswith(PREFIX):
-            nouns[NOUNS[category]] = share
+    for category, share in ((c, s) for c, s in shares if s > 0 and not c.startswith(PREFIX)):
+        nouns[NOUNS[category]] = share
         for key, n in plain_parts(category).items() if category not in untold else ():
             parts[key] = parts.get(key, 0) + share * n
     return nouns, parts
@@ -290,29 +220,26 @@ def list_steps(part: Mapping) -> list[str]:
 # ---- questions about the whole ---------------------------------------------------------------------------------------
 
 
-def draw_turn(rng: np.random.Generator, question_type: str, answer: str, wording=None, part=None, **slots) -> Turn:
+def draw_turn(rng: Generator, question_type: str, answer: str, wording=None, part=None, **slots) -> Turn:
     """A turn with one of the wordings of ASK[wording], or of ASK[question_type]."""
     return Turn(question_type, draw_one(rng, ASK[wording or question_type]).format(**slots), answer, part)
 
 
-def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Generator) -> tuple[list, list]:
+def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) -> tuple[list, list]:
     """(turns about "this object", turns that name a thing), not a word about parts: as in any set of pictures."""
     noun = NOUNS[facts["category"]]
     has_name = not facts["category"].startswith(PREFIX)  # "an object" would be the answer to any unknown thing
     whole = [draw_turn(rng, "object", with_article(noun))] if has_name else []
-    whole.append(draw_turn(rng, "caption", caption(facts)))
-    whole.append(draw_turn(rng, "colour", facts["colour"]))
+    whole += [draw_turn(rng, "caption", caption(facts)), draw_turn(rng, "colour", facts["colour"])]
     if facts["box"]:
         x0, y0, x1, y1 = np.array(facts["box"]) / facts["image_size"]
         if looks := next(word for limit, word in SIZES if max(x1 - x0, y1 - y0) < limit):
             whole.append(draw_turn(rng, "size", looks))
         if abs(aside := (x0 + x1) / 2 - 0.5) > ASIDE:
             whole.append(draw_turn(rng, "relation", "left" if aside < 0 else "right", "side"))
-    if not has_name:
-        return whole, []
     # Not "is there a door?" - "no" where the object has a door without being a Door
     others = {n: w for n, w in nouns.items() if n != noun and all(fit_together(n, p["label"]) for p in facts["parts"])}
-    other = draw_weighted(rng, others)
+    other = draw_weighted(rng, others) if has_name else None
     if other is None:
         return whole, []
     yes = rng.random() < 0.5
@@ -320,7 +247,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: np.random.Gen
     return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=asked)]
 
 
-def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
     """How many parts, which, and what can be done with them, of "this object": no part is named."""
     found = [draw_turn(rng, "count", count_word(len(parts)))]
     if parts:
@@ -333,37 +260,22 @@ def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Gene
     return found
 
 
-# ---- questions that name a part --------------------------------------------------------------------------------------
-
-
-def is_decided(part: Mapping) -> bool:
-    """Does the picture tell what can be done with it now?"""
-    return is_at_start(part) or part_state(part) == "open"
-
-
-def part_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[list, list]:
+def part_turns(facts: Mapping, words: Mapping[tuple[str, str], float], rng: Generator) -> tuple[list, list]:
     """(turns about the parts of "this object" that name none of them, turns that name a part)."""
     noun, parts = NOUNS[facts["category"]], visible_parts(facts)
     decided = [p for p in parts if is_decided(p)]
     whole = [*overview_turns(parts, facts, rng), *movable_turns(facts, rng)]
-    naming = place_turns(parts, facts, rng)
-    naming += look_turns(parts, facts, rng)
-    naming += pair_turns(parts, facts["image_size"], rng)
-    naming += presence_turns(parts, facts, words, rng)
-    naming += possible_turns(facts, words, rng)
-    naming += plan_turns(decided, noun, rng)
+    naming = [*place_turns(parts, facts, rng), *look_turns(parts, facts, rng)]
+    naming += [*pair_turns(parts, facts["image_size"], rng), *presence_turns(parts, facts, words, rng)]
+    naming += [*possible_turns(parts, facts, words, rng), *plan_turns(decided, noun, rng)]
     naming += future_turns(decided, noun, rng)
-    if event := facts.get("event"):
-        whole_event, naming_event = event_turns(event, parts, noun, rng)
-        whole += whole_event
-        naming += naming_event
-    return whole, naming
+    past, success = event_turns(facts.get("event"), parts, noun, rng)
+    return whole + past, naming + success
 
 
-def place_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+def place_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
     """The object's box; of every part where it is, and where to touch it if that is known."""
-    noun, size = NOUNS[facts["category"]], facts["image_size"]
-    box = facts["box"]
+    noun, size, box = NOUNS[facts["category"]], facts["image_size"], facts["box"]
     found = [draw_turn(rng, "box", write_pixels(box, size), the="this object")] if box else []
     for part in parts:
         label = part["label"]
@@ -375,27 +287,27 @@ def place_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generat
     return found
 
 
-def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
     """The colour of one part, the state of one and the box of one."""
     stated = [p for p in parts if part_state(p)]
     if not any(part_state(p) == "open" for p in stated) and rng.random() >= STATE_CLOSED:
         stated = []
-    answers = {
-        "part colour": (parts, lambda part: part["colour"]),
-        "state": (stated, part_state),
-        "box": (parts, lambda part: write_pixels(part["box"], facts["image_size"])),
-    }
+    pixels = {p["label"]: write_pixels(p["box"], facts["image_size"]) for p in parts}
     found = []
-    for wording, (options, answer) in answers.items():
+    for question_type, wording, options in (
+        ("colour", "part colour", parts),
+        ("state", None, stated),
+        ("box", None, parts),
+    ):
         if options:
             part = draw_one(rng, options)
+            answers = {"colour": part["colour"], "state": part_state(part), "box": pixels[part["label"]]}
             the = name_part(part["label"], NOUNS[facts["category"]], rng)
-            question_type = wording.removeprefix("part ")
-            found.append(draw_turn(rng, question_type, answer(part), wording, part["label"], the=the))
+            found.append(draw_turn(rng, question_type, answers[question_type], wording, part["label"], the=the))
     return found
 
 
-def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) -> list[Turn]:
+def pair_turns(parts: Sequence[Mapping], size: int, rng: Generator) -> list[Turn]:
     """Which of two parts looks larger, and how they lie to each other in the picture, where that is plain to see.
 
     Not asked of parts whose names tell it ("above or below: the top drawer, the bottom drawer").
@@ -419,7 +331,7 @@ def pair_turns(parts: Sequence[Mapping], size: int, rng: np.random.Generator) ->
     return found
 
 
-def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: np.random.Generator) -> list[Turn]:
+def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: Generator) -> list[Turn]:
     """Is there a part of this kind, and how many. Where only one answer could be given nothing is asked: balance."""
     kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
     absent: dict[str, float] = {}
@@ -427,7 +339,7 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
         if (kind := label.split()[-1]) not in {p["kind"] for p in facts["parts"]}:
             absent[kind] = absent.get(kind, 0) + weight
     other = draw_weighted(rng, absent)
-    if not kinds or not other:
+    if not kinds or not other or facts["category"].startswith(PREFIX):
         return []
     yes = rng.random() < 0.5
     kind = draw_one(rng, kinds) if yes else other
@@ -440,7 +352,7 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
 # ---- the robot's questions -------------------------------------------------------------------------------------------
 
 
-def movable_turns(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+def movable_turns(facts: Mapping, rng: Generator) -> list[Turn]:
     """Can this point be moved? Of facts["points"], [[u, v, on a movable part], ..]; "yes" and "no" equally often."""
     points = {answer: [p for p in facts.get("points", ()) if p[2] == answer] for answer in (True, False)}
     found = []
@@ -452,49 +364,46 @@ def movable_turns(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
     return found
 
 
-def possible_turns(facts: Mapping, words: Mapping, rng: np.random.Generator) -> list[Turn]:
-    """Can this be done now? At most one turn."""
-    drawn = draw_possible(facts, words, rng)
-    if drawn is None:
-        return []
-    verb, label, answer = drawn
-    action = action_words(verb, name_part(label, NOUNS[facts["category"]], rng))
-    return [draw_turn(rng, "possible", answer, None, label, act=action)]
-
-
-def draw_possible(facts: Mapping, words: Mapping, rng: np.random.Generator) -> tuple[str, str, str] | None:
-    """(verb, label, answer) of an action that may or may not be possible. The answer is drawn first, one half each.
+def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: Generator) -> list[Turn]:
+    """Can this be done now? At most one turn. The answer is drawn first, one half each.
 
     Something is absent when its name is no part's name with words added or dropped: where there is a "top left drawer"
     nobody asks for a "top drawer", but "the middle drawer" of two drawers is a fair question.
     """
-    plain = [p for p in visible_parts(facts) if p["kind"] in PLAIN_KINDS]
+    plain = [p for p in parts if p["kind"] in PLAIN_KINDS]
     opened = [p for p in plain if part_state(p) == "open"]
-    closed = [p for p in plain if is_at_start(p)]
+    closed = [p for p in plain if p["openness"] <= CLOSED_UP_TO]
     names = [set(p["label"].split()) for p in facts["parts"]]
-    absent = {}
-    for (verb, label), weight in words.items():
-        asked = set(label.split())
-        if not any(asked <= name or name <= asked for name in names):
-            absent[verb, label] = weight
-    other = draw_weighted(rng, absent)
-    if not other or not (opened or closed):
-        return None
+    absent = dict(words)
+    for key in words:
+        asked = set(key[1].split())
+        if any(asked <= name or name <= asked for name in names):
+            del absent[key]
+    grammar = facts["category"].startswith(PREFIX)  # "no" only of what is open, or closed, already
+    other = draw_weighted(rng, {} if grammar else absent)
+    closable = [p for p in closed if part_state(p)]
+    if not (opened or closed) or not (other or grammar):
+        return []
+    if grammar and not opened and not (closable and rng.random() < CLOSE_CLOSED):
+        return []
     if rng.random() < 0.5:
         part = draw_one(rng, opened + closed)
-        return "close" if part_state(part) == "open" else part["verb"], part["label"], "yes"
-    if opened and rng.random() < 0.5:
+        verb, label, answer = "close" if part_state(part) == "open" else part["verb"], part["label"], "yes"
+    elif opened and (grammar or rng.random() < 0.5):
         part = draw_one(rng, opened)
-        return part["verb"], part["label"], f"no, the {part['label']} is already open"
-    closable = [p for p in closed if part_state(p)]
-    if closable and rng.random() < CLOSE_CLOSED:
+        verb, label, answer = part["verb"], part["label"], f"no, the {part['label']} is already open"
+    elif closable and (grammar or rng.random() < CLOSE_CLOSED):
         label = draw_one(rng, closable)["label"]
-        return "close", label, f"no, the {label} is already closed"
-    return *other, f"no, there is no {other[1]}"
+        verb, answer = "close", f"no, the {label} is already closed"
+    else:
+        verb, label = other
+        answer = f"no, there is no {label}"
+    action = action_words(verb, name_part(label, NOUNS[facts["category"]], rng))
+    return [draw_turn(rng, "possible", answer, None, label, act=action)]
 
 
-def plan_turns(decided: Sequence[Mapping], noun: str, rng: np.random.Generator) -> list[Turn]:
-    """How to work one part, or what comes next; and the next five steps of everything."""
+def plan_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Turn]:
+    """How to work one part, or what comes next; and the next five steps of everything, some of them done."""
     if not decided:
         return []
     part = draw_one(rng, decided)
@@ -507,76 +416,59 @@ def plan_turns(decided: Sequence[Mapping], noun: str, rng: np.random.Generator) 
         answer = f"nothing, the {part['label']} is already open"
     goal = action_words(part["verb"], name_part(part["label"], noun, rng))
     done = ", ".join(steps[:n_done]) or "nothing"
-    plan = draw_turn(rng, "plan", answer, wording, part["label"], act=goal, done=done)
-    return [plan, five_steps_turn(decided, rng)]
+    found = [draw_turn(rng, "plan", answer, wording, part["label"], act=goal, done=done)]
 
-
-def five_steps_turn(decided: Sequence[Mapping], rng: np.random.Generator) -> Turn:
-    """The next five steps towards working every part that is still closed, with or without some of them done."""
     steps = [step for p in decided if part_state(p) != "open" for step in (*list_steps(p), "let go")]
     wording = draw_one(rng, ASK["five"])
     n_done = int(rng.integers(min(len(steps), 3) + 1)) if "{done}" in wording else 0
     answer = ", ".join(steps[n_done : n_done + FIVE]) or "nothing, everything is already open"
-    goal = "use every part that is still closed"
-    if len(decided) == 1:
-        goal = action_words(decided[0]["verb"], "the part that moves")
-    names = " and ".join(p["label"] for p in decided)
-    return Turn("plan", wording.format(act=goal, done=", ".join(steps[:n_done]) or "nothing"), answer, names)
+    one = len(decided) == 1
+    goal = action_words(part["verb"], "the part that moves") if one else "use every part that is still closed"
+    question = wording.format(act=goal, done=", ".join(steps[:n_done]) or "nothing")
+    return [*found, Turn("plan", question, answer, " and ".join(p["label"] for p in decided))]
 
 
-def future_turns(decided: Sequence[Mapping], noun: str, rng: np.random.Generator) -> list[Turn]:
-    """What a pull or a push will do to one part."""
+def future_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Turn]:
+    """What a pull at one part, or a push against it, will do to it as it stands."""
     movable = [p for p in decided if p["verb"] == "open" or p["verb"] in FUTURE]
     movable = [p for p in movable if p["primitive"] == "pull" or part_state(p) != "open"]
     if not movable:
         return []
     part = draw_one(rng, movable)
-    push = part["primitive"] == "push" or (part_state(part) is not None and rng.random() < 0.4)
-    the = name_part(part["label"], noun, rng)
-    wording = "future push" if push else None
-    return [draw_turn(rng, "future", tell_future(part, push), wording, part["label"], the=the)]
-
-
-def tell_future(part: Mapping, push: bool) -> str:
-    """What a pull at a part, or a push against it, will do to it as it stands."""
-    if push and part["primitive"] == "pull":
-        closes = part_state(part) == "open"
-        return f"the {part['label']} closes" if closes else f"nothing, the {part['label']} is already closed"
+    state, label = part_state(part), part["label"]
+    push = part["primitive"] == "push" or (state is not None and rng.random() < 0.4)
+    the = name_part(label, noun, rng)
     opens = "slides out" if part["joint"] == "prismatic" else "swings open"
-    return f"the {part['label']} {FUTURE.get(part['verb'], opens)}"
+    answer = f"the {label} {FUTURE.get(part['verb'], opens)}"
+    if push and part["primitive"] == "pull":
+        answer = f"the {label} closes" if state == "open" else f"nothing, the {label} is already closed"
+    return [draw_turn(rng, "future", answer, "future push" if push else None, label, the=the)]
 
 
-def event_turns(event: Mapping, parts: Sequence[Mapping], noun: str, rng: np.random.Generator) -> tuple[list, list]:
-    """Past and success, of a picture after an attempt, where the parts' states tell it."""
-    now = {p["label"]: p for p in parts}
-    goal, acted = now.get(event["goal"]), now.get(event["acted"])
+def event_turns(event: Mapping | None, parts: Sequence[Mapping], noun: str, rng: Generator) -> tuple[list, list]:
+    """(past, success) of a picture after an attempt, where the parts' states tell it."""
     whole, naming = [], []
-    if acted and part_state(acted):
-        did = f"{PAST[acted['verb']]} the {acted['label']}"
-        whole.append(draw_turn(rng, "past", did if part_state(acted) == "open" else "nothing, the attempt failed"))
-    if goal and part_state(goal) and event["success"] == (part_state(goal) == "open"):
-        action = action_words(goal["verb"], name_part(goal["label"], noun, rng))
-        naming.append(draw_turn(rng, "success", "yes" if event["success"] else "no", None, goal["label"], act=action))
+    states = {p["label"]: (part_state(p), p["verb"]) for p in parts if part_state(p)} if event else {}
+    if event and event["acted"] in states:
+        state, verb = states[event["acted"]]
+        did = f"{PAST[verb]} the {event['acted']}" if state == "open" else "nothing, the attempt failed"
+        whole.append(draw_turn(rng, "past", did))
+    if event and event["goal"] in states:
+        state, verb = states[event["goal"]]
+        if event["success"] == (state == "open"):
+            action = action_words(verb, name_part(event["goal"], noun, rng))
+            answer = "yes" if event["success"] else "no"
+            naming.append(draw_turn(rng, "success", answer, None, event["goal"], act=action))
     return whole, naming
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
-
-
-def turns(
-    facts: Mapping,
-    rng: np.random.Generator,
-    allowed: str = "all",
-    shares: Mapping[str, float] | None = None,
-    untold: Sequence[str] = UNSEEN,
-) -> list[Turn]:
+def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None = None, untold=UNSEEN) -> list[Turn]:
     """All questions about one picture; the same facts and the same state of rng give the same turns.
 
     Args     facts: one picture, as data/build.py writes them. allowed: "all", or "general" for pictures of unseen
-             categories (no part, position, contact, affordance or plan). shares: category -> its share of the data set;
-             "no" takes its nouns and part words from there, in these proportions. Default: equal shares of SEEN, so
-             that no word of an unseen category occurs (strict rule). untold: held-out categories, of which only the
-             nouns are used, the parts never.
+             categories (no part, position, contact, affordance or plan). shares: category -> its share of the data set,
+             in which "no" takes its nouns and part words; default: equal shares of SEEN, so that no word of an unseen
+             category occurs (strict rule). untold: categories of which the nouns are used, but never the parts.
     Returns  turns with different questions: in random order those about "this object", then in random order the rest.
     Raises   ValueError for another `allowed`, an unknown category, or facts that lack a field.
     """
@@ -587,23 +479,21 @@ def turns(
     if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
         raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
     nouns, words = vocabulary(tuple((shares or dict.fromkeys(SEEN, 1.0)).items()), tuple(untold))
-    whole, naming = general_turns(facts, nouns, rng)
+    groups = [general_turns(facts, nouns, rng)]
     if allowed == "all":
-        more_whole, more_naming = part_turns(facts, words, rng)
-        whole += more_whole
-        naming += more_naming
+        groups.append(part_turns(facts, words, rng))
     found: dict[str, Turn] = {}
-    for turn in [group[i] for group in (whole, naming) for i in rng.permutation(len(group))]:
-        found.setdefault(turn.question, turn)  # "Is there a door?" can come up twice: for the object and for a part
+    for group in ([turn for turns in same for turn in turns] for same in zip(*groups, strict=True)):
+        for i in rng.permutation(len(group)):
+            found.setdefault(group[i].question, group[i])  # "Is there a door?": of the object, and of a part
     return list(found.values())
 
 
-def dialogue(facts: Mapping, rng: np.random.Generator) -> list[Turn]:
+def dialogue(facts: Mapping, rng: Generator) -> list[Turn]:
     """Three to five turns in a natural order: what it is, its colour, its parts, what is possible, a plan."""
     found: dict[str, Turn] = {}
     for turn in turns(facts, rng):
-        names_part = turn.question_type in ("state", "possible", "plan")
-        if (turn.part is not None) == names_part:
+        if (turn.part is not None) == (turn.question_type in ("state", "possible", "plan")):
             found.setdefault(turn.question_type, turn)
     if "state" in found and "possible" in found:
         del found[draw_one(rng, ("state", "possible"))]

@@ -12,11 +12,11 @@ How the ids are laid out (R = number of ranks):
     356 .. R-1    the most frequent pieces of words, in the order in which they were learned
     R, R+1, R+2   <|endoftext|> (also the padding), <|user|>, <|assistant|>
 
-Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn, " 37"
-and "37". The price is a token for each space, so a point is written "(37,52)": five tokens, one less than "(37, 52)".
-Longer numbers fall into pairs from the left ("2024" = "20" "24"; "123" = "12" "3").
+Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn. The
+price is a token for each space, so a point is written "(37,52)": five tokens, one less than "(37, 52)". Longer numbers
+fall into pairs from the left ("123" = "12" "3"). Text that people wrote goes through `encoding.encode_ordinary(text)`:
+there a typed "<|user|>" is plain characters.
 
-Text that people wrote goes through `encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
 Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
 Differs: RoboMamba uses GPT-NeoX's 50,280 tokens; a laptop-sized model cannot afford to learn that embedding. Whoever
 starts from published weights gets exactly those tokens (common/published.py), without the number tokens above.
@@ -72,17 +72,13 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
              tiktoken joins any two neighbours whose spelling has a rank. So it cuts words as they were cut here.
     """
     if size < NUMBER_BASE + NUMBERS:
-        raise ValueError(
-            f"size={size} is too small: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}"
-        )
+        raise ValueError(f"size={size}: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}")
     ranks = {bytes([b]): b for b in range(NUMBER_BASE)}
     ranks |= {b"%02d" % n: NUMBER_BASE + n for n in range(NUMBERS)}
 
-    # Words, not running text: each different word is kept once, with its count, so megabytes shrink to some thousand.
-    # Numbers stay out: a digit has no neighbour other than its pair, and all pairs have their rank.
-    counts = collections.Counter(
-        word for text in texts for word in regex.findall(PATTERN, text) if not word.isdecimal()
-    )
+    # Each different word is kept once, with its count. Numbers stay out: all pairs of digits have their rank.
+    found = (word for text in texts for word in regex.findall(PATTERN, text))
+    counts = collections.Counter(word for word in found if not word.isdecimal())
     words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
     total = collections.Counter()  # spelling of a pair -> how often it occurs
     where = collections.defaultdict(set)  # spelling of a pair -> indices of the words that (may) hold it
@@ -91,8 +87,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
             total[a + b] += n
             where[a + b].add(i)
 
-    # A heap gives the most frequent pair at once. Its counts may be old: an entry that no longer holds is skipped,
-    # a fresh one was pushed when the count changed.
+    # Counts in the heap may be old: such an entry is skipped, a fresh one was pushed when the count changed.
     heap = [(-n, pair) for pair, n in total.items()]
     heapq.heapify(heap)
     while heap and len(ranks) < size:
@@ -119,8 +114,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """Write tiktoken's own format, a line "base64(token) rank" each. Atomic."""
     lines = [
-        base64.b64encode(token).decode() + f" {rank}\n"
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda x: x[1])
     ]
     write_text(Path(path), "".join(lines))
 
@@ -141,18 +135,15 @@ def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
             token, rank = base64.b64decode(word, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"{path}, line {number}: expected 'base64 rank', got {line[:60]!r}") from None
-        if not token:
-            raise ValueError(f"{path}, line {number}: empty token")
-        if token in ranks or rank in seen:
-            raise ValueError(f"{path}, line {number}: token {token!r} or rank {rank} occurs twice")
+        if not token or token in ranks or rank in seen:
+            raise ValueError(f"{path}, line {number}: token {token!r} is empty, or it or rank {rank} occurs twice")
         ranks[token] = rank
         seen.add(rank)
     if not ours:
         return ranks
-    missing = [b for b in range(NUMBER_BASE) if bytes([b]) not in ranks]
-    if missing:
+    if missing := [b for b in range(NUMBER_BASE) if bytes([b]) not in ranks]:
         raise ValueError(
-            f"{path}: byte {missing[0]:#04x} has no rank ({len(missing)} of 256 missing); the file is cut or not ours"
+            f"{path}: byte {missing[0]:#04x} has no rank ({len(missing)} of 256 missing); cut, or not ours"
         )
     if max(seen) != len(seen) - 1 or min(seen) != 0:
         raise ValueError(f"{path}: ranks must be 0 .. {len(seen) - 1} without a gap, found {min(seen)} .. {max(seen)}")

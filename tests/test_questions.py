@@ -331,7 +331,7 @@ def test_answers_are_true(many):
                     assert turn.answer.startswith(f"the {part['label']} ") and "clos" not in turn.answer
             elif turn.question_type == "plan" and turn.part and " five" in turn.question or "five " in turn.question:
                 assert 1 <= len(turn.answer.split(", ")) <= 5
-                closed = [p for p in shown if questions.is_at_start(p)]
+                closed = [p for p in shown if p["openness"] <= 0.1]
                 assert ("already" in turn.answer) == (not closed)
                 for step in turn.answer.split(", ") if closed else ():
                     assert step == "let go" or any(step in questions.list_steps(p) for p in closed)
@@ -431,7 +431,7 @@ def yes_share(answers):
 
 
 def test_yes_and_no_are_balanced(many):
-    """Bounds .45-.55: with at least 900 questions five points are three standard deviations or more."""
+    """Bounds .45-.55: with 700 questions five points are 2.6 standard deviations."""
     answers = defaultdict(Counter)
     for facts, asked in many:
         opened = any(p["openness"] > 0.2 for p in visible(facts))
@@ -441,7 +441,7 @@ def test_yes_and_no_are_balanced(many):
                 answers[key][turn.answer.split(",")[0]] += 1
                 answers[f"{key}, opened scene {opened}"][turn.answer.split(",")[0]] += 1
     for key in ("presence", "part presence", "possible", "movable"):
-        assert answers[key].total() > 900 and 0.45 <= yes_share(answers[key]) <= 0.55, (key, answers[key])
+        assert answers[key].total() > 700 and 0.45 <= yes_share(answers[key]) <= 0.55, (key, answers[key])
         assert 0.4 <= yes_share(answers[f"{key}, opened scene True"]) <= 0.6, key  # some 200 questions
     rng, unseen = np.random.default_rng(5), Counter()
     for facts in scenes(2000, seed=2, categories=UNSEEN):
@@ -459,7 +459,7 @@ def test_the_words_of_a_question_do_not_tell_its_answer(many):
                 tables[turn.question_type][kind][turn.answer.split(",")[0]] += 1
     for name, table in tables.items():
         right, n = sum(max(c.values()) for c in table.values()), sum(c.total() for c in table.values())
-        assert n > 900 and right / n < 0.6, (name, right / n, dict(table))
+        assert n > 700 and right / n < 0.6, (name, right / n, dict(table))
     states = Counter(t.answer for _, asked in many for t in asked if t.question_type == "state")
     assert 0.2 < states["open"] / states.total() < 0.6  # one picture in seven has something open
 
@@ -519,12 +519,14 @@ def test_grammar_objects_have_no_name_and_all_other_questions(many):
         if facts["category"].startswith(PREFIX):
             types = {t.question_type for t in asked}
             assert "object" not in types and {"caption", "colour", "count"} <= types
-            assert not any(t.question_type == "presence" and t.part is None for t in asked)
+            for turn in asked:  # a fixed disc looks like a lid, and one plate is a lid, a cover or a flap
+                assert turn.question_type != "presence" and "there is no" not in turn.answer
+                assert turn.question_type != "count" or turn.part is None
             named.update(types)
     assert min(named[name] for name in ("contact", "plan", "where", "possible", "movable", "future")) > 100
     shares = dict.fromkeys((*SEEN, *GRAMMAR), 1.0)
     nouns, parts = questions.vocabulary(tuple(shares.items()), UNSEEN)
-    assert "object" not in nouns and len(parts) > len(questions.vocabulary(tuple((c, 1.0) for c in SEEN), UNSEEN)[1])
+    assert (nouns, parts) == questions.vocabulary(tuple((c, 1.0) for c in SEEN), UNSEEN)  # nor is it a "no"
 
 
 def test_points_are_asked_about_only_with_both_answers():

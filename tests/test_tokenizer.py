@@ -184,6 +184,7 @@ def test_bad_files_are_named(tmp_path):
         "line 66: expected": good[:65] + ["QQ!== 65"] + good[66:],
         "line 9: expected": good[:8] + ["QQ=="] + good[9:],
         "line 3: expected": good[:2] + [""] + good[3:],
+        "line 4: .*empty": good[:3] + [" 3"] + good[4:],
         "line 361: token": good + [good[0]],
         "line 361: .*rank 5 occurs twice": good + [base64.b64encode(b"new one").decode() + " 5"],
         "byte 0xff has no rank": good[:255] + good[256:],
