@@ -66,7 +66,8 @@ class Attention(nn.Module):
         B, P, W = x.shape
         parts = (project(x).view(B, P, self.n_head, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, heads, P, W / heads)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, W))
+        y = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(W / heads)) v
+        return self.out_proj(y.transpose(1, 2).reshape(B, P, W))
 
 
 class ViTBlock(nn.Module):
@@ -270,7 +271,7 @@ class MambaMixer(nn.Module):
         tail = u[:, u.shape[1] - (self.cfg.d_conv - 1) :]
         u = F.silu(self.conv(u))
         dt, A, B, C = self.selection(u)
-        y, ssm = selective_scan(u, dt, A, B, C, self.D, state.ssm)
+        y, ssm = selective_scan(u, dt, A, B, C, self.D, state.ssm)  # lines 5 and 6
         return self.out_proj(y.to(z.dtype) * F.silu(z)), LayerState(tail, ssm)
         # end of exercise 5
 
@@ -318,7 +319,9 @@ class MambaBackbone(nn.Module):
             after.append(state)
         return self.norm_f(x), after
 
-    step = forward  # on one embedding (B, D); memory stays constant however long the sequence gets
+    def step(self, x: Tensor, states: Sequence) -> tuple[Tensor, list[LayerState]]:
+        """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
+        return self(x, states)
 
 
 class MambaLM(nn.Module):
@@ -479,21 +482,19 @@ class RoboMamba(nn.Module):
     ) -> tuple:  # fmt: skip
         """Next-token logits and, with labels, the loss of stages 1.1 and 1.2 (paper section 3.2).
 
-        Args:
-            tokens: (n, T) int64, right-padded. lengths: (n,) true lengths; what lies beyond is never a target.
-            labels: (n, T) int64, the token itself where it is to be predicted, IGNORE (-100) elsewhere; not shifted.
-            owners, geometry: as in `text_states`. soft, normalizer: as in `answer_loss`.
+        tokens: (n, T) int64, right-padded; lengths: (n,) true lengths, what lies beyond is never a target. labels:
+        (n, T) int64, the token itself where it is to be predicted, IGNORE (-100) elsewhere; not shifted. owners,
+        geometry: as in `text_states`. soft, normalizer: as in `answer_loss`.
         Returns: logits (n, T, V), loss () or None. With return_states also the text states (n, T, D); then, where a
             loss is asked for, logits is None: training needs them at the labelled positions only.
         """
         states = self.text_states(images, tokens, owners, geometry)
+        logits = None if return_states and labels is not None else self.lm.lm_head(states)
         loss = None
         if labels is not None:
             beyond = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
             loss = self.answer_loss(states, labels.masked_fill(beyond, IGNORE), soft, normalizer)
-        if not return_states:
-            return self.lm.lm_head(states), loss
-        return (self.lm.lm_head(states) if labels is None else None), loss, states
+        return (logits, loss, states) if return_states else (logits, loss)
 
     def answer_loss(self, states: Tensor, labels: Tensor, soft=None, normalizer: float | None = None) -> Tensor:
         """Cross-entropy of the labelled tokens: their sum / `normalizer` (default: their number).

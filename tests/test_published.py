@@ -526,7 +526,7 @@ def own():  # bytes of this process that are not mapped files
 def peak(call):
     start, seen, done = own(), [0], threading.Event()
     def watch():
-        while not done.is_set():
+        while not done.wait(0.0005):
             seen.append(own() - start)
     thread = threading.Thread(target=watch)
     thread.start()
