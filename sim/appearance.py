@@ -1,7 +1,5 @@
-"""How a scene looks apart from its shapes: light, background, textures. Each is a function of its random numbers alone.
-
-Wide on purpose, so that brightness and background tell nothing about the object.
-"""
+"""How a scene looks apart from its shapes: light, background, textures, each a function of its random numbers alone.
+Wide on purpose, so that brightness and background tell nothing about the object."""
 
 import math
 from collections.abc import Callable
@@ -70,9 +68,8 @@ def texture(rng: np.random.Generator) -> Texture:
 
 def textures(rng: np.random.Generator, parts: int) -> dict[int, Texture]:
     """Link -> texture, of the body and that many parts."""
-    body = texture(rng)
-    found = {BASE: body}
+    found = {BASE: texture(rng)}
     for j in range(parts):
         own = texture(rng)  # drawn always, so that one part's draw does not move the next one's
-        found[j] = own if rng.random() < OWN_TEXTURE else body
+        found[j] = own if rng.random() < OWN_TEXTURE else found[BASE]
     return found

@@ -57,9 +57,6 @@ from sim.objects import (  # isort: skip
     legs, pick, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
-
 SEEN = (
     "Safe", "Door", "Display", "Refrigerator", "Laptop", "Lighter", "Microwave", "Mouse", "Box", "TrashCan",
     "KitchenPot", "Suitcase", "Pliers", "StorageFurniture", "Remote", "Bottle", "FoldingChair", "Toaster", "Lamp",
@@ -523,9 +520,6 @@ def phone(rng):
     size, start = (long * 0.97, wide, 0.035), rng.uniform(0.02, 0.25)
     return base, [top_lid("flip cover", (-long / 2, 0, 0.062), size, 2.4, rgb, [screen, window], start=start)]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
 
 BUILDERS = {
     "Safe": safe, "Door": door, "Display": display, "Refrigerator": refrigerator, "Laptop": laptop, "Lighter": lighter,

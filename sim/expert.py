@@ -19,7 +19,6 @@ from sim import objects
 from sim.scene import BACKGROUND, BASE, INITIAL, Scene, tilt, unit
 
 MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
-
 PIXELS, TRIES = 160, 6  # of a part that are scored; contacts that are tried
 MOST_LEVER = 0.8  # of the largest lever arm: more is no better
 MOST_EDGE = 1 / 32  # of the frame: nor is more distance to an edge
@@ -28,11 +27,9 @@ REGION = 0.75  # pixels with at least this share of the best score form the regi
 LEAST_SCORE = 0.3  # of the best, for the other pixels that are tried
 JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # disturbances that a label must survive: of the frame, and of the direction
 JITTER_SHARE = 0.8  # of the disturbed copies that must work
-
 ATTEMPTS = ("good", "good", "good", "other", "bad", "bad")  # the expert's; on another part; in a wrong direction
 BAD_ANGLE = (math.pi / 3, math.pi / 2)  # radians, of a wrong direction
 FURTHER = (0.3, 0.8)  # where a part ends that was moved on purpose, as a share of its range
-
 GRID = 16  # raster side of dense_targets
 DEPTH_UNIT_M = 0.3  # of relative depth
 EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of what no part fills
@@ -58,9 +55,8 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
     mask = scene.links == part
     if mask.sum() < MIN_PART_PIXELS:
         return None
-    rows, columns = np.nonzero(mask)
-    step = -(-len(rows) // PIXELS)
-    rows, columns = rows[::step], columns[::step]
+    step = -(-mask.sum() // PIXELS)
+    rows, columns = (index[::step] for index in np.nonzero(mask))
     points = scene.backproject_pixels(rows, columns)
     link, normals = scene.normals(points)
     direction, lever = scene.motion(points, part)
@@ -124,8 +120,7 @@ def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
 
 def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
     """Does the label reach the long threshold, and its disturbed copies the initial one?"""
-    threshold = scene.long_threshold(part)
-    if not scene.act(label.u, label.v, label.approach, part, stop_at=threshold).long:
+    if not scene.act(label.u, label.v, label.approach, part, stop_at=scene.long_threshold(part)).long:
         return False
     survived = 0
     for _ in range(jitters):
@@ -173,8 +168,8 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     ended = np.clip(outcome.joints or before, [part.lower for part in parts], [part.upper for part in parts])
     success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
     if outcome.long and not parts[acted].both_ways:  # further strokes follow the first, until it is plain
-        start = before[acted]
-        ended[acted] = max(ended[acted], start + rng.uniform(*FURTHER) * (parts[acted].upper - start))
+        room = parts[acted].upper - before[acted]
+        ended[acted] = max(ended[acted], before[acted] + rng.uniform(*FURTHER) * room)
     scene.set_joints(ended.tolist())
     done = {"moved": round(outcome.moved, 4), "success": bool(success)}
     return {"goal": parts[goal].label, "acted": parts[acted].label} | done
@@ -241,9 +236,8 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     down[:-1] = cloud[1:] - cloud[:-1]
     right[:, :-1] = cloud[:, 1:] - cloud[:, :-1]
     normal = unit(np.cross(down, right)) * shown[..., None]  # towards the camera: z < 0
-    relative = depth
-    if shown.any():
-        relative = np.where(shown, (depth - depth[shown].mean()) / DEPTH_UNIT_M, 0).clip(-3, 3)
+    middle = depth[shown].mean() if shown.any() else 0.0
+    relative = np.where(shown, (depth - middle) / DEPTH_UNIT_M, 0).clip(-3, 3)
     maps = np.concatenate([relative[..., None], normal, shown[..., None], (scene.links >= 0)[..., None]], -1)
 
     def cells(picture):  # (S, S, C) -> (16, 16, C)

@@ -78,8 +78,8 @@ class Shape:
     def corners(self) -> np.ndarray:
         """(8, 3) corners of the bounding box in the link's frame, metres; corner 4a + 2b + c, a b c in {0, 1}."""
         radius, length = self.size[0], self.size[-1]
-        round_extents = (2 * radius, 2 * radius, length if self.kind == "cylinder" else 2 * radius)
-        extents = self.size if self.kind == "box" else round_extents
+        cylinder = (2 * radius, 2 * radius, length)
+        extents = {"box": self.size, "cylinder": cylinder, "sphere": (2 * radius,) * 3}[self.kind]
         signs = np.array([(a, b, c) for a in ENDS for b in ENDS for c in ENDS])
         return np.array(self.xyz) + signs * np.array(extents) / 2 @ rotation(self.rpy).T
 

@@ -47,12 +47,14 @@ finally:
 # Letters: S image side (pixels) · u, v pixel column and row · f, cx, cy intrinsics (pixels) · q joint value (rad or m).
 # Frames: world (x = object front, z = up, metres) and camera (OpenCV: x right, y down, z forward).
 
+INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the range that is left
+INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a cylinder, nearly inside a sphere
+
 
 @dataclass(frozen=True)
 class Physics:
-    """What the gripper can do and how stiff the joints are. SI units.
-
-    Friction is set relative to the seal and to the part's largest lever arm, so that a pull near the hinge cannot win.
+    """What the gripper can do and how stiff the joints are, SI units. Friction goes with the seal and the part's
+    largest lever arm, so that a pull near the hinge cannot win.
     """
 
     dt_s: float = 1 / 240
@@ -114,13 +116,12 @@ class Camera(NamedTuple):
     shift_v: float
 
 
-INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the range that is left
-INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a cylinder, nearly inside a sphere
-
-
 @dataclass
 class Outcome:
-    """What an interaction did. `moved` in rad or m; `reason` is "success" or why the initial threshold was missed."""
+    """What an interaction did. `moved` in rad or m; `reason` is "success" or why the initial threshold was missed:
+    "off object", "not a number", "unreachable", "on body", "no seal", "wrong part", "seal broke (tension)", "seal broke
+    (shear)", "slipped", "did not move".
+    """
 
     moved: float
     initial: bool
@@ -201,15 +202,14 @@ class Scene:
         rng = stream(category, seed, "joints")
         self.set_joints([m.start + self.physics.start_open * rng.uniform() * (m.upper - m.start) for m in parts])
         order = [part] if part is not None else stream(category, seed, "target").permutation(len(parts)).tolist()
-        best = (-math.inf, None)
+        best = (-math.inf,)
         for j in order:
             score, camera = self._search_camera(j, stream(category, seed, f"camera {j}"))
-            if score > best[0]:
-                best = (score, camera)
-                self.target = j
+            best = max(best, (score, camera, j), key=lambda found: found[0])
             if score >= self.view.min_workable:
                 break
-        self.look(best[1])
+        _, camera, self.target = best
+        self.look(camera)
         self.light = appearance.light(stream(category, seed, "light"), self.camera.azimuth_deg)
         self.background = appearance.background(stream(category, seed, "background"), self.image_size)
         self.textures = appearance.textures(stream(category, seed, "texture"), len(parts))
@@ -289,7 +289,7 @@ class Scene:
     def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, Camera]:
         """Draws cameras until one can see and work `part`; returns (workable share, camera), else the best one met."""
         view = self.view
-        best = (-math.inf, None)
+        best = (-math.inf,)
         points = self._points_of(part, view.part_points, rng)
         sign = self.sense(part)
         for _ in range(view.tries):
@@ -307,8 +307,7 @@ class Scene:
                 facing = (normal * unit(self.eye - hit)).sum(1)
                 workable = (link == part) & inside & (along > view.min_alignment)
                 score = (workable & (lever > view.min_lever) & (facing > view.min_facing)).mean()
-            if score > best[0]:
-                best = (score, camera)
+            best = max(best, (score, camera), key=lambda found: found[0])
             if score >= view.min_workable:
                 break
         return best
@@ -384,10 +383,7 @@ class Scene:
         # end of exercise 8
 
     def backproject_pixels(self, rows: np.ndarray, columns: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
-        """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) defaults to .depth.
-
-        Depth is along the camera's z, and `intrinsics` are measured from whole numbers of (u, v): add nothing.
-        """
+        """World points (n, 3), metres, of pixels (n,), (n,); depth (S, S) along the camera's z defaults to .depth."""
         depth = self.depth if depth is None else depth
         # exercise 8: from pixels to points
         f, cx, cy = self.intrinsics
@@ -452,8 +448,6 @@ class Scene:
             target: index of the part whose joint counts (None: the scene's); its `primitive` decides pull or push.
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
             stop_at: end early once the target has moved this much (rad or m); enough where only a threshold counts.
-        Returns: Outcome. Reasons of failure: "unreachable", "on body", "no seal", "wrong part", "seal broke (tension)",
-            "seal broke (shear)", "slipped", "did not move".
         """
         physics = self.physics
         target = self.target if target is None else target
@@ -481,11 +475,10 @@ class Scene:
             tension = float(force @ normal)
             across = force - tension * normal
             shear = math.sqrt(across @ across)
-            if push:
-                if tension > 0:
-                    force = np.zeros(3)  # nothing to pull with
-                elif shear > physics.push_friction * -tension + physics.push_grip:
-                    reason = "slipped"
+            if push and tension > 0:
+                force = np.zeros(3)  # nothing to pull with
+            elif push:
+                reason = "slipped" if shear > physics.push_friction * -tension + physics.push_grip else ""
             elif tension > physics.seal_tension:
                 reason = "seal broke (tension)"
             elif shear > physics.seal_shear + physics.press_shear * max(0.0, -tension):
@@ -522,9 +515,8 @@ class Scene:
 
     def sense(self, part: int) -> int:
         """How the outward normal of a good contact points along the part's motion: +1 pull, -1 push, 0 either."""
-        if self.spec.parts[part].both_ways:
-            return 0
-        return -1 if self.spec.parts[part].primitive == "push" else 1
+        pull = 1 if self.spec.parts[part].primitive == "pull" else -1
+        return 0 if self.spec.parts[part].both_ways else pull
 
     def act(self, u: float, v: float, approach: np.ndarray, target: int | None = None, **options) -> Outcome:
         """`interact` at the pixel (u, v) with `approach` (3,) in the CAMERA frame; "off object" where nothing is."""

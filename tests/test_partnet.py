@@ -289,17 +289,21 @@ def change(old, new):
 
 
 def change_mesh(text):
-    return lambda folder: (folder / "textured_objs" / "door.obj").write_text(text)
+    return write("textured_objs/door.obj", text.encode())
 
 
-def relink(path):
-    path.unlink()
-    path.symlink_to(path)
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def remake(path):
-    path.unlink()
-    path.mkdir()
+def replace(name, by):
+    """A link to itself or a folder instead of a file."""
+
+    def broken(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir() if by == "folder" else (folder / name).symlink_to(folder / name)
+
+    return broken
 
 
 def add_drawers(folder, count):
@@ -314,7 +318,7 @@ def add_drawers(folder, count):
 LONG = json.dumps({"model_cat": "a" * 61})
 BROKEN = {
     "no urdf": (lambda folder: (folder / "mobility.urdf").unlink(), "mobility.urdf"),
-    "not text": (lambda folder: (folder / "mobility.urdf").write_bytes(b"\xff\xfe\x00\x01"), "mobility.urdf"),
+    "not text": (write("mobility.urdf", b"\xff\xfe\x00\x01"), "mobility.urdf"),
     "mesh outside": (change("textured_objs/shell.obj", "../../outside.obj"), "outside"),
     "mesh elsewhere": (change("textured_objs/shell.obj", "/etc/passwd"), "outside"),
     "mesh missing": (change("textured_objs/shell.obj", "textured_objs/x.obj"), "textured_objs/x.obj"),
@@ -336,21 +340,20 @@ BROKEN = {
     "texture": (change_mesh("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1/1 2/1 3/1\n"), "door.obj, line 4"),
     "vertex": (change_mesh("v 0 0 nan\n"), "door.obj, line 1"),
     "binary": (change_mesh("\x00\x01"), "door.obj: no faces"),
-    "names": (lambda folder: (folder / "semantics.txt").write_text("link_0 drawer\n"), "semantics.txt, line 1"),
-    "meta": (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json"),
-    "deep meta": (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "meta.json"),
-    "meta bytes": (lambda folder: (folder / "meta.json").write_bytes(b'{"model_cat": "\xff"}'), "meta.json: not UTF-8"),
-    "category": (lambda folder: (folder / "meta.json").write_text('{"model_cat": "a|b"}'), "model_cat"),
-    "category script": (lambda folder: (folder / "meta.json").write_text('{"model_cat": "<b>"}'), "model_cat"),
-    "long category": (lambda folder: (folder / "meta.json").write_text(LONG), "model_cat"),
-    "names bytes": (lambda folder: (folder / "semantics.txt").write_bytes(b"link_0 slider \xe9\n"), "semantics.txt"),
-    "loop": (lambda folder: relink(folder / "textured_objs" / "door.obj"), "door.obj"),
+    "names": (write("semantics.txt", b"link_0 drawer\n"), "semantics.txt, line 1"),
+    "meta": (write("meta.json", b"[]"), "meta.json"),
+    "deep meta": (write("meta.json", b"[" * 100_000), "meta.json"),
+    "meta bytes": (write("meta.json", b'{"model_cat": "\xff"}'), "meta.json: not UTF-8"),
+    "category": (write("meta.json", b'{"model_cat": "a|b"}'), "model_cat"),
+    "category script": (write("meta.json", b'{"model_cat": "<b>"}'), "model_cat"),
+    "long category": (write("meta.json", LONG.encode()), "model_cat"),
+    "names bytes": (write("semantics.txt", b"link_0 slider \xe9\n"), "semantics.txt"),
+    "loop": (replace("textured_objs/door.obj", "link"), "door.obj"),
     "long name": (change("textured_objs/shell.obj", "a" * 5000 + ".obj"), "link_2"),
     "null in name": (change("textured_objs/shell.obj", "a&#1;.obj"), "mobility.urdf"),
-    "folder for a file": (lambda folder: remake(folder / "meta.json"), "meta.json"),
-    "deep xml": (lambda folder: (folder / "mobility.urdf").write_text("<a>" * 100_000), "mobility.urdf"),
-    "other encoding": (lambda folder: (folder / "mobility.urdf").write_text("<?xml version='1.0' encoding='utf-7'?><a"),
-                       "mobility.urdf"),
+    "folder for a file": (replace("meta.json", "folder"), "meta.json"),
+    "deep xml": (write("mobility.urdf", b"<a>" * 100_000), "mobility.urdf"),
+    "other encoding": (write("mobility.urdf", b"<?xml version='1.0' encoding='utf-7'?><a"), "mobility.urdf"),
     "no area": (change_mesh("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n"), "door.obj: the faces have no area"),
     "no movement": (lambda folder: [change(old, new)(folder) for old, new in (
         ('upper="1.5"', 'upper="1e-5"'), ('upper="0.5"', 'upper="1e-5"'), ('type="continuous"', 'type="fixed"'))],
