@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from data.dataset import N_NUMBERS
 from data.dense import FINE, GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, NamedParts
 from data.tokenizer import NUMBERS
-from robomamba import RoboMamba
 
 
 class DenseObjective(nn.Module):
@@ -22,7 +21,7 @@ class DenseObjective(nn.Module):
     Args: teacher: "dense", "captions" (CLIP's contrastive loss alone) or "both". named: the data tell of named parts.
     """
 
-    def __init__(self, model: RoboMamba, teacher: str = "dense", named: bool = False):
+    def __init__(self, model: nn.Module, teacher: str = "dense", named: bool = False):
         super().__init__()
         self.vision = model.vision
         self.dense_weight = 0.0 if teacher == "captions" else 1.0
@@ -158,7 +157,7 @@ class AnswerObjective(nn.Module):
         auxiliary head.
     """
 
-    def __init__(self, model: RoboMamba, soft_numbers: float, number_weight: float):
+    def __init__(self, model: nn.Module, soft_numbers: float, number_weight: float):
         super().__init__()
         self.model = model
         self.number_weight = number_weight

@@ -81,8 +81,10 @@ def object_pixel(o: Observation) -> tuple[float, float]:
 
 def against_normal(scene: Scene, u: float, v: float) -> tuple[float, float, np.ndarray]:
     """The action straight onto the surface at (u, v), by the simulator's own normal: more than a picture tells."""
-    normal, _ = scene.normal(scene.backproject(u, v))
-    return u, v, np.array([0.0, 0.0, 1.0]) if normal is None else scene.camera_rotation @ -normal
+    (link,), (normal,) = scene.normals(scene.backproject(u, v)[None])
+    if link == BACKGROUND:
+        return u, v, np.array([0.0, 0.0, 1.0])
+    return u, v, scene.camera_rotation @ -normal
 
 
 def hinge_pixel(o: Observation):

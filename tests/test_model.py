@@ -20,7 +20,6 @@ from common.decoding import generate_batch, generate_ids
 from data import depth as depth_camera
 from data.depth import lift, read_depth
 from data.tokenizer import NUMBER_BASE
-from extras import costs
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d
 
 ROOT = Path(__file__).parent.parent
@@ -414,42 +413,6 @@ def test_in_16_bits_decay_and_skip_stay_float32_and_answers_stay_close(mini, dty
     assert mini.float().lm.backbone.layers[0].mixer.in_proj.weight.dtype == torch.float32
 
 
-def test_a_16_bit_model_acts_answers_and_survives_a_save(mini, picture, tmp_path):
-    wanted = mini.predict_action(picture, "open the drawer")
-    mini.to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    for dtype in (torch.bfloat16, torch.float32):
-        again = RoboMamba.from_pretrained(tmp_path / "m", dtype=dtype)
-        assert again.lm.backbone.norm_f.weight.dtype == dtype
-        assert again.lm.backbone.layers[1].mixer.A_log.dtype == torch.float32
-        action = again.predict_action(picture, "open the drawer")
-        assert abs(action.u - wanted.u) < 1 and abs(action.v - wanted.v) < 1
-        assert isinstance(again.generate(picture, "what is this?", 4), str)
-
-
-@torch.no_grad()
-def test_told_memory_is_what_tensors_take(mini):
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    told = costs.memory(mini)
-    assert told["float32"] == size(mini.parameters())
-    mini.to(torch.bfloat16)
-    assert told["bfloat16"] == size(mini.parameters())
-    states = mini.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    assert told["state"] == size(t for state in states for t in state)
-    with torch.device("meta"):
-        paper = costs.memory(RoboMamba(PRESETS["robomamba-2.8b"]))
-    assert paper["state"] == 64 * (3 * 5120 * 2 + 16 * 5120 * 4)  # 22.9 MB, whatever the length
-    assert paper["cache"] * 1024 == 2 * 64 * 1024 * 2560 * 2  # keys and values, layers, tokens, width, bytes: 671 MB
-
-
-def test_presets_are_printed(capsys):
-    costs.main()
-    text = capsys.readouterr().out
-    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1 : 1 + len(PRESETS)]}
-    assert list(lines) == list(PRESETS) == ["tiny", "small", "mamba-130m", "robomamba-2.8b"]
-    assert {"303,179,776", "2,768,345,600", "3,690,880", "22.9", "671.1"} <= set(lines["robomamba-2.8b"])
-    assert "multi-head attention, bfloat16" in text
-
-
 # ---- a user's own depth picture
 
 
@@ -654,3 +617,15 @@ def test_command_line(mini, picture, tmp_path, capsys, monkeypatch):
     command = [sys.executable, "robomamba.py", *base, "--act", ""]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "empty" in done.stderr
+
+
+def test_a_16_bit_model_acts_answers_and_survives_a_save(mini, picture, tmp_path):
+    wanted = mini.predict_action(picture, "open the drawer")
+    mini.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    for dtype in (torch.bfloat16, torch.float32):
+        again = RoboMamba.from_pretrained(tmp_path / "m", dtype=dtype)
+        assert again.lm.backbone.norm_f.weight.dtype == dtype
+        assert again.lm.backbone.layers[1].mixer.A_log.dtype == torch.float32
+        action = again.predict_action(picture, "open the drawer")
+        assert abs(action.u - wanted.u) < 1 and abs(action.v - wanted.v) < 1
+        assert isinstance(again.generate(picture, "what is this?", 4), str)

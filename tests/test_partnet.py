@@ -268,7 +268,7 @@ def fail(*_, **__):
 
 @pytest.mark.parametrize("name, does, said", [
     ("sim.partnet.ObjectScene.spawn", fail, "ValueError: PyBullet cannot load it"),
-    ("sim.expert.expert", lambda *_, **__: None, "the expert found no contact"),
+    ("sim_eval.expert", lambda *_, **__: None, "the expert found no contact"),
 ])  # fmt: skip
 def test_an_object_that_cannot_be_used_is_skipped_by_name(name, does, said, library, tmp_path, monkeypatch):
     monkeypatch.setattr(name, does)
