@@ -79,7 +79,6 @@ def test_the_scan_without_extras_says_so(tmp_path):
 
 
 def test_figure(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     scan_bench.figure(tmp_path / "chunks.png")
     assert min(Image.open(tmp_path / "chunks.png").size) >= 280
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
