@@ -250,8 +250,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 def write_samples(row: dict, rng: np.random.Generator) -> list[dict]:
     """Lines of manipulation.jsonl; with full labels also camera (4 x 4, world from camera), mask and the part in it."""
-    facts, image = row["facts"], Path(row["image"])
-    samples = []
+    facts, image, samples = row["facts"], Path(row["image"]), []
     for j, part in enumerate(facts["parts"]):
         if contact := part["contact"]:
             sample = {"image": row["image"], "depth": str(image.with_suffix(".depth.png"))}

@@ -7,9 +7,8 @@
 Depth is metres along the camera's z; 0 or not finite where nothing was measured. Camera frame: x right, y down,
 z forward. Intrinsics are (fx, fy, cx, cy) in pixels, with pixel centres at whole numbers. numpy only.
 
-`camera_depth` errs as structured-light and stereo cameras do: the noise of a triangulated depth grows with z^2
-(Khoshelham and Elberink 2012 measured 1.425 mm x (z / 1 m)^2 for the first Kinect), files hold whole millimetres, and
-at a jump in depth a pixel sees either side or nothing.
+`camera_depth` errs as structured-light and stereo cameras do: noise that grows with z^2 (Khoshelham and Elberink 2012:
+1.425 mm x (z / 1 m)^2 for the first Kinect), whole millimetres, and at a jump in depth either side or nothing.
 """
 
 from pathlib import Path
@@ -29,10 +28,7 @@ FLAT_M = 0.002  # so much off the plane, plus one standard deviation of the came
 
 
 def read_depth(path: str | Path) -> np.ndarray:
-    """Depth file -> (H, W) floats, metres along the camera's z: .npy in metres, or a 16-bit grey PNG in millimetres.
-
-    Raises: ValueError naming the file and what is wrong with it.
-    """
+    """.npy in metres or 16-bit grey PNG in millimetres -> (H, W) floats, metres. Raises: ValueError naming the file."""
     try:
         if Path(path).suffix == ".npy":
             depth = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -59,8 +55,8 @@ def check_intrinsics(intrinsics) -> tuple[float, float, float, float]:
 def lift(u: float, v: float, side: int, depth: np.ndarray, intrinsics) -> np.ndarray:
     """Pixel (u, v) of the model's picture of `side` x `side` pixels -> point (3,) in metres, camera frame.
 
-    depth (H, W), intrinsics: of what the picture shows, in any resolution.
-    Raises: ValueError for absurd intrinsics, and where nothing was measured near the pixel.
+    depth (H, W), intrinsics: of what the picture shows, any resolution. Raises: ValueError for absurd intrinsics, and
+    where nothing was measured.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     H, W = depth.shape
@@ -127,10 +123,7 @@ def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
 
 
 def geometry(depth: np.ndarray, intrinsics) -> np.ndarray:
-    """The ViT's depth channels: depth (.., S, S) -> (.., 4, S, S) float32; 0 where nothing was measured.
-
-    Channel 0: (depth - mean) / UNIT_M, clipped to +-CLIP; channels 1 to 3: `normals`.
-    """
+    """(.., S, S) -> (.., 4, S, S) float32 for the ViT: (depth - mean) / UNIT_M within +-CLIP, `normals`; 0: unknown."""
     if depth.ndim > 2:  # one by one: twice as fast as all at once, because a picture fits the processor's cache
         return np.stack([geometry(picture, intrinsics) for picture in depth])
     measured = np.isfinite(depth) & (depth > 0)
@@ -140,14 +133,11 @@ def geometry(depth: np.ndarray, intrinsics) -> np.ndarray:
 
 
 def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Perfect depth (S, S) in metres -> what a depth camera measures, (S, S) float32, whole millimetres, 0 = nothing.
-
-    Noise of NOISE x z^2, round HOLES, and ragged edges where depth jumps by more than JUMP between neighbours.
-    """
+    """Perfect depth (S, S), metres -> a camera's, float32, 0 = nothing: noise, round holes, ragged edges at jumps."""
     S = len(depth)
     exact = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
     around = windows(exact, 1, "edge")
-    edge = around.max(-1) - around.min(-1) > JUMP * around.max(-1)
+    edge = np.ptp(around, -1) > JUMP * around.max(-1)
     neighbour = np.take_along_axis(around, rng.integers(9, size=(S, S, 1)), -1)[..., 0]
     seen = np.where(edge & (rng.random((S, S)) < EDGE_MIXED), neighbour, exact)
     seen[edge & (rng.random((S, S)) < EDGE_LOST)] = 0
@@ -161,12 +151,11 @@ def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics) -> tuple[float, float, np.ndarray | None]:
     """A contact near the predicted one that suits a suction cup, by the depth picture alone: no training.
 
-    The pixel of highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, with flatness
-    = share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new approach goes
+    The pixel of highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, flatness =
+    share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new approach goes
     straight against the plane fitted to those pixels.
-
     u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used.
-    Returns (u, v, approach (3,)); the arguments where the depth picture has nothing to offer.
+    Returns (u, v, approach); the arguments where the depth picture has nothing to offer.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     S = len(depth)

@@ -2,30 +2,26 @@
 
     ranks = train_ranks(texts, size=768)            # learn merges on our own questions and answers
     write_ranks("data/vocab.tiktoken", ranks)       # tiktoken's file format: base64(token) rank, one a line
-    encoding = load_encoding("data/vocab.tiktoken") # a tiktoken.Encoding
     python -m data.tokenizer "open the top drawer: (37,52)" [data/vocab.tiktoken]     # look at the pieces
 
-How the ids are laid out (R = number of ranks):
-
-    0 .. 255      the single bytes: any Unicode text can be written, nothing is ever <unk>
+    0 .. 255      the single bytes: any Unicode text can be written
     256 .. 355    the numbers "00" .. "99": number n is id NUMBER_BASE + n, so a coordinate is ONE token out of 100
     356 .. R-1    the most frequent pieces of words, in the order in which they were learned
-    R, R+1, R+2   <|endoftext|> (also the padding), <|user|>, <|assistant|>
+    R, R+1, R+2   (R = number of ranks) <|endoftext|> (also the padding), <|user|>, <|assistant|>
 
-Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn. The
-price is a token for each space, so a point is written "(37,52)": five tokens, one less than "(37, 52)". Longer numbers
-fall into pairs from the left ("123" = "12" "3"). Text that people wrote goes through `encoding.encode_ordinary(text)`:
-there a typed "<|user|>" is plain characters.
+Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn. Longer
+numbers fall into pairs from the left ("123" = "12" "3"). Text that people wrote goes through
+`encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
 
 Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
-Differs: RoboMamba uses GPT-NeoX's 50,280 tokens; a laptop-sized model cannot afford to learn that embedding. Whoever
-starts from published weights gets exactly those tokens (common/published.py), without the number tokens above.
+Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too large to learn on a laptop; published weights come with them
+(common/published.py), without the number tokens above.
 """
 
 import base64
-import binascii
 import collections
 import heapq
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,16 +33,13 @@ from common import published
 from common.files import read_json, write_json, write_text
 from common.published import PublishedEncoding
 
-# two digits | a lone digit | a word, with the space before it | one mark, with the space before it | one white space.
-# Every character falls into some branch: tiktoken silently DROPS text that its pattern does not match.
+# Two digits | a lone digit | a word or one mark, with the space before it | one white space. Every character falls into
+# some branch: tiktoken silently DROPS text that its pattern does not match.
 PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
 
-NUMBER_BASE = 256  # id of "00"; number n is NUMBER_BASE + n
-NUMBERS = 100
+NUMBER_BASE, NUMBERS = 256, 100  # number n is id NUMBER_BASE + n
 MAX_ID = 2**20  # ids of any tokenizer lie below
-END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
-SPECIAL_TOKENS = (END, USER, ASSISTANT)  # ids R, R+1, R+2
-
+SPECIAL_TOKENS = END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"  # ids R, R+1, R+2
 SPECIAL_FILE = "special_tokens.json"  # beside a ranks file: the tokenizer is a published one (PublishedEncoding)
 
 
@@ -65,28 +58,25 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """Learn byte-pair ranks: again and again the most frequent pair of neighbours inside words becomes a token.
 
     Args     texts: any strings, each read once. size: wanted number of ranks, >= 356, special tokens not counted.
-    Returns  token -> rank, ranks 0 .. len-1; fewer than `size` when the texts run out of pairs. The same texts in any
-             order give the same ranks: equal counts are decided by the smaller bytes.
-    Raises   ValueError when size leaves no room for the bytes and the numbers.
+    Returns  token -> rank, ranks 0 .. len-1; fewer than `size` when the texts run out of pairs. Of equal counts the
+             smaller bytes win, whatever the order of the texts. Raises ValueError for a smaller size.
     Differs  from the textbook: pairs are counted by what they SPELL ("a"+"bc" and "ab"+"c" are one entry), because
              tiktoken joins any two neighbours whose spelling has a rank. So it cuts words as they were cut here.
     """
     if size < NUMBER_BASE + NUMBERS:
         raise ValueError(f"size={size}: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}")
-    ranks = {bytes([b]): b for b in range(NUMBER_BASE)}
-    ranks |= {b"%02d" % n: NUMBER_BASE + n for n in range(NUMBERS)}
-
+    pieces = [*(bytes([b]) for b in range(NUMBER_BASE)), *(b"%02d" % n for n in range(NUMBERS))]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
     # Each different word is kept once, with its count. Numbers stay out: all pairs of digits have their rank.
     found = (word for text in texts for word in regex.findall(PATTERN, text))
     counts = collections.Counter(word for word in found if not word.isdecimal())
     words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
     total = collections.Counter()  # spelling of a pair -> how often it occurs
-    where = collections.defaultdict(set)  # spelling of a pair -> indices of the words that (may) hold it
+    where = collections.defaultdict(set)  # its spelling -> indices of the words that (may) hold it
     for i, (pieces, n) in enumerate(words):
-        for a, b in zip(pieces, pieces[1:], strict=False):
+        for a, b in itertools.pairwise(pieces):
             total[a + b] += n
             where[a + b].add(i)
-
     # Counts in the heap may be old: such an entry is skipped, a fresh one was pushed when the count changed.
     heap = [(-n, pair) for pair, n in total.items()]
     heapq.heapify(heap)
@@ -101,11 +91,10 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
             new = merge(old, token)
             words[i] = (new, n)
             for pieces, sign in ((old, -n), (new, n)):
-                for a, b in zip(pieces, pieces[1:], strict=False):
+                for a, b in itertools.pairwise(pieces):
                     total[a + b] += sign
+                    where[a + b].add(i)
                     changed.add(a + b)
-            for a, b in zip(new, new[1:], strict=False):
-                where[a + b].add(i)
         for pair in changed:
             heapq.heappush(heap, (-total[pair], pair))
     return ranks
@@ -113,27 +102,25 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """Write tiktoken's own format, a line "base64(token) rank" each. Atomic."""
-    lines = [
-        f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-    ]
+    pairs = sorted((rank, base64.b64encode(token).decode()) for token, rank in ranks.items())
+    lines = [f"{token} {rank}\n" for rank, token in pairs]
     write_text(Path(path), "".join(lines))
 
 
 def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
     """Read and check a ranks file. `ours`: all 256 bytes and no gap are asked for (published files lack a few).
 
-    Raises  FileNotFoundError when it is missing. ValueError naming file and line for a line that is not "base64 rank"
-            and for a token or rank that comes twice; naming the file for a byte without rank or a gap in the ranks.
+    Raises: FileNotFoundError; ValueError naming file and line where it is not "base64 rank" or repeats a token or rank,
+    and naming the file for a byte without rank or a gap in the ranks.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such vocabulary file; `python -m data.build` writes one")
     ranks, seen = {}, set()
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
             word, rank = line.split(b" ")
             token, rank = base64.b64decode(word, validate=True), int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError:
             raise ValueError(f"{path}, line {number}: expected 'base64 rank', got {line[:60]!r}") from None
         if not token or token in ranks or rank in seen:
             raise ValueError(f"{path}, line {number}: token {token!r} is empty, or it or rank {rank} occurs twice")
@@ -142,10 +129,8 @@ def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
     if not ours:
         return ranks
     if missing := [b for b in range(NUMBER_BASE) if bytes([b]) not in ranks]:
-        raise ValueError(
-            f"{path}: byte {missing[0]:#04x} has no rank ({len(missing)} of 256 missing); cut, or not ours"
-        )
-    if max(seen) != len(seen) - 1 or min(seen) != 0:
+        raise ValueError(f"{path}: no rank for byte {missing[0]:#04x} ({len(missing)} of 256 missing); cut or not ours")
+    if seen != set(range(len(seen))):
         raise ValueError(f"{path}: ranks must be 0 .. {len(seen) - 1} without a gap, found {min(seen)} .. {max(seen)}")
     return ranks
 
@@ -153,34 +138,26 @@ def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
 def load_encoding(path: str | Path) -> tiktoken.Encoding:
     """The tokenizer from a file written by `write_ranks` or `write_encoding`.
 
-    Returns  tiktoken.Encoding: `n_vocab` (ours: ranks + 3) is the size of the embedding, `eot_token` the id of end and
-             padding, `encode_single_token(USER)` that of another special token.
-    Raises   as `read_ranks`; ValueError naming a SPECIAL_FILE that is not as written here.
+    Returns tiktoken.Encoding: `n_vocab` is the size of the embedding, `eot_token` end and padding. Raises: as
+    `read_ranks`; ValueError naming a SPECIAL_FILE that is not as written here.
     """
     extra = Path(path).with_name(SPECIAL_FILE)
-    if extra.is_file():
-        return read_published(path, extra)
-    ranks = read_ranks(path)
-    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-    return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-def read_published(path: str | Path, extra: Path) -> PublishedEncoding:
-    """A published tokenizer from the two files that `write_encoding` made of it."""
-    ranks = read_ranks(path, ours=False)
+    ranks = read_ranks(path, ours=not extra.is_file())
+    if not extra.is_file():
+        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     tables = read_json(extra, dict)
     taken = set(ranks.values())
     for key in ("special", "added"):
-        table = tables.get(key)
-        if not isinstance(table, dict):
+        if not isinstance(tables.get(key), dict):
             raise ValueError(f"{extra}: {key!r} is not a table of tokens and ids")
-        for token, i in table.items():
+        for token, i in tables[key].items():
             if type(i) is not int or not 0 <= i < MAX_ID or i in taken or not token:
                 raise ValueError(f"{extra}: {key} token {token!r} has the id {i!r}; expected a free one below {MAX_ID}")
             taken.add(i)
-    missing = set(SPECIAL_TOKENS) - set(tables["special"])
-    if missing or not ranks:
-        raise ValueError(f"{extra}: no token {', '.join(sorted(missing))}, or no ranks in {Path(path).name}")
+    if not ranks or not {*SPECIAL_TOKENS} <= {*tables["special"]}:
+        missing = ", ".join(sorted({*SPECIAL_TOKENS} - {*tables["special"]}))
+        raise ValueError(f"{extra}: no token {missing}, or no ranks in {Path(path).name}")
     return PublishedEncoding(ranks, tables["special"], tables["added"])
 
 
@@ -195,7 +172,7 @@ def write_encoding(path: str | Path, encoding: tiktoken.Encoding) -> None:
 
 
 def read_tokenizer_json(path: str | Path) -> PublishedEncoding:
-    """A published models' tokenizer.json, with USER and ASSISTANT behind its own ids (common/published.py)."""
+    """A published model's tokenizer.json, with USER and ASSISTANT behind its own ids (common/published.py)."""
     return published.read_tokenizer_json(path, END, (USER, ASSISTANT))
 
 

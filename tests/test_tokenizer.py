@@ -187,9 +187,9 @@ def test_bad_files_are_named(tmp_path):
         "line 4: .*empty": good[:3] + [" 3"] + good[4:],
         "line 361: token": good + [good[0]],
         "line 361: .*rank 5 occurs twice": good + [base64.b64encode(b"new one").decode() + " 5"],
-        "byte 0xff has no rank": good[:255] + good[256:],
+        "no rank for byte 0xff": good[:255] + good[256:],
         "0 .. 360 without a gap": good + [base64.b64encode(b"new one").decode() + " 400"],
-        "byte 0x00 has no rank": [],
+        "no rank for byte 0x00": [],
     }
     for message, lines in cases.items():
         path.write_text("".join(line + "\n" for line in lines))
