@@ -100,26 +100,26 @@ def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
     degrees of median error on validation objects seen by `camera_depth`, with a 3 x 3 window 9.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
-    H, W = depth.shape
     measured = np.isfinite(depth) & (depth > 0)
     inverse = np.where(measured, 1 / np.where(measured, depth, 1), 0).astype(np.float32)
-    middle = inverse.reshape(-1, 1)
-    difference = windows(inverse, reach).reshape(H * W, -1) - middle
-    near = (np.abs(difference) < JUMP * middle).astype(np.float32)
+    rows, columns = np.nonzero(measured)  # M pixels: most of a picture is background
+    middle = inverse[measured]
+    difference = windows(inverse, reach)[measured].reshape(len(middle), (2 * reach + 1) ** 2) - middle[:, None]
+    near = (np.abs(difference) < JUMP * middle[:, None]).astype(np.float32)
     j, i = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).astype(np.float32)
-    n, si, sj, sii, sij, sjj = (near @ np.stack([i**0, i, j, i * i, i * j, j * j], 1)).T.reshape(6, H, W)
-    sd, sdi, sdj = (difference * near @ np.stack([i**0, i, j], 1)).T.reshape(3, H, W)
+    n, si, sj, sii, sij, sjj = (near @ np.stack([i**0, i, j, i * i, i * j, j * j], 1)).T
+    sd, sdi, sdj = (difference * near @ np.stack([i**0, i, j], 1)).T
     n = np.maximum(n, 1)
     ii, ij, jj = sii - si * si / n, sij - si * sj / n, sjj - sj * sj / n
     di, dj = sdi - si * sd / n, sdj - sj * sd / n
     determinant = ii * jj - ij * ij
-    known = measured & (determinant > 0.5)  # three pixels or more that do not lie in line
+    known = determinant > 0.5  # three pixels or more that do not lie in line
     determinant[~known] = 1
     a, b = fx * (jj * di - ij * dj) / determinant, fy * (ii * dj - ij * di) / determinant
-    rows, columns = np.indices((H, W), np.float32)
-    c = inverse - a * (columns - cx) / fx - b * (rows - cy) / fy
-    normal = -np.stack([a, b, c], -1) * known[..., None]
-    return (normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+    c = middle - a * (columns - cx) / fx - b * (rows - cy) / fy
+    normal = np.zeros((*depth.shape, 3), np.float32)
+    normal[measured] = -np.stack([a, b, c], -1) * known[:, None]
+    return normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), np.float32(1e-12))
 
 
 def geometry(depth: np.ndarray, intrinsics) -> np.ndarray:
