@@ -51,14 +51,15 @@ QUICK = runs/quick
 QUICK_CATEGORIES ?= drawer-door
 QUICK_SCENES ?= 2000
 QUICK_VAL_SCENES ?= 100
-QUICK_VISION_STEPS ?= 300
-QUICK_COTRAIN_STEPS ?= 100
+QUICK_VISION_STEPS ?= 400
+QUICK_COTRAIN_STEPS ?= 150
 QUICK_EPISODES ?= 100
 QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
 quick: .venv/ready
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
-	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage vision $(QUICK_DATA) --preset tiny-rgbd --muon --lr 2e-3 \
+	  --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
 	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision --max-steps $(QUICK_COTRAIN_STEPS) \
 	  --out $(QUICK)/cotrain --resume
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy

@@ -171,7 +171,8 @@ SMALL = {
 def recipe(tree: Path, *targets: str) -> str:
     """The commands of targets of the Makefile, at miniature size."""
     variables = [f"{name}={value}" for name, value in SMALL.items()]
-    said = subprocess.run(["make", "-n", *targets, *variables], cwd=tree, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", "-n", *targets, *variables]  # `make test` may be what runs this
+    said = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     return said.stdout
 
