@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim import catalogue, objects
+from sim.catalogue import MULTI_CAPABLE, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN, make_object
+from sim.grammar import ARCHETYPES, PREFIX
+from sim.objects import to_urdf
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from sim import catalogue, objects  # noqa: E402
-from sim.catalogue import MULTI_CAPABLE, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN, make_object  # noqa: E402
-from sim.grammar import ARCHETYPES, PREFIX  # noqa: E402
-from sim.objects import to_urdf  # noqa: E402
-
 ALL = (*SEEN, *UNSEEN)
 GRAMMAR = tuple(PREFIX + name for name in ARCHETYPES)
 N_SEEDS = 50

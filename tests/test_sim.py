@@ -17,15 +17,13 @@ import pybullet as p
 import pytest
 from PIL import Image
 
+from sim import appearance, catalogue, objects
+from sim import expert as expert_module
+from sim import scene as world
+from sim.expert import attempt, dense_targets, expert, facts, part_targets, true_approach
+from sim.scene import BACKGROUND, BASE, rotation_from_approach, tilt, unit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from sim import appearance, catalogue, objects  # noqa: E402
-from sim import expert as expert_module  # noqa: E402
-from sim import scene as world  # noqa: E402
-from sim.expert import attempt, dense_targets, expert, facts, part_targets, true_approach  # noqa: E402
-from sim.scene import BACKGROUND, BASE, rotation_from_approach, tilt, unit  # noqa: E402
-
 CATEGORIES = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe", "Table", "WashingMachine")
 
 
@@ -119,10 +117,10 @@ def test_backprojection_equals_the_inverse_of_the_renderer_matrices(scene):
 def test_pixels_off_the_object_have_no_point(scene):
     scene.spawn("Safe", 3).render()
     row, column = np.argwhere(scene.links == BACKGROUND)[0]
+    forward = np.array([0.0, 0.0, 1.0])
     for u, v in [(column, row), (-1, 5), (5, scene.image_size)]:
-        assert scene.backproject(u, v) is None
-        assert scene.act(u, v, np.array([0.0, 0.0, 1.0])).reason == "off object"
-    assert scene.act(math.nan, 5, np.array([0.0, 0.0, 1.0])).reason == "not a number"
+        assert scene.backproject(u, v) is None and scene.act(u, v, forward).reason == "off object"
+    assert scene.act(math.nan, 5, forward).reason == "not a number"
 
 
 # ---- the same seed is the same world --------------------------------------------------------------------------------
@@ -169,13 +167,6 @@ def test_memory_does_not_grow_with_the_number_of_scenes():
     """The first 150 scenes fill caches; what the other 210 add says what 10,000 would."""
     grown = float(python(ENDURANCE)[0])
     assert grown * 10_000 / 210 < 200, f"{grown:.1f} MB in 210 scenes"
-
-
-def test_repeated_actions_do_not_disturb_each_other(scene):
-    for _, label in feasible(scene, 4):
-        shifts = (0, 2, 5)
-        forwards = [scene.act(label.u + du, label.v, label.approach).moved for du in shifts]
-        assert [scene.act(label.u + du, label.v, label.approach).moved for du in shifts[::-1]][::-1] == forwards
 
 
 def test_a_new_draw_for_the_camera_leaves_the_object_alone(scene):
@@ -276,7 +267,9 @@ def test_body_and_wrong_part_are_failures_with_their_reason(scene):
 
 def test_thresholds_and_early_stop(scene):
     for _, label in feasible(scene, 5):
-        full = scene.act(label.u, label.v, label.approach)
+        full, other = (scene.act(label.u + du, label.v, label.approach) for du in (0, 3))
+        again = [scene.act(label.u + du, label.v, label.approach).moved for du in (3, 0)]
+        assert again == [other.moved, full.moved], "repeated actions disturb each other"
         assert full.long == (full.moved >= scene.long_threshold(scene.target)) and full.initial == (full.moved >= 0.01)
         early = scene.act(label.u, label.v, label.approach, stop_at=0.01)
         assert early.initial and 0.01 <= early.moved < 0.02 < full.moved
