@@ -1,7 +1,6 @@
-"""pytest tests/test_questions.py
+"""data/questions.py: true to the facts, one answer a question, nothing given away, "yes" as often as "no", the layout.
 
-Questions and answers: true to the facts, one answer per question, nothing given away, "yes" as frequent as "no",
-numbers in the right bins, LLaVA records checked. The facts are made up by a small generator: no simulator is needed.
+The facts are made up by a small generator: no simulator is needed.
 """
 
 import json
@@ -355,14 +354,6 @@ def test_general_pictures_have_no_word_about_their_parts():
                 assert not re.search(r"\d|possible|robot|open|closed|mov(e|able)", turn.question + turn.answer)
 
 
-def test_strict_rule_no_word_of_unseen_categories(many):
-    """By default "no" takes its words from seen objects only."""
-    own = {n for c in UNSEEN for n in [NOUNS[c]]}
-    for _, asked in many:
-        text = " ".join(t.question + " " + t.answer for t in asked)
-        assert not any(re.search(rf"\b{re.escape(noun)}s?\b", text) for noun in own)
-
-
 def yes_share(answers):
     assert set(answers) == {"yes", "no"}
     return answers["yes"] / answers.total()
@@ -422,6 +413,8 @@ def test_absent_parts_come_from_the_catalogue(many):
     rng, shares = np.random.default_rng(0), dict.fromkeys((*SEEN, *UNSEEN), 1.0)
     assert any(label not in known for _, label in questions.plain_parts("Phone"))  # there is something to leave out
     with_unseen = [turns(facts, rng, shares=shares) for facts, _ in many]  # their nouns, but none of their parts
+    nouns = re.compile(rf"\b({'|'.join(re.escape(NOUNS[c]) for c in UNSEEN)})s?\b")
+    assert not any(nouns.search(f"{t.question} {t.answer}") for _, asked in many for t in asked)  # the strict rule
     for collection in ([asked for _, asked in many], with_unseen):
         absent = {t.part for asked in collection for t in asked if "there is no" in t.answer}
         assert len(absent) > 10 and absent <= known and {label.split()[-1] for label in absent} <= set(PLAIN_KINDS)
@@ -464,6 +457,10 @@ def test_grammar_objects_have_no_name_and_all_other_questions(many):
     assert min(named[name] for name in ("contact", "plan", "where", "possible", "movable", "future")) > 100
     shares = dict.fromkeys((*SEEN, *GRAMMAR), 1.0)
     nouns, parts = questions.vocabulary(tuple(shares.items()), UNSEEN)
+    lent = questions.vocabulary(
+        (("Display", 0.5), ("Toaster", 0.5)), ("Toaster",)
+    )  # held out: a noun, no word of a part
+    assert (set(lent[0]), set(lent[1])) == ({"monitor", "toaster"}, set(questions.plain_parts("Display")))
     assert (nouns, parts) == questions.vocabulary(tuple((c, 1.0) for c in SEEN), UNSEEN)  # nor is it a "no"
 
 
@@ -476,23 +473,17 @@ def test_points_are_asked_about_only_with_both_answers():
     assert len({re.search(r"\(.*\)", t.question)[0] for t in asked}) == questions.ASKED_POINTS  # no point twice
 
 
-def test_held_out_categories_lend_their_nouns_and_no_part_word():
-    shares = (("Display", 0.5), ("Toaster", 0.5))
-    nouns, parts = questions.vocabulary(shares, ("Toaster",))
-    assert set(nouns) == {"monitor", "toaster"}
-    assert set(parts) == set(questions.plain_parts("Display"))
-
-
 def test_bad_arguments_are_named():
     facts, rng = scenes(1)[0], np.random.default_rng(0)
-    with pytest.raises(ValueError, match="allowed='none'"):
-        turns(facts, rng, allowed="none")
-    with pytest.raises(ValueError, match="facts lack box, parts"):
-        turns({k: v for k, v in facts.items() if k not in ("box", "parts")}, rng)
-    with pytest.raises(ValueError, match="unknown category 'Spoon'"):
-        turns(facts | {"category": "Spoon"}, rng)
-    with pytest.raises(ValueError, match="unknown category 'Fork'"):
-        turns(facts, rng, shares={"Fork": 1.0})
+    lacking = {k: v for k, v in facts.items() if k not in ("box", "parts")}
+    for wrong, more, reason in (
+        (facts, {"allowed": "none"}, "allowed='none'"),
+        (lacking, {}, "facts lack box, parts"),
+        (facts | {"category": "Spoon"}, {}, "unknown category 'Spoon'"),
+        (facts, {"shares": {"Fork": 1.0}}, "unknown category 'Fork'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            turns(wrong, rng, **more)
 
 
 def test_dialogue_has_three_to_five_turns():
@@ -519,29 +510,21 @@ def root(tmp_path):
 PAIR = [Turn("object", "What is this?", "a box"), Turn("colour", "What colour is it?", "red")]
 
 
-def test_to_llava_is_llavas_layout(root):
+def test_to_llava_is_llavas_layout(root, many):
     record = to_llava("7", "images/1.png", PAIR)
-    assert record == {
-        "id": "7",
-        "image": "images/1.png",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat is this?"},
-            {"from": "gpt", "value": "a box"},
-            {"from": "human", "value": "What colour is it?"},
-            {"from": "gpt", "value": "red"},
-        ],
-    }
+    said = [turn.values() for turn in record["conversations"]]
+    assert list(map(tuple, said)) == [("human", "<image>\nWhat is this?"), ("gpt", "a box"),
+                                      ("human", "What colour is it?"), ("gpt", "red")]  # fmt: skip
+    assert list(record["conversations"][0]) == ["from", "value"] and record["id"] == "7"
+    assert list(record) == ["id", "image", "conversations"] and record["image"] == "images/1.png"
     text_only = to_llava("8", None, PAIR)
     assert "image" not in text_only and "<image>" not in json.dumps(text_only)
     for good in (record, text_only, record | {"model": "x", "image": "images/inside.png"}):
         assert check_record(json.loads(json.dumps(good)), root, 0, "f.json") == []
-    with pytest.raises(ValueError, match="'9': no turns"):
-        to_llava("9", None, [])
-
-
-def test_every_generated_record_passes(root, many):
     for i, (_, asked) in enumerate(many[:200]):
         assert check_record(to_llava(str(i), "images/1.png", asked), root, i, "f.json") == []
+    with pytest.raises(ValueError, match="'9': no turns"):
+        to_llava("9", None, [])
 
 
 BAD_IMAGES = {"images/2.png": "no file", "images": "no file", "../secret.png": "'..'", "images/../images/1.png": "'..'",
