@@ -20,8 +20,12 @@ def degrees(a, b):
     return np.degrees(np.arccos(np.clip((a * b).sum(-1), -1, 1)))
 
 
+def unit(*v):
+    return np.array(v) / np.linalg.norm(v)
+
+
 def test_normals_of_a_plane_are_the_planes():
-    normal = np.array([0.5, -0.3, -1.0]) / np.linalg.norm([0.5, -0.3, -1.0])
+    normal = unit(0.5, -0.3, -1.0)
     depth = plane(normal, 1.2)
     depth[:, :10] = 0
     depth[5, 40] = np.nan
@@ -34,15 +38,15 @@ def test_normals_of_a_plane_are_the_planes():
 
 
 def test_normals_do_not_mix_surfaces_across_a_jump():
-    near = np.array([0.3, 0.0, -1.0]) / np.linalg.norm([0.3, 0.0, -1.0])
-    far = np.array([0.0, 0.4, -1.0]) / np.linalg.norm([0.0, 0.4, -1.0])
+    near = unit(0.3, 0.0, -1.0)
+    far = unit(0.0, 0.4, -1.0)
     left = COLUMNS < S // 2
     found = normals(np.where(left, plane(near, 1.0), plane(far, 1.5)), K)
     assert degrees(found, np.where(left[..., None], near, far)).max() < 0.2
 
 
 def test_geometry_of_one_picture_and_of_a_batch():
-    normal = np.array([0.2, 0.1, -1.0]) / np.linalg.norm([0.2, 0.1, -1.0])
+    normal = unit(0.2, 0.1, -1.0)
     depth = plane(normal, 1.0)
     depth[:20] = np.inf
     depth[-1, -1] = 50
@@ -88,7 +92,7 @@ def test_camera_depth_is_imperfect_as_stated():
 
 
 def test_refine_leaves_the_edge_and_turns_to_the_surface():
-    front = np.array([0.3, 0.2, -1.0]) / np.linalg.norm([0.3, 0.2, -1.0])
+    front = unit(0.3, 0.2, -1.0)
     depth = plane(front, 1.0)
     depth[:, S // 2 :] = 0
     u, v, approach = refine(S // 2 + 0.6, 30.0, np.array([0.0, 0.0, 1.0]), depth, K)
@@ -98,19 +102,14 @@ def test_refine_leaves_the_edge_and_turns_to_the_surface():
     assert without[0] < S // 2 - 1 and degrees(without[2], -front) < 0.2
 
 
-def test_refine_prefers_the_surface_that_faces_the_approach():
-    left = np.array([1.0, 0.0, -1.0]) / np.sqrt(2)
-    right = np.array([-1.0, 0.0, -1.0]) / np.sqrt(2)
+def test_refine_prefers_the_surface_that_faces_the_approach_and_may_find_nothing():
+    left, right = unit(1.0, 0.0, -1.0), unit(-1.0, 0.0, -1.0)
     ridge = np.maximum(plane(left, 1.0), plane(right, 1.0))  # a fold that runs down the middle
     for normal in (left, right):
-        u, _, approach = refine(K[2], 30.0, -normal, ridge, K)
-        assert degrees(approach, -normal) < 3, "the approach of the other face"
-
-
-def test_refine_returns_the_prediction_where_nothing_was_measured():
+        assert degrees(refine(K[2], 30.0, -normal, ridge, K)[2], -normal) < 3, "the approach of the other face"
     approach = np.array([0.0, 0.0, 1.0])
     assert refine(3.5, 4.5, approach, np.zeros((S, S)), K) == (3.5, 4.5, approach)
-    away = refine(3.5, 4.5, -approach, plane(np.array([0.0, 0.0, -1.0]), 1.0), K)
+    away = refine(3.5, 4.5, -approach, plane(-approach, 1.0), K)
     assert away[:2] == (3.5, 4.5) and away[2] is not approach
 
 
