@@ -45,10 +45,10 @@ def read_depth(path: str | Path) -> np.ndarray:
 
 
 def check_intrinsics(intrinsics) -> tuple[float, float, float, float]:
-    """Raises: ValueError unless fx, fy, cx, cy are finite numbers with fx and fy above 0."""
+    """Raises: ValueError unless fx, fy, cx, cy are finite numbers, fx and fy at least 0.001 pixels."""
     values = tuple(float(value) for value in intrinsics)
-    if len(values) != 4 or not np.isfinite(values).all() or min(values[:2]) <= 0:
-        raise ValueError(f"intrinsics {values}: expected finite numbers, fx fy cx cy in pixels, fx and fy above 0")
+    if len(values) != 4 or not np.isfinite(values).all() or min(values[:2]) < 1e-3:
+        raise ValueError(f"intrinsics {values}: expected finite numbers, fx fy cx cy in pixels, fx and fy above 0.001")
     return values
 
 
