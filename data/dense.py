@@ -108,9 +108,7 @@ class DensePictures:
         self.parts: list[list[dict]] = []  # of each picture, those with a contact
         if (self.folder / "facts.jsonl").exists():
             self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder anew").values()
-            for _, row in read_json_lines(self.folder / "facts.jsonl"):
-                parts = enumerate(row["facts"]["parts"])
-                self.parts.append([part | {"index": j} for j, part in parts if part["contact"]])
+            self.parts = read_parts(self.folder / "facts.jsonl")
             if len(self.parts) != n:
                 raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")
 
@@ -173,6 +171,28 @@ class DensePictures:
         owners = torch.tensor([place for place, *_ in named])
         floats = (torch.from_numpy(np.stack(x)).float() for x in (contacts, approaches, masks, acts, arms))
         return NamedParts(owners, ids, starts, *floats)
+
+
+def read_parts(file: Path) -> list[list[dict]]:
+    """facts.jsonl -> the parts of each picture that have a contact: verb, label, index, contact (u, v, approach).
+
+    Raises: ValueError naming file and line.
+    """
+    pictures = []
+    for number, row in read_json_lines(file):
+        try:
+            parts = [part | {"index": j} for j, part in enumerate(row["facts"]["parts"]) if part["contact"]]
+            for part in parts:
+                contact = part["contact"]
+                numbers = np.array([contact["u"], contact["v"], *contact["approach"]], float)
+                if numbers.shape != (5,) or not np.isfinite(numbers).all():
+                    raise ValueError("a contact is five finite numbers")
+                if not isinstance(part["verb"], str) or not isinstance(part["label"], str):
+                    raise ValueError("verb and label are texts")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file}, line {number}: not what data.build writes ({error}); build it anew") from None
+        pictures.append(parts)
+    return pictures
 
 
 def flat(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

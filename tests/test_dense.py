@@ -13,7 +13,7 @@ from conftest import mini_config
 from toy import SIDE, write_data
 
 from data.dataset import read_geometry, visual_tokens
-from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, swap_sides
+from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
 from data.objectives import DenseObjective, NamedPart
 from data.tokenizer import load_encoding
 from data.validation import evaluate_dense
@@ -59,6 +59,14 @@ def test_a_mirror_turns_directions_and_words_round():
     assert np.array_equal(moved(x, Augmentation()), x)
     assert np.array_equal(moved(x, Augmentation(dy=2, dx=-1))[5, 5], x[3, 6])
     assert swap_sides("open the left door, lefty right") == "open the right door, lefty left"
+
+
+@pytest.mark.parametrize("line", ["{}", '{"facts": {"parts": [5]}}', '{"facts": {"parts": [{"contact": {"u": 1}}]}}'])
+def test_facts_of_another_form_are_one_error_with_their_line(folder, tmp_path, line):
+    file = tmp_path / "facts.jsonl"
+    file.write_text((folder / "facts.jsonl").read_text() + line + "\n")
+    with pytest.raises(ValueError, match="facts.jsonl, line 25: not what data.build writes"):
+        read_parts(file)
 
 
 def test_some_pictures_lose_their_depth_in_training_and_none_in_validation(folder, rgbd):
