@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from common.files import write_atomically
+from common.files import read_text, write_atomically
 from common.scripts import run_main
 
 
@@ -52,10 +52,12 @@ def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: b
 def draw_curves_file(metrics_csv, out_png) -> bool:
     """One panel a curve of a metrics.csv, its last value in the title. False, and a hint, without matplotlib."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    with open(metrics_csv, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    try:
+        for row in csv.DictReader(read_text(metrics_csv).splitlines()):
             name = f"{row['stage']} {row['name']}" if row.get("stage") else row["name"]
             curves.setdefault(name, []).append((float(row["step"]), float(row["value"])))
+    except (KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{metrics_csv}: not a metrics.csv with step, name, value ({error})") from None
     panels = {f"{name}: {points[-1][1]:.4g}": {name: points} for name, points in curves.items()}
     try:
         sheet = draw_lines(panels, log_x=False)
