@@ -92,7 +92,7 @@ def short_table() -> str:
 
 
 def with_table(text: str, name: str = "README.md") -> str:
-    """A page with its table made again. Raises: ValueError naming the page when a mark is missing."""
+    """A page with its table regenerated. Raises: ValueError naming the page when a mark is missing."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{name}: expected one line {BEGIN} and one line {END}")
     before, rest = text.split(BEGIN)

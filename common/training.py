@@ -170,7 +170,7 @@ def finished(out: Path, last_file: str) -> bool:
     """Is there nothing left to --resume in OUT? `last_file` is written at the end, when the checkpoint goes."""
     there = (out / last_file).exists() and not (out / "checkpoint.pt").exists()
     if there:
-        print(f"{out / last_file} is there and no checkpoint.pt: this run has finished; remove {out} to start anew")
+        print(f"{out / last_file} is there and no checkpoint.pt: this run has finished; remove {out} to train again")
     return there
 
 

@@ -409,7 +409,7 @@ def _intrinsics(folder: Path) -> tuple[float, ...]:
     """Of all pictures of a folder made by data.build."""
     values = read_json(folder / "manifest.json", dict, "`python -m data.build` makes it").get("intrinsics")
     if not values:
-        raise ValueError(f"{folder / 'manifest.json'}: no intrinsics; remove the folder and build it anew")
+        raise ValueError(f"{folder / 'manifest.json'}: no intrinsics; remove the folder and build it again")
     return check_intrinsics(values)
 
 

@@ -90,7 +90,7 @@ class DensePictures:
         for name, shape in zip(names, shapes, strict=True):
             if arrays[name].shape != shape or arrays[name].dtype.kind not in "fiu":
                 was = f"{arrays[name].dtype} {arrays[name].shape}, expected {shape}"
-                raise ValueError(f"{file}: {name} {was}; remove the folder and build it anew")
+                raise ValueError(f"{file}: {name} {was}; remove the folder and build it again")
         for name, low, high in (("kinds", -1, N_KINDS), ("category", 0, N_CATEGORIES), ("colour", 0, N_COLOURS)):
             if n and not (low <= arrays[name].min() and arrays[name].max() < high):
                 raise ValueError(f"{file}: {name} must lie in {low} .. {high - 1}")
@@ -107,7 +107,7 @@ class DensePictures:
         self.captions = [encoding.encode_ordinary(caption(record)) for record in records]
         self.parts: list[list[dict]] = []  # of each picture, those with a contact
         if (self.folder / "facts.jsonl").exists():
-            self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder anew").values()
+            self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder again").values()
             self.parts = read_parts(self.folder / "facts.jsonl")
             if len(self.parts) != n:
                 raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")
@@ -190,7 +190,7 @@ def read_parts(file: Path) -> list[list[dict]]:
                 if not isinstance(part["verb"], str) or not isinstance(part["label"], str):
                     raise ValueError("verb and label are texts")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{file}, line {number}: not what data.build writes ({error}); build it anew") from None
+            raise ValueError(f"{file}, line {number}: not what data.build writes ({error}); build it again") from None
         pictures.append(parts)
     return pictures
 

@@ -159,7 +159,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
         lines = read_json_lines(facts) if facts.exists() else ()
         categories = {row["image"]: row["facts"]["category"] for _, row in lines}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder anew") from None
+        raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder again") from None
     for index, record in enumerate(records[: limit or None]):
         said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
         families = record.get("families")
@@ -168,7 +168,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
             need = "expected an image, and families, a question type a turn"
             raise ValueError(f"{file}, record {index}: {need}; `python -m data.build` writes them")
         if categories and image not in categories:
-            raise ValueError(f"{facts}: no line for {image} of {file}; build the folder anew")
+            raise ValueError(f"{facts}: no line for {image} of {file}; build the folder again")
         for family, question, answer in zip(families, said[::2], said[1::2], strict=True):
             n = COORDINATE_TYPES.get(family)
             if n and coordinates(answer, n) is None:
