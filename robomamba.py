@@ -101,12 +101,43 @@ def patch_embedding(cfg: VisionConfig) -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(channels, cfg.width, 3, stride=2, padding=1))
 
 
+class FineMap(nn.Module):
+    """What the tokens mean at the resolution of the stem: a map (B, fine, S / 4, S / 4) for the pointing head.
+
+    Top-down as in a feature pyramid (arXiv 1612.03144): the tokens as a map, twice doubled in size, each time added to
+    what the stem saw at that size and mixed by a convolution. Not in the paper.
+    """
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        C = cfg.fine
+        widths = (cfg.width, cfg.stem[-1], cfg.stem[-2])
+        self.inputs = nn.ModuleList(nn.Conv2d(width, C, 1) for width in widths)
+        self.mixes = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, C) for _ in range(2))
+
+    def forward(self, tokens: Tensor, seen: list[Tensor]) -> Tensor:
+        """tokens (B, P, W); seen: the stem's maps, each half the size of the one before."""
+        x = self.inputs[0](as_map(tokens))
+        details = (seen[-1], seen[-2])
+        for project, mix, norm, detail in zip(self.inputs[1:], self.mixes, self.norms, details, strict=True):
+            x = F.interpolate(x, scale_factor=2.0) + project(detail)
+            x = x + F.silu(norm(mix(x)))
+        return x
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """(B, P, W) row by row -> (B, W, sqrt P, sqrt P)."""
+    B, P, W = tokens.shape
+    return tokens.transpose(1, 2).reshape(B, W, math.isqrt(P), -1)
+
+
 class VisionTransformer(nn.Module):
     """CLIP's image tower: class token, learned positions, pre-norm blocks; returns the patch tokens of one layer.
 
     Source: CLIP section 2.4; RoboMamba section 3.1 takes the second-to-last layer of ViT-L and drops the class token.
     Differs: `stem` replaces the single patch convolution by strided 3x3 ones (see the file's docstring), () is CLIP's;
-    `depth` adds four input channels.
+    `depth` adds four input channels, `fine` a map of higher resolution.
     """
 
     def __init__(self, cfg: VisionConfig):
@@ -121,6 +152,8 @@ class VisionTransformer(nn.Module):
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layer))
         self.post_layernorm = nn.LayerNorm(W)
+        if cfg.fine:
+            self.fine = FineMap(cfg)
 
     @classmethod
     def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
@@ -141,22 +174,29 @@ class VisionTransformer(nn.Module):
         mean, std = images.new_tensor([self.cfg.image_mean, self.cfg.image_std], dtype=torch.float32).view(2, 3, 1, 1)
         return ((images.float() / 255 - mean) / std).to(self.pre_layrnorm.weight.dtype)
 
-    def forward(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, geometry: Tensor | None = None, fine: bool = False) -> Tensor | tuple:
         """uint8 (B, 3, S, S) -> (B, P, W) patch tokens of `select_layer`, row by row, without the class token.
 
         geometry, for an encoder with `depth`: (B, 4, S, S), see data/depth.py; None = nothing was measured, zeros.
+        fine: return (tokens, the fine map (B, C, S / 4, S / 4)).
         """
         x = self.normalise(images)
         if self.cfg.depth:
             geometry = x.new_zeros(1, 1, 1, 1) if geometry is None else geometry.to(x)
             x = torch.cat([x, geometry.expand(len(x), 4, *x.shape[2:])], 1)
-        x = self.embeddings.patch_embedding(x).flatten(2).transpose(1, 2)  # (B, P, W)
+        seen = []
+        for layer in self.embeddings.patch_embedding if self.cfg.stem else [self.embeddings.patch_embedding]:
+            x = layer(x)
+            if isinstance(layer, nn.GELU):
+                seen.append(x)
+        x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
         n = self.cfg.select_layer % (self.cfg.n_layer + 1)  # blocks to run
         for block in self.encoder.layers[:n]:
             x = block(x)
-        return (self.post_layernorm(x) if self.cfg.output_norm else x)[:, 1:]
+        tokens = (self.post_layernorm(x) if self.cfg.output_norm else x)[:, 1:]
+        return (tokens, self.fine(tokens, seen)) if fine else tokens
 
 
 def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequential:
@@ -386,6 +426,49 @@ class PolicyHead(nn.Module):
         return torch.cat([mlp(state) for mlp in self.mlps], -1).split([2, 6], -1)
 
 
+class PointingHead(nn.Module):
+    """A state and a map -> for every cell of the map, whether it is the contact, and in which direction to grip there.
+
+    The state scales and shifts the map's channels (FiLM, arXiv 1709.07871), before and after they are mixed. About 1 %
+    of the parameters. Not in the paper, whose head names one point: the mean of two good contacts lies between them.
+    """
+
+    STATE = 64  # what is left of the state
+
+    def __init__(self, d_state: int, channels: int, hidden: int, outputs: int = 4):
+        super().__init__()
+        self.state = nn.Linear(d_state, self.STATE)
+        self.outer = nn.Linear(self.STATE, 2 * channels)
+        self.inner = nn.Linear(self.STATE, 2 * hidden)
+        self.mix = nn.Conv2d(channels, hidden, 1)
+        self.norm = nn.GroupNorm(8, hidden)
+        self.out = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """(n, d_state), (n, C, H, H) -> (n, outputs, H, H): logit of the contact, direction in the camera frame."""
+        state = F.silu(self.state(state))
+        scale, shift = self.outer(state)[..., None, None].chunk(2, 1)
+        x = F.silu(x * (1 + scale) + shift)
+        scale, shift = self.inner(state)[..., None, None].chunk(2, 1)
+        x = F.silu(self.norm(self.mix(x)) * (1 + scale) + shift)
+        return self.out(x)
+
+
+def peak(heat: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
+    """heat (n, H, H), way (n, 3, H, H) -> contact (n, 2) in -1 .. 1, direction (n, 3), unit.
+
+    Both are means over the 3 x 3 cells about the highest one, weighted by the softmax of heat.
+    """
+    n, H, _ = heat.shape
+    best = heat.flatten(1).argmax(1)
+    cells = torch.arange(H, device=heat.device)
+    near = ((cells - (best // H)[:, None]).abs() <= 1)[:, :, None] & ((cells - (best % H)[:, None]).abs() <= 1)[:, None]
+    weight = heat.masked_fill(~near, -math.inf).flatten(1).softmax(1).view(n, H, H)
+    places = (cells + 0.5) * 2 / H - 1
+    point = torch.stack([weight.sum(1) @ places, weight.sum(2) @ places], 1)
+    return point, F.normalize((way * weight[:, None]).sum((2, 3)), dim=1, eps=1e-6)
+
+
 def rotation_from_6d(r6: Tensor) -> Tensor:
     """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3), columns [forward, left, approach].
 
@@ -403,7 +486,8 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
 
 
 class RoboMamba(nn.Module):
-    """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train.
+    """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train, and
+    `point` a fifth where the encoder has a fine map, else None.
 
     encoding: the tokenizer (a tiktoken.Encoding), needed by everything that takes or returns words.
     `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) kept from an earlier call of `vision`, or None for
@@ -418,6 +502,8 @@ class RoboMamba(nn.Module):
         self.projector = mlp((config.vision.width, *config.projector_hidden, config.lm.d_model), nn.GELU)
         self.lm = MambaLM(config.lm)
         self.head = PolicyHead(config.head, config.lm.d_model)
+        C = config.vision.fine
+        self.point = PointingHead(config.lm.d_model, C, C) if C else None
         side = config.vision.image_size // config.vision.patch_size
         position = position_code(side, config.lm.d_model) if config.position_code else None
         self.register_buffer("position", position, persistent=False)  # made, not learned: in no checkpoint
@@ -552,12 +638,15 @@ class RoboMamba(nn.Module):
         return self.text(answer)
 
     @torch.inference_mode()
-    def predict_action(self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None) -> Action:
+    def predict_action(
+        self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None, point=False, refine=True
+    ) -> Action:
         """One forward pass, nothing decoded: image (path, PIL image, uint8 (S, S, 3)) and instruction -> Action.
 
         Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
             measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
-            any model's contact is refined on the measured surface (data/depth.py).
+            any model's contact is refined on the measured surface (data/depth.py), unless `refine` is False.
+            point: by the pointing head, where the model has one; else by the paper's head.
         Raises: ValueError, also for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -570,13 +659,22 @@ class RoboMamba(nn.Module):
             if self.config.vision.depth:
                 geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
-        states = self.text_states(self.image_tensor(image), tokens, geometry=geometry)
-        pixel, r6 = self.head(self.pool(states, torch.tensor([tokens.shape[1]], device=device)))
+        image = self.image_tensor(image)
+        if point and self.point:
+            image, fine = self.vision(image, geometry, fine=True)
+        state = self.pool(
+            self.text_states(image, tokens, geometry=geometry), torch.tensor([tokens.shape[1]]).to(device)
+        )
+        pixel, r6 = self.head(state)
+        if point and self.point:
+            heat, way = self.point(state, fine).float().split([1, 3], 1)
+            pixel, approach = peak(heat[:, 0], way)
+            r6 = torch.cat([approach, rotation_from_6d(r6.float())[..., 0]], 1)
         u, v = ((pixel[0].float() + 1) * S / 2).clamp(0, S - 1e-3).tolist()
         rotation = rotation_from_6d(r6[0].float()).cpu()
         if not (math.isfinite(u) and math.isfinite(v) and rotation.isfinite().all()):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
-        if depth is not None:
+        if depth is not None and refine:
             u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics)
             # The rotation follows its new approach; forward stays as near to the old one as that allows.
             rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
-from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, rows_of_step, stop_on_nan
+from common.training import Processes, Run, check_frozen, cosine, finished, freeze, parts_of, rows_of_step, stop_on_nan
 from data.dataset import IGNORE, Conversations, visual_tokens
 from data.dense import DensePictures
 from data.objectives import AnswerObjective, DenseObjective
@@ -161,8 +161,12 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     if cfg.probe:
         trained = ()
     frozen = freeze(model, trained)
+    if cfg.unfreeze_vision and model.config.vision.fine:
+        model.vision.fine.requires_grad_(False)  # no answer depends on it
     run = Run(cfg, processes, sum(cfg.max_steps), LOG_EVERY)
-    sizes = (f"{name} {count(getattr(model, name)):,d} {'frozen' if name in frozen else 'trained'}" for name in PARTS)
+    sizes = (
+        f"{name} {count(part):,d} {'frozen' if name in frozen else 'trained'}" for name, part in parts_of(model).items()
+    )
     run.say("  ".join(sizes))
     return model, frozen, run
 

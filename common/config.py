@@ -18,6 +18,7 @@ class VisionConfig:  # the image encoder; defaults are the `tiny` preset, CLIP's
     select_layer: int = -1  # block whose output is returned; -1 = the last, -2 = the one before it (the paper's)
     output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
     depth: bool = False  # RGB-D: 4 more channels, relative depth and the normal's x, y, z (data/depth.py, `geometry`)
+    fine: int = 0  # channels of the fine map that the pointing head reads, a cell for 4 x 4 pixels; 0 = none of both
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -70,6 +71,8 @@ class RoboMambaConfig:
             raise ValueError(f"vision: n_head {vision.n_head} must divide width {vision.width}")
         if not -vision.n_layer - 1 <= vision.select_layer <= vision.n_layer:
             raise ValueError(f"vision.select_layer: {vision.select_layer} is not a layer")
+        if vision.fine and (len(vision.stem) < 2 or vision.fine % 8):
+            raise ValueError(f"vision.fine: {vision.fine}: a multiple of 8, with a stem of two layers or more")
         if vision.stem and 2 ** (len(vision.stem) + 1) != vision.patch_size:
             raise ValueError(f"vision.stem: {vision.stem} does not make patches of patch_size {vision.patch_size}")
         if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or min(vision.image_std) < 1e-3:
@@ -100,7 +103,7 @@ def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
 
 PRESETS = {
     "tiny": RoboMambaConfig(),
-    "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True)),
+    "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True, fine=48)),
     "small": RoboMambaConfig(
         VisionConfig(128, 16, 384, 8), LMConfig(384, 8, 1024, 16), HeadConfig(hidden=(24,)), (768,)
     ),

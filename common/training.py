@@ -35,7 +35,7 @@ try:
 except ImportError:  # Windows: there two runs in one folder are not noticed
     fcntl = None
 
-PARTS = ("vision", "projector", "lm", "head")  # of RoboMamba; what a stage trains and freezes
+PARTS = ("vision", "projector", "lm", "head", "point")  # of RoboMamba; what a stage trains and freezes
 
 
 class Processes:
@@ -146,11 +146,16 @@ def digest(module: nn.Module) -> str:
     return h.hexdigest()
 
 
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts that this model has."""
+    return {name: getattr(model, name) for name in PARTS if getattr(model, name) is not None}
+
+
 def freeze(model: nn.Module, trained: tuple) -> dict[str, str]:
     """Only the parts in `trained` require gradients; returns {frozen part: its digest} for check_frozen."""
     frozen = {}
-    for name in PARTS:
-        part = getattr(model, name).requires_grad_(name in trained)
+    for name, part in parts_of(model).items():
+        part.requires_grad_(name in trained)
         if name not in trained:
             frozen[name] = digest(part)
     return frozen

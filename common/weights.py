@@ -71,7 +71,9 @@ def _check_field(key: str, value, default, name: str):
         whole = isinstance(default[0], int)
         return tuple(check_number(name, x, whole, 1 if whole else -1e6) for x in value)
     if isinstance(default, int):
-        return check_number(name, value, True, {"dt_rank": 0, "select_layer": -LARGEST["n_layer"]}.get(key, 1), key)
+        return check_number(
+            name, value, True, {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}.get(key, 1), key
+        )
     return check_number(name, value, False, 1e-12, key)
 
 

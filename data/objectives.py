@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import VisionConfig
 from data.dataset import N_NUMBERS
 from data.dense import FINE, GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, NamedParts
 from data.tokenizer import NUMBERS
+from robomamba import PointingHead, as_map
 
 
 class DenseObjective(nn.Module):
@@ -32,7 +34,7 @@ class DenseObjective(nn.Module):
         self.dense = nn.Linear(W, self.cells**2 * (7 + N_KINDS))
         self.category = nn.Linear(W, N_CATEGORIES)
         self.colour = nn.Linear(W, N_COLOURS)
-        self.named = NamedPart(model.config.lm.vocab_size, W, self.side) if named else None
+        self.named = NamedPart(model.config.lm.vocab_size, model.config.vision) if named else None
         if self.contrast_weight:
             self.image_side = nn.Linear(W, 64)
             self.words_side = nn.EmbeddingBag(model.config.lm.vocab_size, 64)
@@ -40,17 +42,23 @@ class DenseObjective(nn.Module):
         weight[0] = 0.3  # most of an object is its fixed body
         self.register_buffer("kind_weight", weight, persistent=False)
 
-    def predict(self, b: DenseBatch) -> tuple[Tensor, Cells, Tensor, Tensor]:
-        """-> tokens (B, P, W), predicted Cells, category and colour logits."""
-        x = self.vision(b.pictures, b.geometry)
+    def predict(self, b: DenseBatch) -> tuple[list[Tensor], Cells, Tensor, Tensor]:
+        """-> maps (B, channels, side, side): tokens and perhaps fine; predicted Cells, category and colour logits."""
+        maps = []
+        if self.vision.cfg.fine:
+            x, fine = self.vision(b.pictures, b.geometry, fine=True)
+            maps = [as_map(x), fine]
+        else:
+            x = self.vision(b.pictures, b.geometry)
+            maps = [as_map(x)]
         B, s, c = len(x), self.side, self.cells
         out = self.dense(x).view(B, s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, s * c, s * c, -1)
         geometry, rest, kind = out.split([4, 3, N_KINDS], -1)
-        return x, Cells(geometry, *rest.unbind(-1), kind), self.category(x.mean(1)), self.colour(x.mean(1))
+        return maps, Cells(geometry, *rest.unbind(-1), kind), self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts. All but the mask is averaged over the object's cells; background teaches little."""
-        tokens, said, category, colour = self.predict(b)
+        maps, said, category, colour = self.predict(b)
         true = b.cells
         solid = true.mask > 0.5
         told = solid & (true.movable >= 0) & (true.kind >= 0)
@@ -67,22 +75,23 @@ class DenseObjective(nn.Module):
         # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
         loss = self.dense_weight * sum(weights[name] * part for name, part in parts.items())
         if self.named and b.named is not None:
-            named, more = self.named(tokens, b.named)
+            named, more = self.named(maps, b.named)
             loss = loss + self.dense_weight * named
             parts |= more
-        elif self.named:  # a batch without any: its layers still have a gradient, as data parallel wants
-            loss = loss + 0.0 * sum(p.sum() for p in self.named.parameters())
+        else:  # a batch without any: its layers still have a gradient, as data parallel wants
+            unused = [*maps[1:], *(self.named.parameters() if self.named else ())]
+            loss = loss + 0.0 * sum(x.sum() for x in unused)
         if self.contrast_weight:
-            parts["contrast"] = self.contrast(tokens, b.captions, b.caption_starts)
+            parts["contrast"] = self.contrast(maps[0].flatten(2).mean(2), b.captions, b.caption_starts)
             loss = loss + self.contrast_weight * parts["contrast"]
         return loss, parts
 
-    def contrast(self, tokens: Tensor, captions: Tensor, starts: Tensor) -> Tensor:
+    def contrast(self, picture: Tensor, captions: Tensor, starts: Tensor) -> Tensor:
         """CLIP's loss: which caption of the batch belongs to which picture. Equal captions share the target.
 
         Differs: the words side is a mean of word vectors, and the temperature is fixed at 0.1.
         """
-        a = F.normalize(self.image_side(tokens.mean(1)), dim=-1)
+        a = F.normalize(self.image_side(picture), dim=-1)
         b = F.normalize(self.words_side(captions, starts), dim=-1)
         same = (b.detach() @ b.detach().T > 1 - 1e-5).float()
         target = same / same.sum(1, keepdim=True)
@@ -93,61 +102,77 @@ class DenseObjective(nn.Module):
 class NamedPart(nn.Module):
     """Words pick out one part of the picture: where to grip it, its mask, how each of its points moves, its moment arm.
 
-    A bag of words scales and shifts the tokens (FiLM, arXiv 1709.07871), and each token then predicts its own cells of
-    a 32 x 32 raster. Tokens exchange nothing here, so whatever is asked for must be in the encoder's tokens. Without
-    this the encoder learns what a picture shows, but not what an instruction will ask of it.
+    A bag of words takes the place of the language model's state before a `PointingHead`, one that reads the tokens
+    (each tells of its own cells of the 32 x 32 raster) and, where the encoder has one, another that reads its fine map.
+    Without this the encoder learns what a picture shows, but not what an instruction will ask of it.
     """
 
-    HIDDEN = 256
+    WORDS = 64  # width of the bag of words
     SPREAD = 0.6  # standard deviation of the contact's Gaussian soft label, in cells
+    CHANNELS = (1, 1, 3, 1)  # logit of the contact, logit of the mask, direction, moment arm
+    WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}
 
-    def __init__(self, vocab_size: int, W: int, side: int):
+    def __init__(self, vocab_size: int, vision: VisionConfig):
         super().__init__()
-        self.side = side
-        self.cells = FINE // side  # along one side of a patch
-        self.words = nn.EmbeddingBag(vocab_size, 64)
-        self.outer = nn.Linear(64, 2 * W)
-        self.inner = nn.Linear(64, 2 * self.HIDDEN)
-        self.norm = nn.LayerNorm(W)
-        self.hidden = nn.Linear(W, self.HIDDEN)
-        self.out = nn.Linear(self.HIDDEN, self.cells**2 * 6)
-        for layer in (self.words, self.outer, self.inner):
-            nn.init.normal_(layer.weight, std=0.06)
+        self.words = nn.EmbeddingBag(vocab_size, self.WORDS)
+        nn.init.normal_(self.words.weight, std=0.5)
+        maps = [(vision.width, 256, vision.image_size // vision.patch_size)]  # channels, hidden channels, side
+        if vision.fine:
+            maps.append((vision.fine, vision.fine, vision.image_size // 4))
+        self.heads = nn.ModuleList()
+        for channels, hidden, side in maps:
+            outputs = sum(self.CHANNELS) * (FINE // side) ** 2  # for each cell of the raster in a cell of the map
+            self.heads.append(PointingHead(self.WORDS, channels, hidden, outputs))
 
-    def predict(self, tokens: Tensor, named: NamedParts) -> Tensor:
-        """(M, 32, 32, 6): logit of the contact, logit of the mask, direction x, y, z, moment arm."""
+    def predict(self, maps: list[Tensor], named: NamedParts) -> list[Tensor]:
+        """Maps of the pictures, of tokens and perhaps fine -> for each (M, 6, 32, 32), see CHANNELS."""
         words = self.words(named.words, named.starts)
-        scale, offset = self.outer(words)[:, None].chunk(2, -1)
-        x = self.norm(tokens)[named.owners] * (1 + scale) + offset
-        scale, offset = self.inner(words)[:, None].chunk(2, -1)
-        x = self.out(F.silu(self.hidden(x) * (1 + scale) + offset))
-        M, s, c = len(x), self.side, self.cells
-        return x.view(M, s, s, c, c, 6).permute(0, 1, 3, 2, 4, 5).reshape(M, FINE, FINE, 6)
+        out = [head(words, x[named.owners]) for head, x in zip(self.heads, maps, strict=True)]
+        return [F.pixel_shuffle(x, FINE // x.shape[-1]) for x in out]
 
-    def soft_label(self, contact: Tensor) -> Tensor:
-        """(M, 2), cells -> (M, 32 * 32) distribution about it."""
-        cells = torch.arange(FINE, device=contact.device)
-        column, row = (-((cells - x[:, None]) ** 2) / (2 * self.SPREAD**2) for x in contact.unbind(1))
-        return torch.softmax((row[:, :, None] + column[:, None]).flatten(1), 1)
+    def forward(self, maps: list[Tensor], named: NamedParts) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts for the last map."""
+        loss = 0.0
+        for out in self.predict(maps, named):
+            parts = named_losses(out.float(), named)
+            loss = loss + sum(self.WEIGHTS[name] * part for name, part in parts.items())
+        return loss, parts
 
-    def forward(self, tokens: Tensor, named: NamedParts) -> tuple[Tensor, dict[str, Tensor]]:
-        out = self.predict(tokens, named)
-        heat, mask, way, arm = out.float().split([1, 1, 3, 1], -1)
-        here = named.contact.round().long().clamp(0, FINE - 1)
-        aim = way[torch.arange(len(way)), here[:, 1], here[:, 0]]
-        size = named.mask.sum().clamp(min=1)
-        soft = mask[..., 0].sigmoid()
-        overlap = (soft * named.mask).sum((1, 2))
-        parts = {
-            "contact": -(self.soft_label(named.contact) * heat.flatten(1).log_softmax(1)).sum(1).mean(),
-            "aim": F.l1_loss(aim, named.approach) + (1 - F.cosine_similarity(aim, named.approach)).mean(),
-            "motion": ((way - named.act).abs().sum(-1) * named.mask).sum() / size,
-            "part": F.binary_cross_entropy_with_logits(mask[..., 0], named.mask),
-            "dice": (1 - (2 * overlap + 1) / (soft.sum((1, 2)) + named.mask.sum((1, 2)) + 1)).mean(),
-            "arm": ((arm[..., 0] - named.arm).abs() * named.mask).sum() / size,
-        }
-        weights = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}
-        return sum(weights[name] * part for name, part in parts.items()), parts
+
+def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
+    heat, mask, way, arm = out.split(NamedPart.CHANNELS, 1)
+    away = way - named.act.permute(0, 3, 1, 2)
+    mask, arm, size = mask[:, 0], arm[:, 0], named.mask.sum().clamp(min=1)
+    soft = mask.sigmoid()
+    overlap = (soft * named.mask).sum((1, 2))
+    contact, aim = pointing_losses(heat[:, 0], way, named.contact, named.approach)
+    return {
+        "contact": contact,
+        "aim": aim,
+        "motion": (away.abs().sum(1) * named.mask).sum() / size,
+        "part": F.binary_cross_entropy_with_logits(mask, named.mask),
+        "dice": (1 - (2 * overlap + 1) / (soft.sum((1, 2)) + named.mask.sum((1, 2)) + 1)).mean(),
+        "arm": ((arm - named.arm).abs() * named.mask).sum() / size,
+    }
+
+
+def pointing_losses(heat: Tensor, way: Tensor, contact: Tensor, approach: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of heat (n, H, H) against a Gaussian about the contact, and the error of way (n, 3, H, H) there.
+
+    contact: (n, 2) column and row in cells; approach: (n, 3), unit, camera frame.
+    """
+    H = heat.shape[-1]
+    here = contact.round().long().clamp(0, H - 1)
+    aim = way[torch.arange(len(way)), :, here[:, 1], here[:, 0]]
+    error = F.l1_loss(aim, approach) + (1 - F.cosine_similarity(aim, approach)).mean()
+    return -(soft_label(contact, H) * heat.flatten(1).log_softmax(1)).sum(1).mean(), error
+
+
+def soft_label(contact: Tensor, side: int) -> Tensor:
+    """(n, 2), cells -> (n, side * side) distribution about it."""
+    cells = torch.arange(side, device=contact.device)
+    column, row = (-((cells - x[:, None]) ** 2) / (2 * NamedPart.SPREAD**2) for x in contact.unbind(1))
+    return torch.softmax((row[:, :, None] + column[:, None]).flatten(1), 1)
 
 
 class AnswerObjective(nn.Module):

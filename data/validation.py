@@ -25,13 +25,13 @@ def evaluate_dense(objective, data: DensePictures, device, batch: int = 64) -> d
     angles, pixels, overlaps = [], [], []
     for start in range(0, len(data), batch):
         true = data.batch(np.arange(start, min(start + batch, len(data)))).to(device)
-        tokens, cells, category_logits, _ = objective.predict(true)
+        maps, cells, category_logits, _ = objective.predict(true)
         if true.named is not None:
-            asked = objective.named.predict(tokens, true.named)
-            best = asked[..., 0].flatten(1).argmax(1)
+            asked = objective.named.predict(maps, true.named)[-1]
+            best = asked[:, 0].flatten(1).argmax(1)
             found = torch.stack([best % FINE, best // FINE], 1)
             pixels.append((found - true.named.contact).norm(dim=1) * data.size / FINE)
-            masks = [asked[..., 1] > 0, true.named.mask > 0.5]
+            masks = [asked[:, 1] > 0, true.named.mask > 0.5]
             overlaps.append((masks[0] & masks[1]).sum((1, 2)) / (masks[0] | masks[1]).sum((1, 2)).clamp(min=1))
         said = (cells.mask > 0) & (cells.movable > 0)
         movable = true.cells.movable > 0.5

@@ -14,7 +14,7 @@ from toy import SIDE, write_data
 
 from data.dataset import read_geometry, visual_tokens
 from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
-from data.objectives import DenseObjective, NamedPart
+from data.objectives import DenseObjective, soft_label
 from data.tokenizer import load_encoding
 from data.validation import evaluate_dense
 from finetune_policy import PolicyConfig, finetune
@@ -78,7 +78,7 @@ def test_some_pictures_lose_their_depth_in_training_and_none_in_validation(folde
 
 
 def test_the_soft_label_of_a_contact():
-    label = NamedPart(50, 8, 8).soft_label(torch.tensor([[3.0, 20.0], [-2.0, 31.0]]))
+    label = soft_label(torch.tensor([[3.0, 20.0], [-2.0, 31.0]]), 32)
     assert torch.allclose(label.sum(1), torch.ones(2)) and label[0].argmax() == 20 * 32 + 3
     near = label[0].view(32, 32)[20, 4] / label[0].view(32, 32)[20, 3]
     assert near == pytest.approx(np.exp(-1 / (2 * 0.6**2)), rel=1e-4)
