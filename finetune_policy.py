@@ -10,9 +10,14 @@ a fraction of the picture, plus the geodesic angle between the predicted and the
 approach is filled by a fixed rule (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the
 paper's random yaw the angle could not fall below 90 degrees on average.
 
+An encoder with a fine map (--preset tiny-rgbd) has a second head, the pointing head of 1 % of the parameters, which
+learns from the same samples: for each cell of the map, whether it is the contact. An RGB-D encoder is shown every
+picture twice, with its depth and without.
+
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, the mean of each epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
-    (median angle of the approach axis, which is what decides), rotation_degrees (median angle of the whole rotation)
+    (median angle of the approach axis, which is what decides), rotation_degrees (median angle of the whole rotation);
+    point_px, point_degrees: the same of the pointing head
 """
 
 import math
@@ -31,13 +36,16 @@ from common.files import write_json
 from common.optim import set_lr
 from common.scripts import cli, flag, progress, run_main
 from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, order_of_pass, stop_on_nan
-from data.dataset import load_manipulation, pack, pad, read_picture, to_tensor, visual_tokens
+from data.dataset import fine_maps, load_manipulation, pack, pad, read_picture, to_tensor, visual_tokens
+from data.objectives import pointing_losses
 from data.prompts import contact_question
-from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
+from robomamba import HeadConfig, PointingHead, PolicyHead, RoboMamba, count, init_weights, peak, rotation_from_6d
 
+HEADS = ("head", "point")  # what is trained
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # largest gradient norm, --unfreeze
 EVAL_EVERY = 5  # epochs
+POINTED = 16  # samples of each batch that the pointing head learns from
 
 
 @dataclass
@@ -99,6 +107,25 @@ def errors(head: PolicyHead, states: Tensor, pixel: Tensor, rotation: Tensor, im
     }
 
 
+def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> Tensor:
+    """Of states (n, D) and fine maps (n, C, H, H), see `pointing_losses`."""
+    heat, way = point(states, fine).split([1, 3], 1)
+    contact = (pixel + 1) * heat.shape[-1] / 2 - 0.5
+    where, aim = pointing_losses(heat[:, 0], way, contact, rotation[..., 2])
+    return where + aim
+
+
+@torch.no_grad()
+def pointing_errors(
+    point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor, image_size: int
+):
+    """As `errors`, of the pointing head."""
+    heat, way = point(states, fine).split([1, 3], 1)
+    said, approach = peak(heat[:, 0], way)
+    axis = torch.arccos((approach * rotation[..., 2]).sum(-1).clamp(-1, 1))
+    return (said - pixel).norm(dim=-1) / 2, axis.rad2deg()
+
+
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +177,7 @@ class Samples(NamedTuple):
     states: Callable[[Tensor], Tensor]  # rows -> their states (n, D): looked up, or with --unfreeze computed now
     pixel: Tensor  # (n, 2) in -1 .. 1
     rotation: Tensor  # (n, 3, 3)
+    fine: Callable[[Tensor], Tensor] | None = None  # rows -> their fine maps (n, C, H, H)
 
 
 def prepare(
@@ -161,13 +189,28 @@ def prepare(
         return Samples(lambda rows: read_states(model, folder, samples, rows), pixel, rotation)
     place = dict(cache=cfg.cache, out=cfg.out)
     states = torch.cat([pooled_states(model, folder, samples, processes, depth=way, **place) for way in ways])
-    return Samples(lambda rows: states[rows], pixel, rotation)
+    if model.point is None:
+        return Samples(lambda rows: states[rows], pixel, rotation)
+    names, owners = np.unique([s["image"] for s in samples], return_inverse=True)
+    maps = [fine_maps(model.vision, folder, list(names), processes, way) for way in ways]
+    at = torch.cat([torch.from_numpy(owners) + k * len(names) for k in range(len(ways))])
+    maps = torch.cat(maps)
+    return Samples(lambda rows: states[rows], pixel, rotation, lambda rows: maps[at[rows]].float())
 
 
 @torch.no_grad()
 def validate(model: RoboMamba, val: Samples) -> dict[str, float]:
-    states = torch.cat([val.states(rows) for rows in torch.arange(len(val.pixel)).split(64)])
-    return errors(model.head, states, val.pixel, val.rotation, model.config.vision.image_size)
+    size = model.config.vision.image_size
+    blocks = torch.arange(len(val.pixel)).split(64)
+    states = torch.cat([val.states(rows) for rows in blocks])
+    result = errors(model.head, states, val.pixel, val.rotation, size)
+    if val.fine:
+        block = (
+            pointing_errors(model.point, states[i], val.fine(i), val.pixel[i], val.rotation[i], size) for i in blocks
+        )
+        pixels, degrees = (torch.cat(x).median().item() for x in zip(*block, strict=True))
+        result |= {"point_px": pixels, "point_degrees": degrees}
+    return result
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -183,17 +226,21 @@ def start_model(cfg: PolicyConfig, processes: Processes) -> RoboMamba:
         model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
         model.head = PolicyHead(model.config.head, model.config.lm.d_model)
         init_weights(model.head)
+        if model.point is not None:
+            C = model.config.vision.fine
+            model.point = PointingHead(model.config.lm.d_model, C, C)
     return model.to(processes.device).train()
 
 
 def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Samples | None) -> dict[str, float]:
     """Epoch after epoch; logged, validated and saved between them. Returns the last validation errors."""
-    learner = model if cfg.unfreeze else model.head  # all that a checkpoint must hold
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=cfg.lr, weight_decay=WEIGHT_DECAY)
+    learners = [model] if cfg.unfreeze else [getattr(model, name) for name in HEADS if getattr(model, name)]
+    weights = [p for learner in learners for p in learner.parameters()]  # all that a checkpoint must hold
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     n = len(data.pixel)
     steps = steps_per_epoch(cfg, n)
     first = run.begin()
-    run.load([learner], optimizer)
+    run.load(learners, optimizer)
     result = {}
     for epoch in range(first // steps, -(-run.total // steps)):
         order = torch.from_numpy(order_of_pass(cfg.seed, epoch, n))
@@ -201,9 +248,12 @@ def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Sam
         losses = 0.0
         for step, rows in enumerate(batches, epoch * steps):
             set_lr(optimizer, cfg.lr * cosine(step, run.total, warmup=steps))
-            loss = policy_loss(
-                model.head, data.states(rows), data.pixel[rows], data.rotation[rows], cfg.direction_weight
-            )
+            states = data.states(rows)
+            loss = policy_loss(model.head, states, data.pixel[rows], data.rotation[rows], cfg.direction_weight)
+            if data.fine:
+                few = rows[:POINTED]
+                fine = data.fine(few)
+                loss = loss + pointing_loss(model.point, states[:POINTED], fine, data.pixel[few], data.rotation[few])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stop_on_nan(step, loss, model)
@@ -218,7 +268,7 @@ def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Sam
             result = validate(model, val)
             run.write(done, **result)
         if done < run.total:
-            run.save(done, [learner], optimizer)
+            run.save(done, learners, optimizer)
     return result
 
 
@@ -238,7 +288,7 @@ def finetune(cfg: PolicyConfig) -> dict:
     samples = load_manipulation(Path(cfg.data) / "manipulation.jsonl")[: cfg.samples]
     val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl") if cfg.val else []
     model = start_model(cfg, processes)
-    frozen = freeze(model, PARTS if cfg.unfreeze else ("head",))
+    frozen = freeze(model, PARTS if cfg.unfreeze else HEADS)
     share = count(model.head) / count(model)
     ways = (False, True) if model.config.vision.depth and not cfg.unfreeze else (False,)
     total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(ways) * len(samples))

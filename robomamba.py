@@ -102,7 +102,7 @@ def patch_embedding(cfg: VisionConfig) -> nn.Module:
 
 
 class FineMap(nn.Module):
-    """What the tokens mean at the resolution of the stem: a map (B, fine, S / 4, S / 4) for the pointing head.
+    """What the tokens mean at the resolution of the stem, four times theirs: a map that the pointing head reads.
 
     Top-down as in a feature pyramid (arXiv 1612.03144): the tokens as a map, twice doubled in size, each time added to
     what the stem saw at that size and mixed by a convolution. Not in the paper.
@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
         """uint8 (B, 3, S, S) -> (B, P, W) patch tokens of `select_layer`, row by row, without the class token.
 
         geometry, for an encoder with `depth`: (B, 4, S, S), see data/depth.py; None = nothing was measured, zeros.
-        fine: return (tokens, the fine map (B, C, S / 4, S / 4)).
+        fine: return (tokens, the fine map (B, C, H, H)); H = 4 S / patch.
         """
         x = self.normalise(images)
         if self.cfg.depth:
@@ -639,14 +639,15 @@ class RoboMamba(nn.Module):
 
     @torch.inference_mode()
     def predict_action(
-        self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None, point=False, refine=True
+        self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None, point=None, refine=True
     ) -> Action:
         """One forward pass, nothing decoded: image (path, PIL image, uint8 (S, S, 3)) and instruction -> Action.
 
         Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
             measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
             any model's contact is refined on the measured surface (data/depth.py), unless `refine` is False.
-            point: by the pointing head, where the model has one; else by the paper's head.
+            point: by the pointing head, where the model has one, or by the paper's; None: the first with depth, else
+            the second.
         Raises: ValueError, also for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -660,13 +661,14 @@ class RoboMamba(nn.Module):
                 geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
         image = self.image_tensor(image)
-        if point and self.point:
+        point = self.point is not None and (depth is not None if point is None else point)
+        if point:
             image, fine = self.vision(image, geometry, fine=True)
         state = self.pool(
             self.text_states(image, tokens, geometry=geometry), torch.tensor([tokens.shape[1]]).to(device)
         )
         pixel, r6 = self.head(state)
-        if point and self.point:
+        if point:
             heat, way = self.point(state, fine).float().split([1, 3], 1)
             pixel, approach = peak(heat[:, 0], way)
             r6 = torch.cat([approach, rotation_from_6d(r6.float())[..., 0]], 1)

@@ -14,12 +14,15 @@
 
 Policies: the names of SCRIPTED in sim/policies.py, direction-DEGREES and pixel-PIXELS, and here
     model               --checkpoint: picture and sentence, one pass, the policy head
-    model-depth         the same with the depth picture of an imperfect camera and its intrinsics
+    model-depth         the same with the depth picture of an imperfect camera and its intrinsics: an RGB-D encoder sees
+                        them, the pointing head (where there is one) decides, and the read-out of depth refines
+    model-depth-head    by the paper's head; model-depth-raw, model-depth-head-raw: not refined
+    model-point         by the pointing head, without depth
     model-text          the same answer spelled out token by token, as ManipLLM does; babble is a failure
     model-pixel         the model's pixel, the expert's direction; model-direction: the other way round
     blind, mean-action  the vision-free baselines: median label of the category and part; mean label
     random-depth        a random pixel of the object, with the read-out of depth that model-depth has
-    NAME=FOLDER         another checkpoint; a NAME that ends in -depth, -text, -pixel or -direction as above
+    NAME=FOLDER         another checkpoint; a NAME that goes on with -depth, -depth-head, -point, -text .. as above
     NAME=MODULE:FUNC    your own (template: extras/example_policy.py); an error, or more than 10 s, is a failure
 Success means that the NAMED part moved: by >= 0.01 rad or m ("initial"), by >= 0.1 ("long"; sim/scene.py has the
 formula). Every miss is a failure and stays in the denominator. All policies meet the same scenes and sentences: those
@@ -69,7 +72,8 @@ SPLITS = {  # --split -> {name in the results and in SEEDS: categories}
 }
 MAX_TRIES = 20  # scenes tried for one episode before it is given up
 
-MODELS = ("model", "model-depth", "model-text", "model-pixel", "model-direction")  # --checkpoint, used in several ways
+WAYS = ("", "depth", "depth-raw", "depth-head", "depth-head-raw", "point", "text", "pixel", "direction")
+MODELS = tuple(f"model-{way}".strip("-") for way in WAYS)  # --checkpoint, used in several ways
 TABLES = ("blind", "mean-action")
 NAMES = (*MODELS, *TABLES, *policies.SCRIPTED, "random-depth", "direction-DEGREES", "pixel-PIXELS", "NAME=FOLDER")
 PHYSICS = "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel"  # on validation scenes
@@ -127,7 +131,7 @@ def make_policies(cfg: EvalConfig) -> tuple[dict[str, Callable], dict[str, str |
                 raise ValueError(f"{named} {source or '(not given)'}: no such folder; the policy {name} needs it")
             if source not in models:
                 models[source] = load_model(ours(source))
-            found[name] = model_policy(models[source], name.rpartition("-")[2])
+            found[name] = model_policy(models[source], set(name.split("-")[1:]))
     sizes = {folder: model.config.vision.image_size for folder, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"checkpoints want pictures of different sizes, which cannot share a scene: {sizes}")
@@ -146,24 +150,25 @@ def load_model(folder: Path):
     return model
 
 
-def model_policy(model, way: str) -> Callable:
-    """A policy from a RoboMamba. way: depth, text, pixel or direction, see the top; anything else: the plain one."""
+def model_policy(model, ways: set[str]) -> Callable:
+    """A policy from a RoboMamba. ways: the words of one of WAYS, see the top."""
     S = model.config.vision.image_size
+    point = "point" in ways or ("depth" in ways and "head" not in ways)
 
-    def head(o: Observation, **camera):
-        action = model.predict_action(o.image, o.instruction, **camera)
+    def head(o: Observation):
+        camera = {}
+        if "depth" in ways:
+            camera = {"depth": o.depth, "intrinsics": o.intrinsics, "refine": "raw" not in ways}
+        action = model.predict_action(o.image, o.instruction, point=point, **camera)
         return action.u, action.v, action.approach
-
-    def head_and_depth(o: Observation):
-        return head(o, depth=o.depth, intrinsics=o.intrinsics)
 
     def text(o: Observation):
         said = model.generate(o.image, contact_question(o.instruction), max_new_tokens=CONTACT_TOKENS)
         u, v, approach = parse_contact(said) or (math.nan, math.nan, (math.nan,) * 3)
         return u * S, v * S, approach
 
-    halves = {"pixel": combine(head, oracle), "direction": combine(oracle, head)}
-    return {"depth": head_and_depth, "text": text, **halves}.get(way, head)
+    special = {"text": text, "pixel": combine(head, oracle), "direction": combine(oracle, head)}
+    return next((special[way] for way in special if way in ways), head)
 
 
 def random_depth(o: Observation):

@@ -18,7 +18,7 @@ class VisionConfig:  # the image encoder; defaults are the `tiny` preset, CLIP's
     select_layer: int = -1  # block whose output is returned; -1 = the last, -2 = the one before it (the paper's)
     output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
     depth: bool = False  # RGB-D: 4 more channels, relative depth and the normal's x, y, z (data/depth.py, `geometry`)
-    fine: int = 0  # channels of the fine map that the pointing head reads, a cell for 4 x 4 pixels; 0 = none of both
+    fine: int = 0  # channels of the fine map that the pointing head reads, 4 x 4 cells a patch; 0 = none of both
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 

@@ -116,9 +116,10 @@ class NamedPart(nn.Module):
         super().__init__()
         self.words = nn.EmbeddingBag(vocab_size, self.WORDS)
         nn.init.normal_(self.words.weight, std=0.5)
-        maps = [(vision.width, 256, vision.image_size // vision.patch_size)]  # channels, hidden channels, side
+        side = vision.image_size // vision.patch_size
+        maps = [(vision.width, 256, side)]  # channels, hidden channels, side
         if vision.fine:
-            maps.append((vision.fine, vision.fine, vision.image_size // 4))
+            maps.append((vision.fine, vision.fine, 4 * side))
         self.heads = nn.ModuleList()
         for channels, hidden, side in maps:
             outputs = sum(self.CHANNELS) * (FINE // side) ** 2  # for each cell of the raster in a cell of the map

@@ -12,13 +12,15 @@ import torch
 from conftest import mini_config
 from toy import SIDE, write_data
 
-from data.dataset import read_geometry, visual_tokens
+from common.training import Processes
+from data.dataset import fine_maps, read_geometry, read_picture, visual_tokens
 from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
+from data.depth import read_depth
 from data.objectives import DenseObjective, soft_label
 from data.tokenizer import load_encoding
 from data.validation import evaluate_dense
 from finetune_policy import PolicyConfig, finetune
-from robomamba import RoboMamba
+from robomamba import RoboMamba, peak
 from train import recipe, train
 
 
@@ -31,7 +33,7 @@ def folder(tmp_path_factory):
 def rgbd(folder):
     encoding = load_encoding(folder / "vocab.tiktoken")
     config = mini_config(encoding.n_vocab)
-    config.vision = dataclasses.replace(config.vision, depth=True)
+    config.vision = dataclasses.replace(config.vision, depth=True, fine=16)
     torch.manual_seed(0)
     return RoboMamba(config, encoding).eval()
 
@@ -91,7 +93,7 @@ def test_named_parts_are_learned(folder, rgbd):
     objective = DenseObjective(rgbd, named=True)
     before = evaluate_dense(objective, data, "cpu")
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
-    for step in range(60):
+    for step in range(100):
         loss, parts = objective(data.batch(np.arange(24), [step]))
         optimizer.zero_grad()
         loss.backward()
@@ -103,8 +105,6 @@ def test_named_parts_are_learned(folder, rgbd):
 
 
 def test_geometry_changes_the_tokens_and_has_a_cache_of_its_own(folder, rgbd):
-    from common.training import Processes
-
     names = [f"images/{i}.png" for i in range(3)]
     plain, deep = (visual_tokens(rgbd.vision, folder, names, Processes("cpu"), depth=way) for way in (False, True))
     assert len(list(folder.glob("tokens-*.npy"))) == 2 and np.abs(np.array(plain) - np.array(deep)).max() > 0.01
@@ -127,3 +127,49 @@ def test_all_stages_train_an_rgbd_model(folder, rgbd, tmp_path):
         )
     )
     assert np.isfinite(result["pixel_px"]) and json.loads((tmp_path / "p/config.json").read_text())["vision"]["depth"]
+
+
+def test_the_fine_map_stands_beside_the_same_tokens(folder, rgbd):
+    data = DensePictures(str(folder), SIDE, rgbd.encoding, depth=True)
+    batch = data.batch(np.arange(3))
+    with torch.no_grad():
+        tokens, fine = rgbd.vision(batch.pictures, batch.geometry, fine=True)
+        assert torch.equal(tokens, rgbd.vision(batch.pictures, batch.geometry))
+        assert fine.shape == (3, 16, 16, 16)  # tokens are 4 x 4
+        changed = batch.pictures.clone()
+        changed[:, :, :2, :2] = 255  # the top left corner
+        difference = (rgbd.vision(changed, batch.geometry, fine=True)[1] - fine).abs().amax(1)
+    assert difference[:, 0, 0].min() > 3 * difference[:, 8:, 8:].max(), "detail stays where it is"
+    names = [f"images/{row}.png" for row in range(3)]
+    stored = fine_maps(rgbd.vision, folder, names, Processes("cpu"), depth=True)
+    assert stored.dtype == torch.float16 and torch.allclose(stored.float(), fine, atol=1e-2)
+
+
+def test_the_peak_of_a_map():
+    heat = torch.full((2, 8, 8), -20.0)
+    heat[0, 2, 5] = 9.0
+    heat[1, 7, 0], heat[1, 7, 1] = 9.0, 9.0  # at the border: two cells alike
+    way = torch.zeros(2, 3, 8, 8)
+    way[:, 2] = 1.0
+    way[0, :, 2, 5] = torch.tensor([3.0, 0.0, 4.0])
+    point, direction = peak(heat, way)
+    assert torch.allclose(point, torch.tensor([[5.5, 2.5], [1.0, 7.5]]) / 4 - 1, atol=1e-5)
+    assert torch.allclose(direction, torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.0, 1.0]]), atol=1e-5)
+
+
+def test_pointing_is_learned(folder, rgbd, tmp_path):
+    """The pointing head learns beside the paper's head, from frozen maps; nothing else moves."""
+    rgbd.save_pretrained(tmp_path / "start")
+    shared = dict(checkpoint=str(tmp_path / "start"), data=str(folder), val=str(folder), device="cpu")
+    few, many = (
+        finetune(PolicyConfig(out=str(tmp_path / f"after-{n}"), epochs=n, batch_size=8, **shared)) for n in (1, 40)
+    )
+    assert many["point_px"] < 0.7 * few["point_px"] and many["point_degrees"] < few["point_degrees"]
+    after = RoboMamba.from_pretrained(tmp_path / "after-40")
+    for name, p in after.named_parameters():
+        frozen = torch.equal(p, rgbd.get_parameter(name))
+        assert frozen != name.startswith(("head", "point"))
+    picture = read_picture(folder / "images/0.png", SIDE)
+    depth = read_depth(folder / "images/0.depth.png")
+    both = (after.predict_action(picture, "open", depth, (30, 30, 15.5, 15.5), way, refine=False) for way in (0, 1))
+    assert not np.allclose(*((action.u, action.v) for action in both))

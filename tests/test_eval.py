@@ -299,21 +299,23 @@ def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
         scene.spawn("Door", 1).render()
         o = sim_eval.observe(scene, label, "test")
         monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "50 25 49 49 99")
-        u, v, approach = model_policy(model, "text")(o)
+        u, v, approach = model_policy(model, {"text"})(o)
         assert (u / 64, v / 64) == pytest.approx((0.505, 0.255)) and approach[2] > 0.99
         monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "I do not know")
-        assert sim_eval.attempt(model_policy(model, "text"), o, o.part).outcome.reason == "not a number"
-        u, v, approach = model_policy(model, "other")(o)
-        pixel, direction = (model_policy(model, way)(o) for way in ("pixel", "direction"))
+        assert sim_eval.attempt(model_policy(model, {"text"}), o, o.part).outcome.reason == "not a number"
+        u, v, approach = model_policy(model, {"other"})(o)
+        pixel, direction = (model_policy(model, {way})(o) for way in ("pixel", "direction"))
         assert pixel == (u, v, label.approach) and direction[:2] == (3, 4) and (direction[2] == approach).all()
 
-        def with_depth(self, image, instruction, depth, intrinsics):
+        def with_depth(self, image, instruction, depth, intrinsics, point, refine):
             assert depth.shape == image.shape[:2] == (64, 64) and depth.dtype == np.float32
             assert ((depth > 0) <= np.isfinite(scene.depth)).mean() > 0.99 and intrinsics == o.intrinsics
-            return Action(1.0, 2.0, np.eye(3))
+            return Action(float(point), float(refine), np.eye(3))
 
         monkeypatch.setattr(RoboMamba, "predict_action", with_depth)
-        assert model_policy(model, "depth")(o)[:2] == (1, 2)
+        ways = [{"depth"}, {"depth", "raw"}, {"depth", "head"}, {"depth", "head", "raw"}]
+        said = [model_policy(model, way)(o)[:2] for way in ways]
+        assert said == [(True, True), (True, False), (False, True), (False, False)]
     finally:
         scene.close()
 
