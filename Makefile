@@ -58,8 +58,7 @@ QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
 quick: .venv/ready
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
-	$(RUN) train.py --stage vision $(QUICK_DATA) --preset tiny-rgbd --muon --lr 2e-3 \
-	  --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
 	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision --max-steps $(QUICK_COTRAIN_STEPS) \
 	  --out $(QUICK)/cotrain --resume
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from common.files import write_json
 from common.optim import set_lr
+from common.pointing import PointingHead, peak, pointing_losses
 from common.scripts import cli, flag, progress, run_main
 from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, order_of_pass, stop_on_nan
-from data.dataset import fine_maps, load_manipulation, pack, pad, read_picture, to_tensor, visual_tokens
-from data.objectives import pointing_losses
+from data.dataset import fine_maps, load_manipulation, pack, pad, read_picture, to_tensor, visual_tokens, ways
 from data.prompts import contact_question
-from robomamba import HeadConfig, PointingHead, PolicyHead, RoboMamba, count, init_weights, peak, rotation_from_6d
+from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
 
 HEADS = ("head", "point")  # what is trained
 WEIGHT_DECAY = 0.01
@@ -181,21 +181,21 @@ class Samples(NamedTuple):
 
 
 def prepare(
-    cfg: PolicyConfig, model: RoboMamba, folder: str, samples: list[dict], processes: Processes, ways: tuple
+    cfg: PolicyConfig, model: RoboMamba, folder: str, samples: list[dict], processes: Processes, shown: tuple
 ) -> Samples:
-    """ways: True = the encoder sees depth, False = it does not; with both every sample is there twice."""
-    pixel, rotation = targets(samples * len(ways), processes.device)
+    """shown: True = the encoder sees depth, False = it does not; with both every sample is there twice."""
+    pixel, rotation = targets(samples * len(shown), processes.device)
     if cfg.unfreeze:
         return Samples(lambda rows: read_states(model, folder, samples, rows), pixel, rotation)
     place = dict(cache=cfg.cache, out=cfg.out)
-    states = torch.cat([pooled_states(model, folder, samples, processes, depth=way, **place) for way in ways])
+    states = torch.cat([pooled_states(model, folder, samples, processes, depth=way, **place) for way in shown])
     if model.point is None:
         return Samples(lambda rows: states[rows], pixel, rotation)
     names, owners = np.unique([s["image"] for s in samples], return_inverse=True)
-    maps = [fine_maps(model.vision, folder, list(names), processes, way) for way in ways]
-    at = torch.cat([torch.from_numpy(owners) + k * len(names) for k in range(len(ways))])
+    maps = [fine_maps(model.vision, folder, list(names), processes, way) for way in shown]
+    at = torch.cat([torch.from_numpy(owners) + k * len(names) for k in range(len(shown))])
     maps = torch.cat(maps)
-    return Samples(lambda rows: states[rows], pixel, rotation, lambda rows: maps[at[rows]].float())
+    return Samples(lambda rows: states[rows], pixel, rotation, lambda rows: maps[at[rows]].to(states))
 
 
 @torch.no_grad()
@@ -290,13 +290,13 @@ def finetune(cfg: PolicyConfig) -> dict:
     model = start_model(cfg, processes)
     frozen = freeze(model, PARTS if cfg.unfreeze else HEADS)
     share = count(model.head) / count(model)
-    ways = (False, True) if model.config.vision.depth and not cfg.unfreeze else (False,)
-    total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(ways) * len(samples))
+    shown = (False,) if cfg.unfreeze else ways(model.vision, cfg.data, [s["image"] for s in samples])
+    total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(shown) * len(samples))
     with Run(cfg, processes, total, log_every=1) as run:
         rest = "the rest is frozen" if frozen else "the rest is trained too"
         run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; {rest}")
-        data = prepare(cfg, model, cfg.data, samples, processes, ways)
-        val = prepare(cfg, model, cfg.val, val_samples, processes, ways[-1:]) if cfg.val else None
+        data = prepare(cfg, model, cfg.data, samples, processes, shown)
+        val = prepare(cfg, model, cfg.val, val_samples, processes, shown[-1:]) if cfg.val else None
         read_seconds = time.monotonic() - start
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from common import published
 from common.config import PRESETS, HeadConfig, LMConfig, RoboMambaConfig, VisionConfig, paper_config
 from common.files import read_json, write_json
+from common.pointing import FineMap, PointingHead, peak
 from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
 from data import depth as depth_camera
 from data import tokenizer
@@ -99,37 +100,6 @@ def patch_embedding(cfg: VisionConfig) -> nn.Module:
         layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GELU()]
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, cfg.width, 3, stride=2, padding=1))
-
-
-class FineMap(nn.Module):
-    """What the tokens mean at the resolution of the stem, four times theirs: a map that the pointing head reads.
-
-    Top-down as in a feature pyramid (arXiv 1612.03144): the tokens as a map, twice doubled in size, each time added to
-    what the stem saw at that size and mixed by a convolution. Not in the paper.
-    """
-
-    def __init__(self, cfg: VisionConfig):
-        super().__init__()
-        C = cfg.fine
-        widths = (cfg.width, cfg.stem[-1], cfg.stem[-2])
-        self.inputs = nn.ModuleList(nn.Conv2d(width, C, 1) for width in widths)
-        self.mixes = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, C) for _ in range(2))
-
-    def forward(self, tokens: Tensor, seen: list[Tensor]) -> Tensor:
-        """tokens (B, P, W); seen: the stem's maps, each half the size of the one before."""
-        x = self.inputs[0](as_map(tokens))
-        details = (seen[-1], seen[-2])
-        for project, mix, norm, detail in zip(self.inputs[1:], self.mixes, self.norms, details, strict=True):
-            x = F.interpolate(x, scale_factor=2.0) + project(detail)
-            x = x + F.silu(norm(mix(x)))
-        return x
-
-
-def as_map(tokens: Tensor) -> Tensor:
-    """(B, P, W) row by row -> (B, W, sqrt P, sqrt P)."""
-    B, P, W = tokens.shape
-    return tokens.transpose(1, 2).reshape(B, W, math.isqrt(P), -1)
 
 
 class VisionTransformer(nn.Module):
@@ -424,49 +394,6 @@ class PolicyHead(nn.Module):
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         state = state.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
         return torch.cat([mlp(state) for mlp in self.mlps], -1).split([2, 6], -1)
-
-
-class PointingHead(nn.Module):
-    """A state and a map -> for every cell of the map, whether it is the contact, and in which direction to grip there.
-
-    The state scales and shifts the map's channels (FiLM, arXiv 1709.07871), before and after they are mixed. About 1 %
-    of the parameters. Not in the paper, whose head names one point: the mean of two good contacts lies between them.
-    """
-
-    STATE = 64  # what is left of the state
-
-    def __init__(self, d_state: int, channels: int, hidden: int, outputs: int = 4):
-        super().__init__()
-        self.state = nn.Linear(d_state, self.STATE)
-        self.outer = nn.Linear(self.STATE, 2 * channels)
-        self.inner = nn.Linear(self.STATE, 2 * hidden)
-        self.mix = nn.Conv2d(channels, hidden, 1)
-        self.norm = nn.GroupNorm(8, hidden)
-        self.out = nn.Conv2d(hidden, outputs, 1)
-
-    def forward(self, state: Tensor, x: Tensor) -> Tensor:
-        """(n, d_state), (n, C, H, H) -> (n, outputs, H, H): logit of the contact, direction in the camera frame."""
-        state = F.silu(self.state(state))
-        scale, shift = self.outer(state)[..., None, None].chunk(2, 1)
-        x = F.silu(x * (1 + scale) + shift)
-        scale, shift = self.inner(state)[..., None, None].chunk(2, 1)
-        x = F.silu(self.norm(self.mix(x)) * (1 + scale) + shift)
-        return self.out(x)
-
-
-def peak(heat: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
-    """heat (n, H, H), way (n, 3, H, H) -> contact (n, 2) in -1 .. 1, direction (n, 3), unit.
-
-    Both are means over the 3 x 3 cells about the highest one, weighted by the softmax of heat.
-    """
-    n, H, _ = heat.shape
-    best = heat.flatten(1).argmax(1)
-    cells = torch.arange(H, device=heat.device)
-    near = ((cells - (best // H)[:, None]).abs() <= 1)[:, :, None] & ((cells - (best % H)[:, None]).abs() <= 1)[:, None]
-    weight = heat.masked_fill(~near, -math.inf).flatten(1).softmax(1).view(n, H, H)
-    places = (cells + 0.5) * 2 / H - 1
-    point = torch.stack([weight.sum(1) @ places, weight.sum(2) @ places], 1)
-    return point, F.normalize((way * weight[:, None]).sum((2, 3)), dim=1, eps=1e-6)
 
 
 def rotation_from_6d(r6: Tensor) -> Tensor:

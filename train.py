@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
 from common.training import Processes, Run, check_frozen, cosine, finished, freeze, parts_of, rows_of_step, stop_on_nan
-from data.dataset import IGNORE, Conversations, visual_tokens
+from data.dataset import IGNORE, Conversations, visual_tokens, ways
 from data.dense import DensePictures
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import has_number_tokens, load_encoding
@@ -50,17 +50,11 @@ from data.validation import evaluate_answers, evaluate_dense, show_answers, show
 from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
 
 # The shipped runs: `--stage` alone means these. Several steps and rates: schedules, one after the other.
+MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"
 RECIPE = {
-    "vision": dict(init="", out="runs/vision", max_steps=(4200, 3000), lr=(1e-3, 7e-4), muon=False, more=""),
+    "vision": dict(init="", out="runs/vision", max_steps=(4800,), lr=(2e-3,), muon=True, more=""),
     "align": dict(init="runs/vision", out="runs/align", max_steps=(100,), lr=(1e-3,), muon=False, more=""),
-    "cotrain": dict(
-        init="runs/align",
-        out="runs/cotrain",
-        max_steps=(2000,),
-        lr=(2e-3,),
-        muon=True,
-        more="presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4",
-    ),
+    "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=(2000,), lr=(2e-3,), muon=True, more=MORE),
 }
 TRAINED = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
 NUMERIC = {"align": (0.0, 0.0), "cotrain": (0.35, 0.15)}  # fraction of questions for a contact; for where or box
@@ -82,7 +76,7 @@ class TrainConfig:
     images: str = flag("", "folder the image paths are relative to (default: where the conversation file lies)")
     val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = no validation')
     init: str = flag("", 'checkpoint folder to start from; "" = a new model of --preset')
-    preset: str = flag("tiny", "shapes of a new model", choices=tuple(PRESETS))
+    preset: str = flag("tiny-rgbd", "shapes of a new model", choices=tuple(PRESETS))
     vision_weights: str = flag("", "published CLIP folder to start from, instead of --init; the rest is --preset's")
     lm_weights: str = flag("", "published Mamba folder with a tokenizer.json; goes with --vision-weights")
     out: str = flag(RECIPE["vision"]["out"], "folder of the new checkpoint")
@@ -304,8 +298,8 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
 def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> list[np.ndarray]:
     """Visual tokens of the pictures; for an RGB-D encoder without and with depth."""
     names = [record.get("image", "") for record in data.records]
-    ways = (False, True) if model.config.vision.depth else (False,)
-    return [visual_tokens(model.vision, data.root, names, run.processes, cfg.cache, cfg.out, way) for way in ways]
+    place = (run.processes, cfg.cache, cfg.out)
+    return [visual_tokens(model.vision, data.root, names, *place, way) for way in ways(model.vision, data.root, names)]
 
 
 def finish(model: RoboMamba, frozen: dict[str, str], run: Run) -> None:

@@ -404,6 +404,13 @@ def read_geometry(folder, name: str, size: int) -> np.ndarray:
     return geometry(*resample(depth, _intrinsics(Path(folder)), size))
 
 
+def ways(vision, folder, names: list[str]) -> tuple[bool, ...]:
+    """How the pictures can be shown: without depth; and with it to an RGB-D encoder, where the folder has depth."""
+    name = next(filter(None, names), "")
+    depth = vision.cfg.depth and name and Path(folder, name).with_suffix(".depth.png").exists()
+    return (False, True) if depth else (False,)
+
+
 @functools.cache
 def _intrinsics(folder: Path) -> tuple[float, ...]:
     """Of all pictures of a folder made by data.build."""

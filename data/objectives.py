@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import VisionConfig
+from common.pointing import PointingHead, as_map, pointing_losses
 from data.dataset import N_NUMBERS
 from data.dense import FINE, GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, NamedParts
 from data.tokenizer import NUMBERS
-from robomamba import PointingHead, as_map
 
 
 class DenseObjective(nn.Module):
@@ -108,7 +108,6 @@ class NamedPart(nn.Module):
     """
 
     WORDS = 64  # width of the bag of words
-    SPREAD = 0.6  # standard deviation of the contact's Gaussian soft label, in cells
     CHANNELS = (1, 1, 3, 1)  # logit of the contact, logit of the mask, direction, moment arm
     WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}
 
@@ -155,25 +154,6 @@ def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
         "dice": (1 - (2 * overlap + 1) / (soft.sum((1, 2)) + named.mask.sum((1, 2)) + 1)).mean(),
         "arm": ((arm - named.arm).abs() * named.mask).sum() / size,
     }
-
-
-def pointing_losses(heat: Tensor, way: Tensor, contact: Tensor, approach: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of heat (n, H, H) against a Gaussian about the contact, and the error of way (n, 3, H, H) there.
-
-    contact: (n, 2) column and row in cells; approach: (n, 3), unit, camera frame.
-    """
-    H = heat.shape[-1]
-    here = contact.round().long().clamp(0, H - 1)
-    aim = way[torch.arange(len(way)), :, here[:, 1], here[:, 0]]
-    error = F.l1_loss(aim, approach) + (1 - F.cosine_similarity(aim, approach)).mean()
-    return -(soft_label(contact, H) * heat.flatten(1).log_softmax(1)).sum(1).mean(), error
-
-
-def soft_label(contact: Tensor, side: int) -> Tensor:
-    """(n, 2), cells -> (n, side * side) distribution about it."""
-    cells = torch.arange(side, device=contact.device)
-    column, row = (-((cells - x[:, None]) ** 2) / (2 * NamedPart.SPREAD**2) for x in contact.unbind(1))
-    return torch.softmax((row[:, :, None] + column[:, None]).flatten(1), 1)
 
 
 class AnswerObjective(nn.Module):

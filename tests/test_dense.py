@@ -12,15 +12,16 @@ import torch
 from conftest import mini_config
 from toy import SIDE, write_data
 
+from common.pointing import peak, soft_label
 from common.training import Processes
 from data.dataset import fine_maps, read_geometry, read_picture, visual_tokens
 from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
 from data.depth import read_depth
-from data.objectives import DenseObjective, soft_label
+from data.objectives import DenseObjective
 from data.tokenizer import load_encoding
 from data.validation import evaluate_dense
 from finetune_policy import PolicyConfig, finetune
-from robomamba import RoboMamba, peak
+from robomamba import RoboMamba
 from train import recipe, train
 
 

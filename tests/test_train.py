@@ -128,7 +128,7 @@ def test_a_stage_alone_is_the_shipped_run():
     for stage in RECIPE:
         cfg = cli(TrainConfig, "x", ["--stage", stage], recipes=RECIPE)
         assert cfg == recipe(stage) and {k: getattr(cfg, k) for k in RECIPE[stage]} == RECIPE[stage]
-    assert train_module.schedules(recipe("vision")) == [(0, 4200, 1e-3), (4200, 3000, 7e-4)]
+    assert train_module.schedules(recipe("vision")) == [(0, 4800, 2e-3)]
     assert RECIPE["align"]["init"] == RECIPE["vision"]["out"] and RECIPE["cotrain"]["init"] == RECIPE["align"]["out"]
     argv = "--stage align --lr 0.5,0.1 --max-steps 3 --unfreeze-vision --no-resume".split()
     cfg = cli(TrainConfig, "x", argv, recipes=RECIPE)
