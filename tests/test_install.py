@@ -133,6 +133,24 @@ def test_model_and_training_load_without_pybullet():
     assert "True" in done.stdout
 
 
+COLLECTED = """
+import sys
+from importlib.machinery import PathFinder
+import pytest
+real = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, *more: None if name == "pybullet" else real(name, *more))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--collect-only", "tests"]))
+"""
+
+
+def test_without_pybullet_only_the_files_that_load_the_simulator_are_skipped_whole():
+    done = subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    whole = set(re.search(r"files skipped whole: (.*)", done.stdout)[1].split(", "))
+    allowed = {"test_eval.py", "test_partnet.py", "test_sim.py", "test_extras_example_policy.py", "test_extras_gym.py"}
+    assert {"test_eval.py", "test_sim.py"} <= whole <= allowed
+
+
 def test_asking_for_the_simulator_without_pybullet_is_one_sentence():
     code = "import sys, runpy; sys.modules['pybullet'] = None; sys.argv = ['sim_eval.py', '--demo']; "
     code += "runpy.run_path('sim_eval.py', run_name='__main__')"
