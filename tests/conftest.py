@@ -34,6 +34,7 @@ def pytest_terminal_summary(terminalreporter):
         whole = ", ".join(files) or "none"
         terminalreporter.line(f"needs PyBullet: {tests} tests skipped; files skipped whole: {whole}")
 
+
 TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56", "yes", "no, there is no lid"]
 
 
