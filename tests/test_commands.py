@@ -142,6 +142,9 @@ for line in sys.stdin.read().replace("\\\\\\n", " ").splitlines():
         subprocess.run(line, shell=True, check=True)
         continue
     words = shlex.split(line)[1:]
+    if words[0] == "-c":
+        exec(words[1])
+        continue
     if words[:2] == ["-m", "torch.distributed.run"]:  # one process of it, without the launcher
         words = words[words.index("1") + 1 :]
     try:
