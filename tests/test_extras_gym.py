@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -341,6 +342,14 @@ def test_no_client_is_left_after_hundreds_of_calls(make):
         env.close()
         env.close()
     assert clients() == 0
+
+
+def test_the_loop_of_the_docstring_runs():
+    start = gym_env.__doc__.index("    import gymnasium")
+    code = textwrap.dedent(gym_env.__doc__[start : gym_env.__doc__.index("\nobservation  ")])
+    lines = {"policy": lambda observation: NOWHERE}
+    exec(code.replace("range(100)", "range(4)"), lines)
+    assert lines["truncated"] is False and lines["info"]["reason"] == "zero direction" and clients() == 0
 
 
 def test_the_command_prints_both_rates(capsys):
