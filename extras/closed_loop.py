@@ -11,8 +11,14 @@ from collections.abc import Callable
 
 from sim.expert import expert
 from sim.policies import Observation
-from sim.scene import INITIAL, stream
+from sim.scene import INITIAL, Scene, stream
 from sim_eval import Attempt, attempt, observe
+
+
+def within_limits(scene: Scene, joints: list[float]) -> list[float]:
+    """Where a grip left the joints, as a next start: the solver may pass a limit by a hair."""
+    limits = [(part.lower, part.upper) for part in scene.spec.parts]
+    return [min(max(q, low), high) for q, (low, high) in zip(joints, limits, strict=True)]
 
 
 def grip_again(policy: Callable, first: Observation, done: Attempt, grips: int, purpose: str) -> dict:
@@ -40,9 +46,8 @@ def grip_again(policy: Callable, first: Observation, done: Attempt, grips: int, 
             if done is None:
                 break
         reasons.append(done.outcome.reason)
-        if done.outcome.joints is not None:  # the solver may pass a limit by a hair
-            limits = [(movable.lower, movable.upper) for movable in scene.spec.parts]
-            joints = [min(max(q, low), high) for q, (low, high) in zip(done.outcome.joints, limits, strict=True)]
+        if done.outcome.joints is not None:
+            joints = within_limits(scene, done.outcome.joints)
     scene.set_joints(start)
     scene.render()
     moved = float(scene.opened(part, joints[part]))
