@@ -208,8 +208,8 @@ def validate(model: RoboMamba, val: Samples) -> dict[str, float]:
         block = (
             pointing_errors(model.point, states[i], val.fine(i), val.pixel[i], val.rotation[i], size) for i in blocks
         )
-        pixels, degrees = (torch.cat(x).median().item() for x in zip(*block, strict=True))
-        result |= {"point_px": pixels, "point_degrees": degrees}
+        distances, angles = (torch.cat(x).median().item() for x in zip(*block, strict=True))
+        result |= {"point_px": distances * size, "point_degrees": angles}
     return result
 
 
