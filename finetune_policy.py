@@ -117,7 +117,7 @@ def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tens
 
 @torch.no_grad()
 def pointing_errors(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> tuple:
-    """Of the pointing head: distances (fraction of the picture) and angles of the approach axis (degrees), (n,) each."""
+    """Of the pointing head: distances (fraction of the picture), angles of the approach axis (degrees), (n,) each."""
     heat, way = point(states, fine).split([1, 3], 1)
     said, approach = peak(heat[:, 0], way)
     axis = torch.arccos((approach * rotation[..., 2]).sum(-1).clamp(-1, 1))
