@@ -22,6 +22,7 @@ import torch
 
 import selective_scan as scan
 from common.files import write_json, write_text
+from common.report import mistakes_table
 from common.scripts import run_main
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
@@ -249,16 +250,6 @@ def prove(robomamba, table: list[dict]) -> None:
             row["caught"] = run(test) == pytest.ExitCode.TESTS_FAILED
 
 
-def markdown(table: list[dict]) -> str:
-    """The rows as a table."""
-    lines = ["| mistake | what you see | right | wrong | caught by |", "| --- | --- | --- | --- | --- |"]
-    for row in table:
-        right, wrong = (row["form"].format(math.inf if x is None else x) for x in (row["right"], row["wrong"]))
-        cells = (row["mistake"], row["see"], right, wrong, f"`{row['test'].split('::')[1]}`")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Classic mistakes and what they do to the shipped model.")
     shipped = ROOT / "data/pretrained/robomamba-tiny"
@@ -274,10 +265,11 @@ def main() -> None:
     table = rows(model, scenes, robomamba)
     if args.prove:
         prove(robomamba, table)
-    print(markdown(table))
+    text = mistakes_table(table) + "\n"
+    print(text)
     if args.out:
         write_json(Path(args.out) / "mistakes.json", {"scenes": len(scenes), "rows": table})
-        write_text(Path(args.out) / "mistakes.md", markdown(table))
+        write_text(Path(args.out) / "mistakes.md", text)
     missed = [row["mistake"] for row in table if not row.get("caught", True)]
     if missed:
         raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")
