@@ -173,7 +173,7 @@ def test_every_test_that_is_named_exists():
 def test_a_planted_mistake_is_taken_out_again(mini, picture):
     before = mini.predict_action(picture, "open the drawer")
     for plant, *_ in mistakes.MISTAKES:
-        with plant(robomamba), contextlib.suppress(ValueError):  # an action that is not finite may be refused
+        with plant(), contextlib.suppress(ValueError):  # an action that is not finite may be refused
             mini.predict_action(picture, "open the drawer")
     after = mini.predict_action(picture, "open the drawer")
     assert np.array_equal(after.rotation, before.rotation) and np.array_equal(after.approach, before.approach)
