@@ -325,7 +325,7 @@ class Run:
         seconds = f"{time.monotonic() - self.start_time:.1f}"
         path = self.out / "metrics.csv"
         try:
-            with open(path, "a") as file:
+            with open(path, "a", newline="") as file:
                 file.writelines(f"{step},{seconds},{name},{value:.6g}\n" for name, value in values.items())
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
