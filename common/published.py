@@ -290,13 +290,11 @@ def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> P
 
     Args: end: the special token that ends a text, which the file must hold. turns: further special tokens; they get
         the first ids after the file's own (GPT-NeoX's 50,277 tokens leave 3 spare rows in the embedding of 50,280).
-
-    Merges to ranks: such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours
-    whose SPELLING has an id, lowest id first. Both cut every text alike if each token, encoded alone by the listed
-    merges, comes out whole, and if ids grow with the merge that completes their token: then no pair spells a token in a
-    way that is not listed, and the order is the same. Both are checked here.
-
     Raises: ValueError naming the file and what in it is missing, or would need another encoder.
+
+    Such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours whose SPELLING has an
+    id, lowest id first. Both cut every text alike if each token, encoded alone by the listed merges, comes out whole,
+    and if ids grow with the merge that completes their token. Both are checked here.
     """
     file = read_json(path, dict, "published Mamba -hf folders hold one")
     try:
