@@ -94,7 +94,8 @@ def test_a_policy_that_was_not_evaluated_is_a_dash_in_the_readme():
 
 
 def test_minutes_of_training_are_those_of_the_committed_metrics():
-    made = dict(re.findall(r"^\| (\w+) \| \d* \| ([\d.]+) \|$", results.stages(), re.M))
+    stages = results.stages(json.loads(read("data/pretrained/robomamba-tiny/data.json")))
+    made = dict(re.findall(r"^\| (\w+) \| \d* \| ([\d.]+) \|$", stages, re.M))
     said = dict(re.findall(r"^\| (\w+) \| `python [^`]*` \|.*\| ([\d.]+) \|$", read("README.md"), re.M))
     assert said == {stage: made[stage] for stage in ("data", "vision", "align", "cotrain", "policy")}
 
