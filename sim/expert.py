@@ -185,7 +185,7 @@ def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: 
         "seed": int(scene.seed),
         "image_size": scene.image_size,
         "box": _box(scene.links != BACKGROUND),
-        "colour": objects.body_colour(scene.spec),
+        "colour": objects.main_colour(scene.spec.base),
         "parts": [_part_facts(scene, j, rng if expert else None, jitters) for j in range(len(scene.spec.parts))],
     }
 
@@ -198,7 +198,7 @@ def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None, jitters: 
     shown = len(rows) >= MIN_PART_PIXELS
     label = expert(scene, rng, j, jitters) if rng is not None and shown else None
     return {name: getattr(part, name) for name in ("label", "kind", "verb", "primitive", "joint")} | {
-        "colour": objects.part_colour(part),
+        "colour": objects.main_colour(part.shapes),
         "pixels": len(rows),
         "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
         "box": _box(mask) if shown else None,

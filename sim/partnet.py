@@ -291,7 +291,7 @@ def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> P
         raise ValueError(f"{where}: the axis has no length")
     axis = tuple((axis / np.linalg.norm(axis)).tolist())
     kind = "prismatic" if joint.get("type") == "prismatic" else "revolute"
-    part = Part("", "", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
+    part = Part("", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
     part.both_ways = joint.get("type") == "continuous"
     return part
 
@@ -309,7 +309,6 @@ def _spec(category: str, parts: list[Part], groups: list[list[Mesh]]) -> ObjectS
             mesh.offset = mesh.offset - origin
     kinds = [part.label or _usual_name(part) for part in parts]
     for i, (part, label) in enumerate(zip(parts, labels(kinds, centres[1:]), strict=True)):
-        part.name = f"part_{i}"
         part.label = label
         part.shapes = shapes[1 + i]
         part.verb = VERBS.get(kinds[i], "open")
