@@ -36,10 +36,8 @@ SEEDS = {
 }
 STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; less, and low-polygon cylinders mix
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seen categories. A builder takes a random generator and returns (fixed shapes, parts); metres and radians.
 
-
+# ---- seen categories: a builder takes a random generator and returns (fixed shapes, parts); metres and radians ------
 def safe(rng):
     size, depth = sizes(rng, (0.45, 0.65), (0.4, 0.5))
     rgb = tint(rng, "black", "grey", "green", "blue")
@@ -58,13 +56,11 @@ def door(rng):
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
-
-    def leaf(label, side, y):
-        return side_door(rng, label, side, (0.03, wide, tall), (0, y, tall / 2), rgb, grip, 0.2, panels)
-
-    if double:
-        return base, [leaf(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
-    return base, [leaf("door", pick(rng, *ENDS), 0)]
+    leaves = (
+        [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT] if double else [("door", pick(rng, *ENDS), 0)]
+    )
+    more, size = dict(rgb=rgb, grip=grip, span=0.2, extra=panels), (0.03, wide, tall)
+    return base, [side_door(rng, label, side, size, (0, y, tall / 2), **more) for label, side, y in leaves]
 
 
 def display(rng):
@@ -81,19 +77,18 @@ def refrigerator(rng):
     wide, deep, tall = sizes(rng, (0.42, 0.58), (0.4, 0.5), (0.9, 1.05))
     rgb, side = tint(rng, "white", "grey", "black", "red"), pick(rng, *ENDS)
     base = shell(wide, deep, tall, 0.03, 0.025, rgb) + [box((deep * 0.8, wide * 0.9, 0.03), (0, 0, 0.015), DARK)]
-
-    def leaf(label, side, width, y, low, high):
-        size, at = (0.04, width, high - low), (deep / 2, y, 0.03 + (low + high) / 2)
-        return side_door(rng, label, side, size, at, rgb, "upright bar")
-
     layout = pick(rng, "one", "stacked", "french")
-    if layout == "one":
-        return base, [leaf("door", side, wide, 0, 0, tall)]
+    leaves, low = [("door", side, 0, 0, tall)], 0.0  # label, hinge, y, lower and upper edge
     if layout == "stacked":
         split = tall * pick(rng, rng.uniform(0.3, 0.38), rng.uniform(0.62, 0.7))
-        return base, [leaf("top door", side, wide, 0, split, tall), leaf("bottom door", side, wide, 0, 0, split)]
-    low = tall * pick(rng, 0.0, rng.uniform(0.25, 0.33))
-    parts = [leaf(f"{word} door", s, wide / 2, s * wide / 4, low, tall) for s, word in LEFT_RIGHT]
+        leaves = [("top door", side, 0, split, tall), ("bottom door", side, 0, 0, split)]
+    elif layout == "french":
+        low = tall * pick(rng, 0.0, rng.uniform(0.25, 0.33))
+        leaves = [(f"{word} door", s, s * wide / 4, low, tall) for s, word in LEFT_RIGHT]
+    parts = []
+    for label, hinge_side, y, z_low, z_top in leaves:
+        size, at = (0.04, wide / 2 if y else wide, z_top - z_low), (deep / 2, y, 0.03 + (z_low + z_top) / 2)
+        parts.append(side_door(rng, label, hinge_side, size, at, rgb, "upright bar"))
     if low:
         size, at = (deep - 0.05, wide, low), (deep / 2, 0, 0.03 + low / 2)
         parts.append(drawer(rng, "bottom drawer", size, at, rgb, "bar", 0.04))
@@ -238,45 +233,46 @@ def crossed_levers(rng, scissors=False):
     return base, [hinge("front handle", (0, 0, 0.045), (0, 0, side), 0.9, lever(1, 0.03))]
 
 
+def drawer_grid(rng, rows, size, front, rgb, grip):
+    """Drawers in rows: labels from top to bottom, each row from left to right. size: depth, width, height of all.
+
+    front: middle of the upper edge of the back faces of their panels.
+    """
+    (depth, wide, tall), (x, _, top), parts = size, front, []
+    for i, row in enumerate(rows):
+        for j, label in enumerate(row):
+            each = (depth, wide / len(row), tall / len(rows))
+            at = (x, each[1] * (j + 0.5 - len(row) / 2), top - each[2] * (i + 0.5))
+            parts.append(drawer(rng, label, each, at, rgb, grip))
+    return parts
+
+
 def storage_furniture(rng):
     wide, deep, tall, bottom = sizes(rng, (0.5, 0.9), (0.35, 0.5), (0.5, 0.95), (0.03, 0.1))
     rgb = tint(rng)
     front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
     drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
     base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
-    x, inner, top = deep / 2, wide - 0.03, bottom + tall - 0.015
-
-    def drawers(rows, z_top, z_low):
-        """rows: labels from top to bottom, each row a tuple from left to right."""
-        parts, each = [], (z_top - z_low) / len(rows)
-        for i, row in enumerate(rows):
-            for j, label in enumerate(row):
-                at = (x, inner * ((j + 0.5) / len(row) - 0.5), z_top - each * (i + 0.5))
-                size = (deep - 0.04, inner / len(row), each)
-                parts.append(drawer(rng, label, size, at, front_rgb, drawer_grip))
-        return parts
-
-    def doors(n, z_top, z_low):
-        size, z = (0.02, inner / n, z_top - z_low), (z_top + z_low) / 2
-        if n == 1:
-            return [side_door(rng, "door", pick(rng, *ENDS), size, (x, 0, z), front_rgb, door_grip)]
-        at = [(s, f"{word} door", (x, s * inner / 4, z)) for s, word in LEFT_RIGHT]
-        return [side_door(rng, label, s, size, p, front_rgb, door_grip) for s, label, p in at]
-
-    low, high = bottom + 0.015, top
-    layout = rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])
-    if layout < 4:
-        rows = (
-            [("drawer",)],
-            [("top drawer",), ("bottom drawer",)],
-            [("top drawer",), ("middle drawer",), ("bottom drawer",)],
-            [("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")],
-        )
-        return base, drawers(rows[layout], high, low)
-    if layout < 6:
-        return base, doors(layout - 3, high, low)
-    split = high - (high - low) * rng.uniform(0.25, 0.35)
-    return base, drawers([("drawer",)], high, split) + doors(layout - 5, split, low)
+    x, inner, low, top = deep / 2, wide - 0.03, bottom + 0.015, bottom + tall - 0.015
+    rows, doors = (  # of drawers, from the top; how many doors below them
+        ([("drawer",)], 0),
+        ([("top drawer",), ("bottom drawer",)], 0),
+        ([("top drawer",), ("middle drawer",), ("bottom drawer",)], 0),
+        ([("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")], 0),
+        ([], 1),
+        ([], 2),
+        ([("drawer",)], 1),
+        ([("drawer",)], 2),
+    )[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]
+    split = low
+    if doors:
+        split = top - (top - low) * rng.uniform(0.25, 0.35) if rows else top
+    parts = drawer_grid(rng, rows, (deep - 0.04, inner, top - split), (x, 0, top), front_rgb, drawer_grip)
+    leaves = [(s, f"{word} door", s * inner / 4) for s, word in LEFT_RIGHT] if doors == 2 else [(0, "door", 0)] * doors
+    for side, label, y in leaves:
+        size, at = (0.02, inner / doors, split - low), (x, y, (split + low) / 2)
+        parts.append(side_door(rng, label, side or pick(rng, *ENDS), size, at, front_rgb, door_grip))
+    return base, parts
 
 
 def remote(rng):
@@ -344,10 +340,7 @@ def dispenser(rng):
     return base, [slide("pump head", (0, 0, tall + 0.06), (0, 0, 1), 0.25, pump, "pull up")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Unseen categories
-
-
+# ---- unseen categories ----------------------------------------------------------------------------------------------
 def toilet(rng):
     wide, rgb = rng.uniform(0.36, 0.42), tint(rng, "white", "white", "pink", "grey")
     base = [box((0.2, wide * 1.1, 0.4), (-0.3, 0, 0.55), rgb)]
@@ -362,15 +355,14 @@ def table(rng):
     wide, deep, tall, low = sizes(rng, (0.8, 1.0), (0.45, 0.55), (0.5, 0.6), (0.1, 0.15))  # low: height of a drawer
     rgb = tint(rng)
     front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
-    z, dark = tall - 0.015 - low / 2, shade(rgb, 0.8)
+    top, dark = tall - 0.015, shade(rgb, 0.8)
+    z = top - low / 2
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), *legs(wide - 0.04, deep - 0.04, tall, 0.05, dark)]
     base += pair((deep - 0.08, 0.02, low), (0, wide / 2 - 0.06, z), dark)
     base += [box((0.02, wide - 0.1, low), (-deep / 2 + 0.05, 0, z), dark)]
     rows = (("drawer",), ("left drawer", "right drawer"), ("left drawer", "middle drawer", "right drawer"))
     labels, grip = rows[rng.choice(3, p=[0.4, 0.4, 0.2])], pick(rng, "knob", "bar")
-    size = (deep - 0.1, (wide - 0.14) / len(labels), low)
-    at = [(deep / 2 - 0.03, size[1] * (i + 0.5 - len(labels) / 2), z) for i in range(len(labels))]
-    return base, [drawer(rng, label, size, p, front_rgb, grip) for label, p in zip(labels, at, strict=True)]
+    return base, drawer_grid(rng, [labels], (deep - 0.1, wide - 0.14, low), (deep / 2 - 0.03, 0, top), front_rgb, grip)
 
 
 def stapler(rng):

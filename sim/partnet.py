@@ -399,31 +399,26 @@ class ObjectScene(Scene):
     """
 
     def __init__(self, directory: str, image_size: int = 128):
+        super().__init__(image_size)
         self._folders = _folders(directory)
         self._read: dict[str, UserObject] = {}
-        super().__init__(image_size)
 
-    def make(self, category: str, seed: int) -> ObjectSpec:
-        self._thing, self.load_flags = None, 0
+    def make(self, category: str, seed: int) -> tuple[ObjectSpec, str, int]:
         if category not in self._folders:
             return super().make(category, seed)
         if category not in self._read:
             self._read[category] = read_object(self._folders[category])
-        self._thing, self.load_flags = self._read[category], p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # else all is white
-        return self._thing.spec
-
-    def urdf(self) -> str:
-        if self._thing is None:
-            return super().urdf()
-        return to_urdf(self._thing, self.physics.mass_kg, self.physics.inertia)
+        thing = self._read[category]
+        urdf = to_urdf(thing, self.physics.mass_kg, self.physics.inertia)
+        return thing.spec, urdf, p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # else all is white
 
     def spawn(self, category: str, seed: int, part: int | None = None) -> "ObjectScene":
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""
         try:
             super().spawn(category, seed, part)
-        except (p.error, RuntimeError) as error:
+        except p.error as error:
             raise ValueError(f"{category}: PyBullet cannot load it ({error})") from None
-        if self._thing is not None:
+        if category in self._folders:
             self.textures = {}  # the meshes have their own colours
         self.object, self.category = category, self.spec.category
         return self
