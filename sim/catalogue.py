@@ -56,11 +56,13 @@ def door(rng):
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
-    leaves = (
-        [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT] if double else [("door", pick(rng, *ENDS), 0)]
-    )
-    more, size = dict(rgb=rgb, grip=grip, span=0.2, extra=panels), (0.03, wide, tall)
-    return base, [side_door(rng, label, side, size, (0, y, tall / 2), **more) for label, side, y in leaves]
+
+    def leaf(label, side, y):
+        return side_door(rng, label, side, (0.03, wide, tall), (0, y, tall / 2), rgb, grip, 0.2, panels)
+
+    if double:
+        return base, [leaf(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
+    return base, [leaf("door", pick(rng, *ENDS), 0)]
 
 
 def display(rng):
@@ -206,10 +208,8 @@ def suitcase(rng):
     ribs = [y * wide for y in (-0.3, -0.1, 0.1, 0.3)]
     base += [box((0.006, 0.02, tall * 0.9), (deep / 2, y, middle), shade(rgb, 0.7)) for y in ribs]
     base += [sphere(0.04, (sx * deep * 0.35, sy * wide * 0.4, 0.04), DARK) for sx in ENDS for sy in ENDS]
-    grip = [
-        *pair((0.025, 0.025, 0.14), (0, wide * 0.22, 0), METAL),
-        box((0.08, wide * 0.44 + 0.08, 0.05), (0, 0, 0.09), DARK),
-    ]
+    grip = pair((0.025, 0.025, 0.14), (0, wide * 0.22, 0), METAL)
+    grip += [box((0.08, wide * 0.44 + 0.08, 0.05), (0, 0, 0.09), DARK)]
     return base, [slide("handle", (0, 0, tall + 0.05), (0, 0, 1), 0.35, grip, "pull up")]
 
 
