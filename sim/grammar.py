@@ -307,12 +307,11 @@ def trays(rng):
     deep, wide, tall = sizes(rng, (0.3, 0.5), (0.35, 0.8), (0.3, 0.9))
     rgb, count = tint(rng), pick(rng, 2, 3)
     frame = pick(rng, shell(wide, deep, tall, 0, 0.02, rgb), legs(wide, deep, tall, 0.04, rgb))
-    own, lip, parts = other_colour(rng, rgb), rng.uniform(0.05, 0.1), []
-    for i, word in enumerate(COLUMN[count]):
-        shapes = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
-        shapes += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
-        at = (deep / 2, 0, tall * (count - i - 0.4) / count)
-        parts.append(slide(f"{word}drawer", at, (1, 0, 0), deep * 0.6, shapes))
+    own, lip = other_colour(rng, rgb), rng.uniform(0.05, 0.1)
+    tray = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
+    tray += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
+    cells = [(tall * (count - i - 0.4) / count, f"{word}drawer") for i, word in enumerate(COLUMN[count])]
+    parts = [slide(label, (deep / 2, 0, z), (1, 0, 0), deep * 0.6, tray) for z, label in cells]
     return [*frame, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)], parts
 
 
@@ -473,9 +472,8 @@ def folding_plate(rng):
     plate = [box((deep, wide * rng.uniform(0.6, 0.94), thick), (deep / 2, 0, 0), other_colour(rng, rgb))]
     word, verb = pick(rng, ("seat", "fold up"), ("flap", "lift"), ("cover", "lift"))
     k = rng.integers(4)
-    return turn_all(pick(rng, wall, frame), k), [
-        moved(hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb), quarter(k))
-    ]
+    part = hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb)
+    return turn_all(pick(rng, wall, frame), k), [moved(part, quarter(k))]
 
 
 def boom(rng):
@@ -526,9 +524,8 @@ def clamp_arm(rng):
 def lidded_drum(rng):
     """A round body with a hinged lid; handles, tubes and masts that do not move."""
     body = pick(rng, drum, stack, goblet)(rng)
-    return finish(
-        rng, body, [lid(rng, pick(rng, *LID_WORDS), body, rng.integers(4), other_colour(rng, body.rgb))], 1, 3
-    )
+    word, k = pick(rng, *LID_WORDS), rng.integers(4)
+    return finish(rng, body, [lid(rng, word, body, k, other_colour(rng, body.rgb))], 1, 3)
 
 
 def backed_lid(rng):

@@ -230,13 +230,10 @@ class Scene:
         p.setPhysicsEngineParameter(enableFileCaching=0, fixedTimeStep=self.physics.dt_s)
         p.setGravity(0, 0, 0)
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # memory, where there is such a folder
-        handle, path = tempfile.mkstemp(".urdf", "scene_", folder)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(urdf)
-            self.body = p.loadURDF(path, useFixedBase=True, flags=flags)
-        finally:
-            os.unlink(path)
+        with tempfile.NamedTemporaryFile("w", prefix="scene_", suffix=".urdf", dir=folder) as file:
+            file.write(urdf)
+            file.flush()
+            self.body = p.loadURDF(file.name, useFixedBase=True, flags=flags)
 
     def _set_friction(self, rng: np.random.Generator):
         """Sets .lever: per part the largest distance from the hinge, metres; 1 for a slide: its friction is a force."""
