@@ -11,7 +11,7 @@ The expert knows what a policy does not: the joint, the mask, the collision shap
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,8 +36,7 @@ EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of 
 PART_GRID = 32  # raster side of part_targets
 
 
-@dataclass
-class Label:
+class Label(NamedTuple):
     """A contact that works: pixel (u, v) and the unit direction, CAMERA frame, along which the gripper arrives."""
 
     u: float
@@ -115,7 +114,7 @@ def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
 
 def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
     """Does the label reach the long threshold, and its disturbed copies the initial one?"""
-    if not scene.act(label.u, label.v, label.approach, part, stop_at=scene.long_threshold(part)).long:
+    if not scene.act(*label, part, stop_at=scene.long_threshold(part)).long:
         return False
     survived = 0
     for _ in range(jitters):

@@ -35,7 +35,7 @@ COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
 BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
 LID_WORDS = ("lid", "lid", "lid", "cover", "flap", "cap")
 GRIPS = ("knob", "bar", "upright bar", "recess", "lever", "none")
-UP = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # turn of the front to the top
+TO_TOP = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # turn of the front to the top
 
 
 def quarter(k: int) -> np.ndarray:
@@ -595,7 +595,7 @@ def capped_stick(rng):
     ends, parts = [(1, "cap")], []
     if way != "z" and rng.random() < 0.3:
         ends = [(s, f"{word} cap") for s, word in (BACK_FRONT if way == "x" else LEFT_RIGHT)]
-    turn, up = {"x": np.eye(3), "y": quarter(1), "z": UP}[way], long / 2 if way == "z" else thick * 0.6
+    turn, up = {"x": np.eye(3), "y": quarter(1), "z": TO_TOP}[way], long / 2 if way == "z" else thick * 0.6
     for s, label in ends:
         flip = np.diag([s, s, 1.0])
         base += [turned(piece(neck + 0.02, long / 2 + neck / 2, METAL, 0.6), flip)]

@@ -100,7 +100,7 @@ def hinge_pixel(o: Observation):
 # ---- the scripted expert, and worse copies of it --------------------------------------------------------------------
 def oracle(o: Observation):
     """The expert: a contact found by trying, with the joint, the mask and the shapes known. None: it found none."""
-    return o.label and (o.label.u, o.label.v, o.label.approach)
+    return o.label
 
 
 def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Callable:
@@ -114,8 +114,8 @@ def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Ca
         sense = o.rng.uniform(0, 2 * math.pi)
         du, dv = o.rng.uniform(-1, 1, 2) if square else (math.cos(sense), math.sin(sense))
         reach = pixels * o.scene.image_size / REFERENCE_S
-        approach = tilt(o.label.approach, math.radians(degrees), o.rng) if degrees else o.label.approach
-        return o.label.u + reach * du, o.label.v + reach * dv, approach
+        u, v, approach = o.label
+        return u + reach * du, v + reach * dv, tilt(approach, math.radians(degrees), o.rng) if degrees else approach
 
     return policy
 

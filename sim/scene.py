@@ -2,7 +2,7 @@
 
     sim/catalogue.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
                                                                                               | pixel (u, v), approach
-    Outcome(moved, initial, long, reason) <- Scene.interact <- Scene.backproject <------------'
+    Outcome(moved, initial, long, reason) <- Scene.act <- Scene.backproject <-----------------'
 
 Success is a formula. With q the joint of the NAMED part and q0 its start value, `moved = q - q0` in radians or metres,
 counted in the instructed sense (|q - q0| where either sense will do):
@@ -435,8 +435,8 @@ class Scene:
         enough = touching.sum() >= (physics.cup_rays_push if push else physics.cup_rays_pull)
         return normal[0], int(link[0]), "" if enough else "no seal"
 
-    def interact(self, point, approach, target=None, on_frame=None, stop_at: float = math.inf) -> Outcome:
-        """Brings the gripper to `point` along `approach`, (3,) world, then pulls back (or pushes on) once, straight.
+    def act(self, u, v, approach, target=None, on_frame=None, stop_at: float = math.inf) -> Outcome:
+        """Brings the gripper to pixel (u, v) along `approach` (3,), CAMERA frame, then pulls back (or pushes on) once.
 
         Each step F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact), clipped at the arm's force, is
         split along the CURRENT surface normal, compared with the seal's limits, and applied to the link.
@@ -446,10 +446,15 @@ class Scene:
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
             stop_at: end early once the target has moved this much (rad or m); enough where only a threshold counts.
         """
+        if not np.isfinite([u, v, *approach]).all():
+            return Outcome(0.0, False, False, "not a number")
+        point = self.backproject(u, v)
+        if point is None:
+            return Outcome(0.0, False, False, "off object")
         physics = self.physics
         target = self.target if target is None else target
         push = self.spec.parts[target].primitive == "push"
-        approach = unit(approach)
+        approach = unit(self.camera_rotation.T @ np.asarray(approach, float))
         normal, link, reason = self.seal(point, approach, push)
         if reason:
             return Outcome(0.0, False, False, reason)
@@ -514,14 +519,6 @@ class Scene:
         """How the outward normal of a good contact points along the part's motion: +1 pull, -1 push, 0 either."""
         pull = 1 if self.spec.parts[part].primitive == "pull" else -1
         return 0 if self.spec.parts[part].both_ways else pull
-
-    def act(self, u: float, v: float, approach: np.ndarray, target: int | None = None, **options) -> Outcome:
-        """`interact` at the pixel (u, v) with `approach` (3,) in the CAMERA frame; "off object" where nothing is."""
-        finite = bool(np.isfinite([u, v, *approach]).all())
-        point = self.backproject(u, v) if finite else None
-        if point is None:
-            return Outcome(0.0, False, False, "off object" if finite else "not a number")
-        return self.interact(point, self.camera_rotation.T @ np.asarray(approach, float), target, **options)
 
 
 def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
