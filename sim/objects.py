@@ -9,7 +9,7 @@ sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), sim/par
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -105,7 +105,7 @@ class ObjectSpec:
 
     category: str
     base: list[Shape]
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part]
 
 
 def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: list | None = None) -> str:
@@ -258,8 +258,8 @@ def shell(width, depth, height, bottom, wall, rgb) -> list[Shape]:
 
 def legs(width, depth, height, thick, rgb) -> list[Shape]:
     """Four legs from the floor up to z = height, under a body of width x depth."""
-    size, y, z = (thick, thick, height), (width - thick) / 2, height / 2
-    return [leg for s in ENDS for leg in pair(size, (s * (depth - thick) / 2, y, z), rgb)]
+    x, y = (depth - thick) / 2, (width - thick) / 2
+    return [leg for s in ENDS for leg in pair((thick, thick, height), (s * x, y, height / 2), rgb)]
 
 
 def handle(kind, at, span, rgb, out=0.04) -> list[Shape]:
@@ -321,7 +321,7 @@ def drawer(rng, label, size, front, rgb, grip, thick=0.02) -> Part:
     return slide(label, front, (1, 0, 0), depth * rng.uniform(0.6, 0.8), shapes)
 
 
-def top_lid(label, back, size, upper, rgb, extra=(), verb="open", **more) -> Part:
+def top_lid(label, back, size, upper, rgb, extra=(), **more) -> Part:
     """A lid hinged along its back edge (axis -y): extends to +x, opens upwards. back: middle of the hinge line."""
     depth, _, thick = size
-    return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], verb, **more)
+    return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], **more)

@@ -112,9 +112,10 @@ def read_obj(path: Path) -> np.ndarray:
     return points[np.unique(triangles)]
 
 
-def _numbers(element, name: str, default: str, count: int, where: str) -> np.ndarray:
-    """`count` finite numbers of an attribute. Raises: ValueError that says where."""
+def _numbers(element, name: str, default: str, where: str) -> np.ndarray:
+    """As many finite numbers of an attribute as `default` has. Raises: ValueError that says where."""
     text = default if element is None else element.get(name, default)
+    count = len(default.split())
     try:
         values = np.array([float(word) for word in text.split()])
     except ValueError:
@@ -128,8 +129,8 @@ def _origin(element, where: str) -> np.ndarray:
     """(4, 4) pose of an element's <origin>."""
     origin = element.find("origin")
     pose = np.eye(4)
-    pose[:3, :3] = rotation(_numbers(origin, "rpy", "0 0 0", 3, where))
-    pose[:3, 3] = _numbers(origin, "xyz", "0 0 0", 3, where)
+    pose[:3, :3] = rotation(_numbers(origin, "rpy", "0 0 0", where))
+    pose[:3, 3] = _numbers(origin, "xyz", "0 0 0", where)
     return pose
 
 
@@ -243,7 +244,7 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
         except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
             raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
         placed = pose @ _origin(visual, where)
-        scale = _numbers(mesh, "scale", "1 1 1", 3, where)
+        scale = _numbers(mesh, "scale", "1 1 1", where)
         points = (read_obj(path) * scale) @ placed[:3, :3].T + placed[:3, 3]
         meshes.append(Mesh(path, scale, placed[:3, :3], placed[:3, 3], points))
     return meshes
@@ -278,7 +279,7 @@ def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
     if limit is None:
         raise ValueError(f"{where}: a {kind} joint needs a <limit>")
     factor = size if kind == "prismatic" else 1.0
-    lower, upper = (factor * float(_numbers(limit, name, "0", 1, where)[0]) for name in ("lower", "upper"))
+    lower, upper = (factor * float(_numbers(limit, name, "0", where)[0]) for name in ("lower", "upper"))
     if lower > upper:
         raise ValueError(f"{where}: its lower limit {lower:g} is above its upper limit {upper:g}")
     return (lower, upper) if upper > lower else None
@@ -286,7 +287,7 @@ def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
 
 def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> Part:
     """A part that this joint moves, still without label, verb and shapes."""
-    axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", 3, where)
+    axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", where)
     if np.linalg.norm(axis) < 1e-6:
         raise ValueError(f"{where}: the axis has no length")
     axis = tuple((axis / np.linalg.norm(axis)).tolist())

@@ -177,12 +177,12 @@ class Scene:
     Raises: RuntimeError for a second Scene in the process: PyBullet's calls go to the first connection anyway.
     """
 
-    def __init__(self, image_size: int = 128, physics: Physics | None = None, view: View | None = None):
+    def __init__(self, image_size: int = 128, view: View | None = None):
         need_pybullet()
         if p.isConnected():
             raise RuntimeError("one Scene per process: a second connection mixes the worlds; close() the first")
         self.image_size = image_size
-        self.physics = physics or Physics()
+        self.physics = Physics()
         self.view = view or View()
         p.connect(p.DIRECT)
 
