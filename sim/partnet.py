@@ -197,7 +197,7 @@ def read_object(folder: Path) -> UserObject:
         raise ValueError(f"{path}: {len(found)} movable parts; PyBullet takes at most {MAX_PARTS}")
     for part, group in found:
         part.shapes = [_box_around(mesh, part.origin) for mesh in group]
-    _name([part for part, _ in found])
+    _name_parts([part for part, _ in found])
     spec = ObjectSpec(category, [_box_around(mesh, (0, 0, 0)) for mesh in meshes[root]], [part for part, _ in found])
     return UserObject(spec, [meshes[root], *(group for _, group in found)], held)
 
@@ -304,7 +304,7 @@ def _box_around(mesh: Mesh, origin: tuple) -> Shape:
     return Shape("box", tuple((high - low).tolist()), tuple(middle.tolist()), (0.0, 0.0, 0.0), GREY)
 
 
-def _name(parts: list[Part]) -> None:
+def _name_parts(parts: list[Part]) -> None:
     """Gives the parts their labels and verbs, from what people call them or what such a joint mostly is."""
     for part in parts:
         usual = "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"

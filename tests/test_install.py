@@ -147,7 +147,7 @@ def test_asking_for_the_simulator_without_pybullet_is_one_line(module, flags, tm
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pybullet'] = None\n")  # in workers too
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", module, *flags, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("the simulator needs PyBullet: `pip install pybullet`")
     assert "Python 3.11" in line and line.endswith("reading, training and asking work without it")
