@@ -238,7 +238,8 @@ def drawer_grid(rng, rows, size, front, rgb, grip):
 
     front: middle of the upper edge of the back faces of their panels.
     """
-    (depth, wide, tall), (x, _, top), parts = size, front, []
+    (depth, wide, tall), (x, _, top) = size, front
+    parts = []
     for i, row in enumerate(rows):
         for j, label in enumerate(row):
             each = (depth, wide / len(row), tall / len(rows))
@@ -315,9 +316,9 @@ def toaster(rng):
     base += [box((0.05, wide * 0.75, 0.006), (s * deep * 0.2, 0, tall + 0.022), shade(DARK, 0.5)) for s in ENDS]
     levers = [(0, "lever")] if rng.random() < 0.4 else [(s * wide * 0.25, f"{word} lever") for s, word in LEFT_RIGHT]
     base += [box((0.004, 0.03, tall * 0.6), (deep / 2 + 0.002, y, tall * 0.55), seam(rgb)) for y, _ in levers]
-    knob, more = [box((0.065, 0.12, 0.045), (0.035, 0, 0), seam(rgb))], dict(verb="press down", primitive="push")
+    knob = [box((0.065, 0.12, 0.045), (0.035, 0, 0), seam(rgb))]
     at = [((deep / 2, y, tall * 0.78), label) for y, label in levers]
-    return base, [slide(label, place, (0, 0, -1), tall * 0.45, knob, **more) for place, label in at]
+    return base, [slide(label, p, (0, 0, -1), tall * 0.45, knob, "press down", primitive="push") for p, label in at]
 
 
 def lamp(rng):

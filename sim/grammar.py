@@ -608,7 +608,8 @@ def plugged_face(rng):
     """A cap plugged into the front, pulled off towards the viewer."""
     body = pick(rng, block, tower)(rng)
     size, high = min(body.face) * rng.uniform(0.4, 0.8), rng.uniform(0.06, 0.22)
-    middle, rgb, at = body.somewhere(rng, size), other_colour(rng, body.rgb), (high / 2, 0, 0)
+    middle = body.somewhere(rng, size)
+    rgb, at = other_colour(rng, body.rgb), (high / 2, 0, 0)
     cap = [pick(rng, cylinder(size / 2, high, at, rgb, "x"), box((high, size, size), at, rgb))]
     cap += handle(pick(rng, *GRIPS), (high, 0, 0), size * 0.6, pick(rng, METAL, DARK))
     return finish(rng, body, [slide("cap", middle, (1, 0, 0), rng.uniform(0.2, 0.3), cap, "pull off")], 3, 2)

@@ -258,7 +258,8 @@ def shell(width, depth, height, bottom, wall, rgb) -> list[Shape]:
 
 def legs(width, depth, height, thick, rgb) -> list[Shape]:
     """Four legs from the floor up to z = height, under a body of width x depth."""
-    x, y = (depth - thick) / 2, (width - thick) / 2
+    x = (depth - thick) / 2
+    y = (width - thick) / 2
     return [leg for s in ENDS for leg in pair((thick, thick, height), (s * x, y, height / 2), rgb)]
 
 
@@ -268,18 +269,19 @@ def handle(kind, at, span, rgb, out=0.04) -> list[Shape]:
     span: length, metres; negative for a lever that points to -y.
     """
     x, y, z = at
-    thick, length, middle = 0.024, abs(span), x + out / 2
+    length = abs(span)
+    middle = x + out / 2
     if kind == "knob":
         return [cylinder(0.012, out, (middle, y, z), rgb, "x"), sphere(0.026, (x + out, y, z), rgb)]
     if kind == "lever":
         stem = cylinder(0.02, out, (middle, y, z), rgb, "x")
-        return [stem, box((thick, length, 0.03), (x + out, y + span * 0.4, z), rgb)]
+        return [stem, box((0.024, length, 0.03), (x + out, y + span * 0.4, z), rgb)]
     if kind == "bar":
         posts = [box((out, 0.015, 0.015), (middle, y + s * length * 0.4, z), rgb) for s in ENDS]
-        return [box((thick, length, 0.03), (x + out, y, z), rgb), *posts]
+        return [box((0.024, length, 0.03), (x + out, y, z), rgb), *posts]
     if kind == "upright bar":
         posts = [box((out, 0.015, 0.015), (middle, y, z + s * length * 0.4), rgb) for s in ENDS]
-        return [box((thick, 0.03, length), (x + out, y, z), rgb), *posts]
+        return [box((0.024, 0.03, length), (x + out, y, z), rgb), *posts]
     return [box((0.004, length, 0.035), (x + 0.002, y, z), DARK)] if kind == "recess" else []
 
 

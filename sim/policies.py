@@ -227,12 +227,13 @@ def make_blind_table(samples: str, path: str) -> dict:
             row = np.array([record["u"], record["v"], *record["approach"]], float).reshape(5)
             if not np.isfinite(row).all():
                 raise ValueError("u, v and approach must be finite")
-            category, part, image = record["category"], str(record["part"]), image or str(record["image"])
+            names = {"category_part": f"{record['category']}/{record['part']}", "part": str(record["part"])}
+            image = image or str(record["image"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{samples}, line {number}: {type(error).__name__}: {error}") from None
         rows.append(row)
-        groups["category_part"][f"{category}/{part}"].append(row)
-        groups["part"][part].append(row)
+        for kind, name in names.items():
+            groups[kind][name].append(row)
     if not rows:
         raise ValueError(f"{samples}: no samples")
     first = Path(samples).parent / image

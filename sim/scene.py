@@ -435,7 +435,7 @@ class Scene:
         enough = touching.sum() >= (physics.cup_rays_push if push else physics.cup_rays_pull)
         return normal[0], int(link[0]), "" if enough else "no seal"
 
-    def act(self, u, v, approach, target=None, on_frame=None, stop_at: float = math.inf) -> Outcome:
+    def act(self, u: float, v: float, approach, target: int | None = None, on_frame=None, stop_at=math.inf) -> Outcome:
         """Brings the gripper to pixel (u, v) along `approach` (3,), CAMERA frame, then pulls back (or pushes on) once.
 
         Each step F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact), clipped at the arm's force, is
@@ -523,7 +523,8 @@ class Scene:
 
 def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
     """How a contact moves with its part: a function q -> (contact (3,), d contact / d q (3,), normal (3,))."""
-    axis, origin = np.array(part.axis, float), np.array(part.origin, float)
+    axis = np.array(part.axis, float)
+    origin = np.array(part.origin, float)
     if part.joint == "prismatic":
         return lambda q: (point + axis * (q - q0), axis, normal)
     # Rodrigues' formula: a vector turned by t about the axis is along + away cos t + across sin t.
