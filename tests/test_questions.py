@@ -141,7 +141,7 @@ def test_what_is_no_contact_is_none():
 
 def test_instruction_names_verb_and_part_and_half_of_the_time_the_object():
     rng = np.random.default_rng(0)
-    part = Part("part_0", "top drawer", "prismatic", (0, 0, 0), (1, 0, 0), 0, 0.3, [])
+    part = Part("top drawer", "prismatic", (0, 0, 0), (1, 0, 0), 0, 0.3, [])
     said = Counter(instruction(part, "cabinet", rng) for _ in range(4000))
     assert len(said) == 8 and all("open the top drawer" in s for s in said)
     assert abs(sum(n for s, n in said.items() if "cabinet" in s) / 4000 - 0.5) < 0.04  # 5 standard deviations
