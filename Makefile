@@ -7,8 +7,9 @@
 # Steps and rates are the defaults of the scripts. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS are added to every command of
 # that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"
 
+NEW = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	"$$p" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && { echo "$$p"; break; }; done)
+	"$$p" -c "$(NEW)" 2>/dev/null && { echo "$$p"; break; }; done)
 PY = .venv/bin/python
 PROCESSES ?= 2
 TINY = data/pretrained/robomamba-tiny
@@ -20,22 +21,29 @@ DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 
-.PHONY: demo test lint quick train ship evaluate ablations encoders results clean
+.PHONY: simulator demo test lint quick train ship evaluate ablations encoders results clean
 
 # ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
 .venv/ready: pyproject.toml constraints.txt
-	@test -x $(PY) || test -n "$(PYTHON)" || { echo "No Python >= 3.11 here. Install 3.11, or run 'uv venv --seed \
-	--python 3.11' (uv fetches one), or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(PY) || "$(PYTHON)" -c "$(NEW)" 2> /dev/null || { echo "No Python >= 3.11 here. Install 3.11, or run \
+	'uv venv --seed --python 3.11' (uv fetches one), or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(PY) || "$(PYTHON)" -m venv .venv
+	@$(PY) -c "import pip; $(NEW)" 2> /dev/null || { echo "The Python of .venv is too old or has no pip (uv venv needs \
+	--seed, Debian the package python3.11-venv). Remove .venv and run make again." >&2; exit 1; }
+	@echo "Installing into .venv: minutes; gigabytes where pip takes a torch with CUDA (README, troubleshooting)."
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[test,dev,plots,parity,gym]"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --only-binary pybullet ".[sim]" \
-	  2> .venv/sim.log || echo "The simulator is left out: no PyBullet wheel for this Python (Linux x86_64 with 3.11 has one)."
+	  2> .venv/sim.log || echo "The simulator is left out: PyBullet has no wheel for this machine and Python."
 	@touch $@
+
+simulator: .venv/ready
+	@$(PY) -c "import pybullet" > /dev/null 2>&1 || { echo "This needs the simulator, and PyBullet has wheels for Linux \
+	x86_64 with Python 3.11 only. What works without it: README.md, quick start." >&2; exit 1; }
 
 # ---- try it
 
-demo: .venv/ready
+demo: simulator
 	$(PY) sim_eval.py --demo --out demo
 
 test: .venv/ready
@@ -55,7 +63,7 @@ QUICK_VISION_STEPS ?= 400
 QUICK_COTRAIN_STEPS ?= 150
 QUICK_EPISODES ?= 100
 QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
-quick: .venv/ready
+quick: simulator
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
 	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
@@ -70,7 +78,7 @@ quick: .venv/ready
 
 # ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
 
-train: .venv/ready
+train: simulator
 	$(BUILD) --scenes 30000 --out data/cache/train $(DATA_FLAGS)
 	$(BUILD) --scenes 600 --split val --out data/cache/val $(DATA_FLAGS)
 	$(RUN) train.py --stage vision --resume $(TRAIN_FLAGS)
@@ -93,7 +101,7 @@ POLICIES = model,model-depth,model-text,random-backbone=runs/random,random-depth
 EVALUATE = $(PY) sim_eval.py --checkpoint $(TINY) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
-evaluate: .venv/ready runs/random/model.safetensors
+evaluate: simulator runs/random/model.safetensors
 	$(EVALUATE) --policy $(POLICIES) --strips 9 --out runs/eval
 	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
 	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)

@@ -1,7 +1,8 @@
 """Shared, miniature things for the tests: a tokenizer, a model, a picture; and what happens without PyBullet."""
 
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +22,19 @@ class NeedsPyBullet:
             pytest.skip("needs PyBullet (extra [sim])", allow_module_level=True)
 
 
-if importlib.util.find_spec("pybullet") is None:
+if PathFinder.find_spec("pybullet") is None:  # asks no hook, so that this file may be imported twice
     sys.meta_path.insert(0, NeedsPyBullet)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How much was left out: pytest's own count takes a file that is skipped as a whole for one test."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "needs PyBullet" in str(r.longrepr)]
+    files = [Path(report.nodeid).name for report in skipped if isinstance(report, pytest.CollectReport)]
+    if skipped:
+        tests = len(skipped) - len(files)
+        whole = ", ".join(files) or "none"
+        terminalreporter.line(f"needs PyBullet: {tests} tests skipped; files skipped whole: {whole}")
+
 
 TEXTS = ["What is this object?", "open the top drawer of the cabinet", "(37,52) 12 34 56", "yes", "no, there is no lid"]
 

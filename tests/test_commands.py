@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -52,11 +53,11 @@ SIZES = {
 }
 
 
-def commands() -> list[str]:
+def commands(comments: bool = False) -> list[str]:
     """Every line that starts with python or torchrun, of bash blocks and of code in sentences, without its comment."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     lines = blocks.splitlines() + re.findall(r"`([^`\n]+)`", README)
-    lines = [line.split(" #")[0].strip() for line in lines]
+    lines = [line if comments else line.split(" #")[0].strip() for line in lines]
     found = list(dict.fromkeys(line for line in lines if re.match(r"(python|torchrun)[\d.]* .*(\.py|-m )", line)))
     return [line for line in found if "extras." not in line or (ROOT / "extras").exists()]
 
@@ -122,12 +123,57 @@ def test_a_command_of_the_readme(command, place, tmp_path, monkeypatch):
     assert list(out.rglob("*.*")) if str(out) in words else said.strip(), f"{words} left nothing"
 
 
-def test_the_python_of_the_readme(monkeypatch):
+def blocks_of_python() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_python_of_the_readme(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    block, _ = blocks_of_python()
     names: dict = {}
     exec(block, names)
     assert names["action"].rotation.shape == (3, 3)
+    assert capsys.readouterr().out.strip() in block  # the answer is its comment
+
+
+def test_what_the_readme_says_of_its_questions_is_what_the_model_says(monkeypatch):
+    """To a few tenths of a pixel, which is what another processor's rounding may change."""
+    monkeypatch.chdir(ROOT)
+    told = [line.split("# ") for line in commands(comments=True) if re.match(r"python robomamba.py .*# ", line)]
+    answers = {comment: execute(shlex.split(command)[1:])[1] for command, comment in told if "metres" not in comment}
+    assert len(answers) == 2
+    for comment, said in answers.items():
+        said = " ".join(said.split()[: len(comment.split())])
+        assert re.sub(r"[\d.]+", "", said) == re.sub(r"[\d.]+", "", comment)
+        assert np.allclose(*(np.array(re.findall(r"[\d.]+", text), float) for text in (said, comment)), atol=0.3), said
+
+
+def test_the_readme_s_loader_of_demonstrations_finds_the_points_that_the_simulator_knows(tmp_path, capsys):
+    pytest.importorskip("pybullet")
+    from sim.scene import Scene
+
+    (command,) = (line for line in commands() if "--full-labels" in line)
+    folder = tmp_path / "demos"
+    code, said = execute([*shlex.split(command)[1:], "--scenes", "8", "--workers", "1", "--out", str(folder)])
+    assert code == 0, said
+    block = blocks_of_python()[1]
+    assert len(block.splitlines()) <= 15 and block.count("runs/demos") == 1
+    block = block.replace("runs/demos", str(folder)) + "    found.append((demo, rgb, part, v, u, z, world[:3]))\n"
+    names: dict = {"found": []}
+    exec(block, names)
+    assert len(names["found"]) == len(capsys.readouterr().out.splitlines()) >= 4
+    errors = []
+    scene = Scene(128)
+    try:
+        for demo, rgb, part, v, u, z, world in names["found"]:
+            scene.spawn(demo["category"], demo["seed"]).render()
+            assert np.array_equal(rgb, scene.rgb) and part[v, u]
+            assert np.array_equal(part, scene.links == demo["mask_value"] - 2)
+            if z:
+                errors.append(np.linalg.norm(world - scene.backproject(u, v)))
+    finally:
+        scene.close()
+    assert len(errors) >= 3 and np.median(errors) < 0.01 and max(errors) < 0.1  # in metres; the depth camera errs
 
 
 # ---- the Makefile
@@ -142,6 +188,9 @@ for line in sys.stdin.read().replace("\\\\\\n", " ").splitlines():
         subprocess.run(line, shell=True, check=True)
         continue
     words = shlex.split(line)[1:]
+    if words[0] == "-c":
+        exec(words[1])
+        continue
     if words[:2] == ["-m", "torch.distributed.run"]:  # one process of it, without the launcher
         words = words[words.index("1") + 1 :]
     try:

@@ -93,11 +93,35 @@ def test_a_policy_that_was_not_evaluated_is_a_dash_in_the_readme():
         results.with_table("no marks")
 
 
+def test_the_readme_counts_lines_parameters_and_questions_right(model):
+    text = " ".join(read("README.md").split())
+    scripts = ("selective_scan", "robomamba", "train", "finetune_policy", "sim_eval")
+    lines = sum(len(read(f"{name}.py").splitlines()) for name in scripts)
+    data = json.loads((TINY / "data.json").read_text())
+    assert abs(int(re.search(r"about ([\d,]+) lines to read", text)[1].replace(",", "")) / lines - 1) < 0.05, lines
+    assert f"{count(model) / 1e6:.1f} million parameters" in text and f"the head of {count(model.head):,d} para" in text
+    assert f"ViT of {count(model.vision) / 1e6:.1f} M" in text
+    assert f"{data['turns'] / data['pictures']:.0f} questions each" in text
+
+
+def test_the_table_of_make_quick_is_that_of_its_file():
+    policies = json.loads((ROOT / "data/results/quick.json").read_text())["policies"]
+    rows = re.findall(r"^([\w-]+) +(\d+/\d+) +(\d+/\d+) +(\d+/\d+) +(\d+/\d+) ", read("README.md"), re.M)
+    assert {"model", "model-depth", "blind", "random-backbone"} <= {name for name, *_ in rows}
+    for name, *said in rows:
+        splits = policies[name]["splits"]
+        rates = [splits[split][key] for split in ("seen", "unseen") for key in ("initial", "long")]
+        assert said == [f"{rate['k']}/{rate['n']}" for rate in rates], name
+
+
 def test_minutes_of_training_are_those_of_the_committed_metrics():
     stages = results.stages(json.loads(read("data/pretrained/robomamba-tiny/data.json")))
     made = dict(re.findall(r"^\| (\w+) \| \d* \| ([\d.]+) \|$", stages, re.M))
     said = dict(re.findall(r"^\| (\w+) \| `python [^`]*` \|.*\| ([\d.]+) \|$", read("README.md"), re.M))
     assert said == {stage: made[stage] for stage in ("data", "vision", "align", "cotrain", "policy")}
+
+
+THRESHOLDS = {0.01, 0.1}  # of success
 
 
 def numbers_in(path: Path) -> list[float]:
@@ -118,7 +142,7 @@ def test_every_number_in_a_paragraph_stands_in_the_files_that_it_names(document,
     for paragraph in re.split(r"\n\s*\n|\n\* ", text):
         named = re.findall(r"[\w/.-]+\.(?:json|csv)\b", paragraph)
         files = {p for f in named for p in (ROOT / f, (ROOT / document).parent / f) if p.exists()}
-        have = sorted({n for file in files for n in numbers_in(file)})
+        have = sorted(THRESHOLDS | {n for file in files for n in numbers_in(file)})
         said = re.findall(r"(?<![\w.,/:-])(?:\d[\d,]*\.\d+|\d+/\d+)(?![\w/-])", paragraph)
         measured = re.findall(r"\d\.\d+ (?:px|degrees|ms|Hz|points|steps/s)\b|\b\d+/\d+\b", paragraph)
         if not files and (said if document == "LOG.md" else measured):

@@ -155,6 +155,7 @@ def test_the_students_tree_has_all_but_the_solutions(student):
 
 
 def test_the_students_tree_loads_and_only_a_call_fails(student):
+    pytest.importorskip("pybullet")
     files = [file for file in code() if not file.startswith("tests/") and "__init__" not in file]
     names = [file[:-3].replace("/", ".") for file in files if file not in TEACHER_ONLY]
     program = f"import {', '.join(names)}\ninputs = selective_scan.example_inputs(1, 2, 3, 4)\n"
@@ -310,6 +311,7 @@ def processes(marker: str) -> int:
 
 def test_solutions_pass_and_attacks_earn_nothing(student, tmp_path):
     """One run: cheats, then an honest submission, which a cheat wanted to spoil. Nothing is left of the cheats."""
+    pytest.importorskip("pybullet")
     honest = write_tree(tmp_path / "honest", code())
     marker = f"98765.{os.getpid()}"
     cheats = shutil.copytree(student, tmp_path / "cheats")
@@ -330,6 +332,25 @@ def test_solutions_pass_and_attacks_earn_nothing(student, tmp_path):
     assert sorted(cheats.rglob("*")) == before, "the grader wrote into the student's tree"
 
 
+SERVED = """
+import mmap, sys
+import exercise_calls
+taken = mmap.mmap(-1, 5 * 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+exercise_calls.serve(sys.argv[1], 20)
+"""
+
+
+def test_memory_is_limited_beyond_what_torch_has_taken():
+    """The libraries of a torch with CUDA take 3 GB of addresses as they load."""
+    r6, target = [[1, 0, 0, 0, 1, 0]], [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]
+    asked = json.dumps({"name": "rotation_and_angle", "arguments": [r6, target]})
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED, str(ROOT)], cwd=ROOT / "tests", input=asked, capture_output=True, text=True
+    )
+    ready, reply = map(json.loads, done.stdout.splitlines())
+    assert ready == {"ready": True} and "outputs" in reply, reply
+
+
 def test_without_namespaces_it_is_said(student, tmp_path):
     tree = shutil.copytree(student, tmp_path / "cheat")
     told = CHEATS.format(teacher="/nowhere", victim="/nowhere", marker="0")
@@ -340,6 +361,7 @@ def test_without_namespaces_it_is_said(student, tmp_path):
 
 def test_what_breaks_costs_only_its_own_exercise(tmp_path):
     """An endless loop, sleep, a flood, a crash; links are not followed, what is missing comes from nowhere else."""
+    pytest.importorskip("pybullet")
     tree = write_tree(
         tmp_path / "tree", {k: v for k, v in code().items() if k != "sim/scene.py"} | {"tests/adapters.py": BREAKS}
     )
@@ -359,6 +381,7 @@ def test_what_breaks_costs_only_its_own_exercise(tmp_path):
 
 
 def test_a_broken_tree_is_a_result(tmp_path):
+    pytest.importorskip("pybullet")
     files = code()
     syntax = files | {
         "selective_scan.py": files["selective_scan.py"].replace("def scan_reference(", "def scan_reference((")

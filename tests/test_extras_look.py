@@ -18,8 +18,6 @@ from PIL import Image
 import robomamba
 from extras import look, mistakes
 from selective_scan import example_inputs, scan_chunked, scan_reference
-from sim.expert import expert
-from sim.scene import Scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,6 +130,10 @@ def test_look_from_the_command_line(mini, picture, tmp_path, monkeypatch, shell,
 
 def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
     """Opening as the simulator counts it; colours and curves start at the first frame; the GIF holds every frame."""
+    pytest.importorskip("pybullet")
+    from sim.expert import expert
+    from sim.scene import Scene
+
     monkeypatch.setattr(look, "EVERY", 40)
     monkeypatch.setattr(look, "EPISODE_TRIES", 2)
     scene = Scene(32)
@@ -172,6 +174,7 @@ def test_a_planted_mistake_is_taken_out_again(mini, picture):
 
 def test_every_mistake_is_seen_and_is_caught_by_the_test_it_names(tmp_path):
     """The one slow test here, about ten seconds: the whole command in a process of its own."""
+    pytest.importorskip("pybullet")
     command = [sys.executable, "-m", "extras.mistakes", "--prove", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

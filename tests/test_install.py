@@ -90,6 +90,18 @@ def test_make_says_what_to_do_without_a_python(bare):
         first, *rest = done.stderr.strip().splitlines()
         assert "No Python >= 3.11" in first and "uv venv" in first and "PYTHON=" in first
         assert all(line.startswith("make:") for line in rest), rest
+        assert make(tree, tools, ".venv/ready", f"PYTHON={tools}/python3").stderr.startswith(first)
+
+
+def test_an_environment_without_pip_or_of_an_old_python_is_one_line(bare):
+    """What `python3 -m venv` leaves on a Debian without python3-venv, and `uv venv` without --seed."""
+    tree, tools = bare
+    (tree / ".venv/bin").mkdir(parents=True)
+    fake_python(tree / ".venv/bin/python", 10)
+    done = make(tree, tools, ".venv/ready")
+    first, *rest = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and "Remove .venv" in first and "--seed" in first
+    assert all(line.startswith("make:") for line in rest) and not (tree / ".venv/log").exists()
 
 
 @pytest.mark.parametrize(("names", "taken"), [({"python3.11": 11, "python3": 12}, 11), ({"python3": 13}, 13)])
@@ -117,6 +129,18 @@ def test_make_uses_an_environment_that_is_there(bare):
     assert ".[test" in (tree / ".venv/log").read_text()
 
 
+@pytest.mark.parametrize("target", ["demo", "quick", "train", "evaluate"])
+def test_make_without_the_simulator_is_one_line(bare, target):
+    tree, tools = bare
+    (tree / ".venv/bin").mkdir(parents=True)
+    (tree / ".venv/bin/python").write_text(SHELL + '[ "$2" != "import pybullet" ]\n')
+    (tree / ".venv/bin/python").chmod(0o755)
+    done = make(tree, tools, target)
+    first, *rest = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and "needs the simulator" in first and "Linux x86_64" in first
+    assert all(line.startswith("make:") for line in rest), rest
+
+
 BLOCKED = """
 import sys
 sys.modules["pybullet"] = None
@@ -131,6 +155,24 @@ def test_model_and_training_load_without_pybullet():
     done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1500:]
     assert "True" in done.stdout
+
+
+COLLECTED = """
+import sys
+from importlib.machinery import PathFinder
+import pytest
+real = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, *more: None if name == "pybullet" else real(name, *more))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--collect-only", "tests"]))
+"""
+
+
+def test_without_pybullet_only_the_files_that_load_the_simulator_are_skipped_whole():
+    done = subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    whole = set(re.search(r"files skipped whole: (.*)", done.stdout)[1].split(", "))
+    allowed = {"test_eval.py", "test_partnet.py", "test_sim.py", "test_extras_example_policy.py", "test_extras_gym.py"}
+    assert {"test_eval.py", "test_sim.py"} <= whole <= allowed
 
 
 @pytest.mark.parametrize(

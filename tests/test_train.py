@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mini_config
 from PIL import Image
 from torch import nn
 
@@ -34,7 +35,6 @@ from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
 from finetune_policy import PolicyConfig, finetune, geodesic
 from robomamba import PRESETS, RoboMamba, rotation_from_6d
-from tests.conftest import mini_config
 from tests.toy import write_data
 from train import RECIPE, TrainConfig, recipe, train
 
