@@ -167,18 +167,20 @@ def box_with_flaps(rng):
 def trash_can(rng):
     tall, half, rgb = rng.uniform(0.5, 0.75), rng.uniform(0.2, 0.28), tint(rng)
     lid_rgb = tint(rng) if rng.random() < 0.3 else shade(rgb, 0.75)
-    pedal = [box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)]
+    pedal = box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)
     tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
     if rng.random() < 0.6:  # two compartments side by side
-        base, wide = [box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb), *pedal], 1.5 * half
-        size, at = (2 * half + 0.01, wide - 0.01, 0.04), [(s * wide / 2, word) for s, word in LEFT_RIGHT]
-        return base, [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
-    if rng.random() < 0.5:
-        base, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
-        return [base, *pedal], [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
-    size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
-    body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
-    return [body, *pedal], [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+        body = box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb)
+        size, at = (2 * half + 0.01, 1.5 * half - 0.01, 0.04), [(s * 0.75 * half, word) for s, word in LEFT_RIGHT]
+        lids = [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
+    elif rng.random() < 0.5:
+        body, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
+        lids = [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
+    else:
+        body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
+        size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
+        lids = [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+    return [body, pedal], lids
 
 
 def kitchen_pot(rng):
