@@ -73,7 +73,7 @@ quick: simulator
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/random --random-backbone
 	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
-	$(PY) sim_eval.py --policy model,model-depth,random-backbone=$(QUICK)/random,blind,random-normal,expert \
+	$(PY) sim_eval.py --policy model,model-depth,random-backbone-depth=$(QUICK)/random,blind,random-normal,expert \
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
 
