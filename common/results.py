@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "data/pretrained/robomamba-tiny"  # RGB
 RGBD = "data/pretrained/robomamba-tiny-rgbd"
 DEPTH = "data/results/depth.json"  # model-depth beside its baselines
-PAGES = ("README.md", f"{SHIPPED}/README.md", f"{RGBD}/README.md")
+PAGES = ("README.md", f"{RGBD}/README.md")
 BEGIN = "<!-- made by python -m common.results -->"
 END = "<!-- end -->"
 
 README_ROWS = {  # name in the results of RGBD -> what the row is
-    "rgb": "RGB image and instruction, the paper's setting: the checkpoint robomamba-tiny",
-    "model-depth": "the same with the depth image of an imperfect camera: robomamba-tiny-rgbd",
-    "random-backbone-depth": "random frozen backbone + heads: that network never trained, its heads trained as ours",
+    "model": "RGB image and instruction, the paper's head of 3,152 parameters, all else frozen",
+    "model-depth": "the same checkpoint with the depth image of an imperfect camera and the pointing head",
+    "random-backbone-depth": "the same, frozen at its random start: only the heads were trained",
     "blind": "vision-free baseline: median label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
     "expert": "oracle: scripted expert that knows the joint; scenes are those it solves",
@@ -101,7 +101,7 @@ def short_table() -> str:
     """Six rows at the paper's threshold, for the first page."""
     policies = read_json(ROOT / RGBD / "results.json", dict)["policies"]
     splits = ("seen", "unseen")
-    episodes = [f"{split} ({policies['rgb']['splits'][split]['n']})" for split in splits]
+    episodes = [f"{split} ({policies['model']['splits'][split]['n']})" for split in splits]
     rows = [
         [f"`{name}`", *(rates(policies.get(name, {}), split) for split in splits), text]
         for name, text in README_ROWS.items()
@@ -188,7 +188,7 @@ def stages(data: dict) -> str:
     times["policy"] = (times["policy"][0], read_json(ROOT / RGBD / "policy.json", dict)["seconds"])
     times["together"] = ("", sum(second for _, second in times.values()))
     rows = [[stage, steps, f"{second / 60:.1f}"] for stage, (steps, second) in times.items()]
-    return grid(["stage", "steps (policy: epochs)", "minutes"], rows)
+    return grid(["stage", "steps", "minutes"], rows)
 
 
 def earlier(first: dict) -> str:
