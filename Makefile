@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PY = .venv/bin/python
 PROCESSES ?= 2
 TINY = data/pretrained/robomamba-tiny
+SHIPPED = data/pretrained/robomamba-tiny-rgbd
 # One thread a process: on few cores several one-thread processes are faster than one process of several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
 RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
@@ -72,7 +73,7 @@ quick: simulator
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/random --random-backbone
 	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
-	$(PY) sim_eval.py --policy model,model-depth,random-backbone=$(QUICK)/random,blind,random-normal,expert \
+	$(PY) sim_eval.py --policy model,model-depth,random-backbone-depth=$(QUICK)/random,blind,random-normal,expert \
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
 
@@ -86,33 +87,32 @@ train: simulator
 	$(RUN) train.py --stage cotrain --resume $(TRAIN_FLAGS)
 	$(PY) finetune_policy.py --half --resume
 
-# What is committed of a training: weights, curves, the table of the vision-free baseline.
+# What is committed of a training: weights, curves, what the data were.
 ship: .venv/ready
-	mkdir -p $(TINY)
-	cp runs/policy/model.safetensors runs/policy/config.json runs/policy/vocab.tiktoken runs/policy/policy.json $(TINY)/
-	cp data/cache/train/manifest.json $(TINY)/data.json
-	cp data/cache/train/vocab.tiktoken data/vocab.tiktoken
-	echo stage,step,seconds,name,value > $(TINY)/metrics.csv
-	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(TINY)/metrics.csv
-	$(PY) -m sim.policies --make-blind-table data/cache/train/manipulation.jsonl
+	mkdir -p $(SHIPPED)
+	cp $(addprefix runs/policy/,model.safetensors config.json vocab.tiktoken policy.json) $(SHIPPED)/
+	cp data/cache/train/manifest.json $(SHIPPED)/data.json
+	echo stage,step,seconds,name,value > $(SHIPPED)/metrics.csv
+	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(SHIPPED)/metrics.csv
 
-# The tables: test scenes of the robot beside the baselines, then test questions in words.
-POLICIES = model,model-depth,model-text,random-backbone=runs/random,random-depth,blind,mean-action,part-pixel-normal,random-normal,random,expert
-EVALUATE = $(PY) sim_eval.py --checkpoint $(TINY) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
+# The tables: test scenes of the robot beside the baselines and the RGB checkpoint, then test questions in words.
+OURS = model,model-point,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw,rgb=$(TINY),rgb-depth=$(TINY)
+POLICIES = $(OURS),random-backbone-depth=runs/random,random-depth,blind,random-normal,expert
+EVALUATE = $(PY) sim_eval.py --checkpoint $(SHIPPED) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
 evaluate: simulator runs/random/model.safetensors
-	$(EVALUATE) --policy $(POLICIES) --strips 9 --out runs/eval
+	$(EVALUATE) --policy $(POLICIES) --seed 7 --out runs/eval
+	$(PY) -m common.report runs/eval/results.json --out $(SHIPPED)/results.json
 	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
 	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)
-	$(ONE) -m extras.reasoning_eval --checkpoint $(TINY) --train data/cache/train \
+	$(ONE) -m extras.reasoning_eval --checkpoint $(SHIPPED) --train data/cache/train \
 	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
-	cp runs/eval/results.json runs/reasoning/reasoning.json $(TINY)/
-	cp runs/eval/strips.png runs/eval/episode.gif data/figures/
+	cp runs/reasoning/reasoning.json $(SHIPPED)/
 	$(PY) -m common.results
 
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
-# fine-tuned; half of the action from the oracle. Its first row must be that of `make evaluate`.
+# fine-tuned; half of the action from the oracle.
 ABLATION_STEPS ?= 400
 SHORT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
 GENERAL = presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0

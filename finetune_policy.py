@@ -116,10 +116,8 @@ def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tens
 
 
 @torch.no_grad()
-def pointing_errors(
-    point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor, image_size: int
-):
-    """As `errors`, of the pointing head."""
+def pointing_errors(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> tuple:
+    """Of the pointing head: distances (fraction of the picture), angles of the approach axis (degrees), (n,) each."""
     heat, way = point(states, fine).split([1, 3], 1)
     said, approach = peak(heat[:, 0], way)
     axis = torch.arccos((approach * rotation[..., 2]).sum(-1).clamp(-1, 1))
@@ -205,11 +203,9 @@ def validate(model: RoboMamba, val: Samples) -> dict[str, float]:
     states = torch.cat([val.states(rows) for rows in blocks])
     result = errors(model.head, states, val.pixel, val.rotation, size)
     if val.fine:
-        block = (
-            pointing_errors(model.point, states[i], val.fine(i), val.pixel[i], val.rotation[i], size) for i in blocks
-        )
-        pixels, degrees = (torch.cat(x).median().item() for x in zip(*block, strict=True))
-        result |= {"point_px": pixels, "point_degrees": degrees}
+        found = (pointing_errors(model.point, states[i], val.fine(i), val.pixel[i], val.rotation[i]) for i in blocks)
+        distances, angles = (torch.cat(x).median().item() for x in zip(*found, strict=True))
+        result |= {"point_px": distances * size, "point_degrees": angles}
     return result
 
 

@@ -49,7 +49,7 @@ def write_json(path, value, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def read_text(path, hint: str = "", max_bytes: int = MAX_BYTES) -> str:
+def read_text(path, hint: str = "") -> str:
     """A UTF-8 text file. hint: how to make it, added to the error when it is not there."""
     path = Path(path)
     try:
@@ -57,8 +57,8 @@ def read_text(path, hint: str = "", max_bytes: int = MAX_BYTES) -> str:
             raise ValueError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
         if not path.is_file():
             raise ValueError(f"{path}: expected a file")
-        if path.stat().st_size > max_bytes:
-            raise ValueError(f"{path}: larger than {max_bytes} bytes")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path}: larger than {MAX_BYTES} bytes")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
@@ -78,9 +78,9 @@ def parse_json(text: str, where: str, expected: type = object):
     return value
 
 
-def read_json(path, expected: type = object, hint: str = "", max_bytes: int = MAX_BYTES):
+def read_json(path, expected: type = object, hint: str = ""):
     """The value in a JSON file."""
-    return parse_json(read_text(path, hint, max_bytes), str(path), expected)
+    return parse_json(read_text(path, hint), str(path), expected)
 
 
 def read_json_lines(path, hint: str = "") -> Iterator[tuple[int, dict]]:

@@ -168,21 +168,21 @@ def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
         raise ValueError("bc_norm: published Mamba code cannot normalise B and C; this model has no published form")
     if naming == "original" and cfg.norm_eps != 1e-5:
         raise ValueError(f"norm_eps: {cfg.norm_eps} cannot be said in the original config, which means 1e-5")
-    config = {theirs: getattr(cfg, ours) for ours, theirs in (HF if naming == "hf" else MAMBA).items()}
+    shapes = {ours: getattr(cfg, ours) for ours in MAMBA} | {"dt_rank": cfg.rank}
 
     def write_hf(staging: Path) -> None:
-        more = {"time_step_rank": cfg.rank, "intermediate_size": cfg.d_inner, "layer_norm_epsilon": cfg.norm_eps}
-        more |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
-        rename = lambda name: name.replace("backbone.embedding.", "backbone.embeddings.")  # noqa: E731
-        save_tensors(staging / "model.safetensors", lm, rename)
-        write_json(staging / "config.json", config | more)
+        config = {HF[ours]: value for ours, value in shapes.items()}
+        config |= {"intermediate_size": cfg.d_inner, "layer_norm_epsilon": cfg.norm_eps, "model_type": "mamba"}
+        config |= {"architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
+        save_tensors(staging / "model.safetensors", lm, lambda name: name.replace("embedding.", "embeddings."))
+        write_json(staging / "config.json", config)
 
     def write_original(staging: Path) -> None:
-        ssm = {key: config.pop(key) for key in ("d_state", "d_conv", "expand", "dt_rank")} | {"dt_rank": cfg.rank}
-        more = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
+        ssm = {key: shapes.pop(key) for key in ("d_state", "d_conv", "expand", "dt_rank")}
+        config = shapes | {"ssm_cfg": ssm, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
         weights = {name: p.detach().cpu() for name, p in lm.state_dict().items()}  # the tied head under both names
         write_atomically(staging / "pytorch_model.bin", lambda temporary: torch.save(weights, temporary))
-        write_json(staging / "config.json", config | {"ssm_cfg": ssm} | more)
+        write_json(staging / "config.json", config | {"pad_vocab_size_multiple": 1})
 
     save_folder(folder, write_hf if naming == "hf" else write_original)
 
@@ -290,13 +290,11 @@ def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> P
 
     Args: end: the special token that ends a text, which the file must hold. turns: further special tokens; they get
         the first ids after the file's own (GPT-NeoX's 50,277 tokens leave 3 spare rows in the embedding of 50,280).
-
-    Merges to ranks: such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours
-    whose SPELLING has an id, lowest id first. Both cut every text alike if each token, encoded alone by the listed
-    merges, comes out whole, and if ids grow with the merge that completes their token: then no pair spells a token in a
-    way that is not listed, and the order is the same. Both are checked here.
-
     Raises: ValueError naming the file and what in it is missing, or would need another encoder.
+
+    Such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours whose SPELLING has an
+    id, lowest id first. Both cut every text alike if each token, encoded alone by the listed merges, comes out whole,
+    and if ids grow with the merge that completes their token. Both are checked here.
     """
     file = read_json(path, dict, "published Mamba -hf folders hold one")
     try:

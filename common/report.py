@@ -3,13 +3,14 @@
     python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
 summarise(..) makes the scores of a run of sim_eval.py. Every table takes what a committed JSON file holds: report,
-table, details, categories of that run; reasoning_report, reasoning_details, paper_table1; speed_table.
+table, details, categories of that run; reasoning_report, reasoning_details, paper_table1; mistakes_table; speed_table.
 """
 
 import argparse
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,10 @@ def row(*cells) -> str:
     return "| " + " | ".join(plain(cell) for cell in cells) + " |"
 
 
-def header(*cells) -> str:
-    """The first two lines of a table."""
-    return row(*cells) + "\n" + row(*["---"] * len(cells))
+def grid(head: Iterable, rows: Iterable[Iterable]) -> str:
+    """A whole table."""
+    head = list(head)
+    return "\n".join(row(*cells) for cells in (head, ["---"] * len(head), *rows))
 
 
 def percent(rate: dict) -> str:
@@ -112,14 +114,10 @@ def summarise(sources: dict, splits: list[str], done: list[tuple]) -> dict:
 
 def summarise_split(records: list[dict]) -> dict:
     """The scores of one policy on one split: sample and category means, per category, why it failed, errors."""
-    groups: dict[str, list] = {}
-    for record in records:
-        groups.setdefault(record["category"], []).append(record)
-    out = {"n": len(records), **rates(records)}
-    out["categories"] = {
-        name: {"n": len(group), **{goal: mean([record[goal] for record in group]) for goal in GOALS}}
-        for name, group in groups.items()
-    }
+    out = {"n": len(records), **rates(records), "categories": {}}
+    for name in dict.fromkeys(record["category"] for record in records):
+        group = [record for record in records if record["category"] == name]
+        out["categories"][name] = {"n": len(group)} | {goal: mean([r[goal] for r in group]) for goal in GOALS}
     out["category_mean"] = {goal: mean([c[goal] for c in out["categories"].values()]) for goal in GOALS}
     out["reasons"] = dict(Counter(record["reason"] for record in records).most_common())
     out["on_part"] = rates([record for record in records if record.get("on_part")])
@@ -151,20 +149,18 @@ def summarise_language(records: list[dict]) -> dict:
 
 def table(results: dict) -> str:
     """Success rates of all policies on every split."""
-    splits = list(results["splits"])
-    names = (*GOALS.values(), "category mean", "px / deg off")
-    lines = [header("policy", *(f"{split} {name}" for split in splits for name in names))]
+    splits = results["splits"]
+    head = [f"{split} {name}" for split in splits for name in (*GOALS.values(), "category mean", "px / deg off")]
+    rows = []
     for name, policy in results["policies"].items():
-        cells = []
+        rows.append([name])
         for summary in policy["splits"].values():
             pixels, degrees = summary["pixel_error"], summary["approach_error_deg"]
             off = "" if None in (pixels, degrees) else f"{pixels:.1f} / {degrees:.0f}"
-            cells += [*(percent(summary[goal]) for goal in GOALS), both(summary["category_mean"], summary["n"]), off]
-        lines.append(row(name, *cells))
-    unconditioned = []
-    for split in splits:
-        unconditioned += [percent(results["expert_unconditioned"][split]), "", "", ""]
-    return "\n".join([*lines, row("expert, unconditioned", *unconditioned)])
+            means = both(summary["category_mean"], summary["n"])
+            rows[-1] += [*(percent(summary[goal]) for goal in GOALS), means, off]
+    tried = [cell for split in splits for cell in (percent(results["expert_unconditioned"][split]), "", "", "")]
+    return grid(["policy", *head], [*rows, ["expert, unconditioned", *tried]])
 
 
 def report(results: dict) -> str:
@@ -186,14 +182,14 @@ def report(results: dict) -> str:
         for split, summary in policy["splits"].items():
             if "closed_loop" in summary:
                 again = summary["closed_loop"]
-                closed, once = (
-                    ", ".join(f"{GOALS[goal]} {percent(loop[goal])}" for goal in GOALS)
-                    + f", median motion {loop['moved']:.2f}"
-                    for loop in (again, again["open"])
-                )
                 what = f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each)"
-                lines += [f"{what}: {closed};", f"open loop, same scenes: {once}.", ""]
+                lines += [f"{what}: {motion(again)};", f"open loop, same scenes: {motion(again['open'])}.", ""]
     return "\n".join(lines + skips(results["skipped"]))
+
+
+def motion(loop: dict) -> str:
+    rates = "".join(f"{text} {percent(loop[goal])}, " for goal, text in GOALS.items())
+    return f"{rates}median motion {loop['moved']:.2f}"
 
 
 def skips(skipped: dict) -> list[str]:
@@ -221,16 +217,14 @@ def details(results: dict) -> str:
     for split in results["splits"]:
         counts = {name: policy["splits"][split]["reasons"] for name, policy in policies.items()}
         reasons = list(dict.fromkeys(reason for count in counts.values() for reason in count))
-        lines.append(header(f"{split}: how episodes ended", *reasons))
-        lines += [row(name, *(count.get(reason, 0) for reason in reasons)) for name, count in counts.items()]
-        lines.append("")
-    if not all("on_part" in summary for summary in results["splits"].values()):  # an older file
-        return "\n".join(lines)
-    columns = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
-    lines.append(header("pixels on a movable part only", *columns))
-    for name, policy in policies.items():
-        lines.append(row(name, *(percent(s["on_part"][goal]) for s in policy["splits"].values() for goal in GOALS)))
-    return "\n".join([*lines, "", ON_PART, ""])
+        rows = [[name, *(count.get(reason, 0) for reason in reasons)] for name, count in counts.items()]
+        lines += [grid([f"{split}: how episodes ended", *reasons], rows), ""]
+    if all("on_part" in summary for summary in results["splits"].values()):  # not in older files
+        head = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
+        summaries = {name: [s["on_part"] for s in policy["splits"].values()] for name, policy in policies.items()}
+        rows = [[name, *(percent(s[goal]) for s in parts for goal in GOALS)] for name, parts in summaries.items()]
+        lines += [grid(["pixels on a movable part only", *head], rows), "", ON_PART, ""]
+    return "\n".join(lines)
 
 
 def categories(results: dict) -> str:
@@ -240,21 +234,21 @@ def categories(results: dict) -> str:
     lines = [OURS, f"Theirs: {paper['source']} ({paper['setting']}).", ""]
     for split in results["splits"]:
         columns = THEIRS if split in CATALOGUE_SPLITS else ()
-        lines.append(header(split, "n", *policies, *(f"{name} (theirs)" for name in columns)))
         summaries = [policy["splits"][split] for policy in policies.values()]
         groups = [summary["categories"] for summary in summaries]
         names = list(dict.fromkeys(name for group in groups for name in group))
+        rows = []
         for name in names:
             ours = [both(group[name]) if name in group else "-" for group in groups]
             theirs = [f"{paper['categories'][name][column]:.2f}" for column in columns]
-            lines.append(row(name, max(group[name]["n"] for group in groups if name in group), *ours, *theirs))
-        means = [both(summary["category_mean"], summary["n"]) for summary in summaries]
+            rows.append([name, max(group[name]["n"] for group in groups if name in group), *ours, *theirs])
+        ours = [both(summary["category_mean"], summary["n"]) for summary in summaries]
         theirs = [f"{sum(paper['categories'][name][c] for name in names) / max(1, len(names)):.2f}" for c in columns]
-        lines.append(row("mean", "", *means, *theirs))
+        rows.append(["mean", "", *ours, *theirs])
         printed = paper["printed_average"].get(split) if results["split"] in ("both", split) else None
         if printed:
-            lines.append(row("the average they print", "", *[""] * len(means), *(f"{printed[c]:.2f}" for c in columns)))
-        lines.append("")
+            rows.append(["the average they print", "", *[""] * len(ours), *(f"{printed[c]:.2f}" for c in columns)])
+        lines += [grid([split, "n", *policies, *(f"{name} (theirs)" for name in columns)], rows), ""]
     return "\n".join(lines)
 
 
@@ -278,6 +272,16 @@ def write_results(out: Path, results: dict) -> list[Path]:
 
 # ---- tables of extras/reasoning_eval.py ------------------------------------------------------------------------------
 
+SHOWN = ("model", "image-blind", "majority")
+REASONING_COLUMNS = ("answers", "robot exact", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "general exact")
+REASONING_COLUMNS += ("presence", "precision", "recall", "F1", "yes")
+EXACT = """Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as
+POPE scores object hallucination ("yes" is positive). Greedy decoding, every question asked alone."""
+KINDS = "Words: exact match. Where, contact: median distance. Box: median IoU."
+OUR_QUESTIONS = """\
+Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and
+models pre-trained on text. Their rows are for orientation; the numbers must not be compared.**"""
+
 
 def place(scores: dict) -> str:
     """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
@@ -292,32 +296,24 @@ def place(scores: dict) -> str:
 def reasoning_report(results: dict) -> str:
     """Two tables: robot questions, general questions and presence, by who answers; then the question types."""
     splits = results["splits"]
-    bleu = [f"BLEU-{n}" for n in (1, 2, 3, 4)]
-    lines = [header("answers", "robot exact", *bleu, "general exact", "presence", "precision", "recall", "F1", "yes")]
+    rows = []
     for split, result in splits.items():
         for who, scores in result["answerers"].items():
             robot, general = (percent(scores[key]) if key in scores else "" for key in ("robot", "general"))
-            bleu = [f"{value:.1f}" for value in scores.get("bleu", ())] or [""] * 4
+            bleu = [f"{value:.1f}" for value in scores["bleu"]] if "bleu" in scores else [""] * 4
             pope = [""] * 5
-            if scores.get("pope"):
+            if "pope" in scores:
                 pope = [f"{scores['pope'][key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
                 pope = [place(scores["pope"]["accuracy"]), *pope]
-            lines.append(row(f"{split}, {who}", robot, *bleu, general, *pope))
-    shown = ("model", "image-blind", "majority")
-    lines += [
-        "",
-        "Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as",
-        'POPE scores object hallucination ("yes" is positive). Greedy decoding, every question asked alone.',
-        "",
-        header("question type", *(f"{split} {what}" for split in splits for what in ("n", *shown))),
-    ]
+            rows.append([f"{split}, {who}", robot, *bleu, general, *pope])
+    types = []
     for name in dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"]):
-        cells = []
+        types.append([name])
         for result in splits.values():
-            scores = [result["answerers"][who]["families"].get(name) for who in shown]
-            cells += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(shown))
-        lines.append(row(name, *cells))
-    return "\n".join([*lines, "", "Words: exact match. Where, contact: median distance. Box: median IoU.", ""])
+            scores = [result["answerers"][who]["families"].get(name) for who in SHOWN]
+            types[-1] += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(SHOWN))
+    head = ["question type", *(f"{split} {what}" for split in splits for what in ("n", *SHOWN))]
+    return "\n".join([grid(REASONING_COLUMNS, rows), "", EXACT, "", grid(head, types), "", KINDS, ""])
 
 
 def reasoning_details(results: dict) -> str:
@@ -330,9 +326,8 @@ def reasoning_details(results: dict) -> str:
     for split, result in results["splits"].items():
         for key, title in (("families", "question types"), ("categories", "categories")):
             groups = {who: scores[key] for who, scores in result["answerers"].items()}
-            lines.append(header(f"{split}: {title}", *groups))
-            lines += [row(name, *(cell(group[name]) for group in groups.values())) for name in groups["model"]]
-            lines.append("")
+            rows = [[name, *(cell(group[name]) for group in groups.values())] for name in groups["model"]]
+            lines += [grid([f"{split}: {title}", *groups], rows), ""]
         asked = f"{result['n']} questions, {result['pictures']} pictures of {result['folder']}"
         lines += [f"{split}: {asked}; {result['tokens_per_second']:.0f} tokens/s, prefill included.", ""]
     return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
@@ -341,14 +336,7 @@ def reasoning_details(results: dict) -> str:
 def paper_table1(results: dict) -> str:
     """Ours (BLEU of the robot's questions; POPE = accuracy on presence) above what RoboMamba's Table 1 prints."""
     paper = read_json(PAPER_REASONING, dict)
-    columns = paper["columns"]
-    lines = [
-        "Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and",
-        "models pre-trained on text. Their rows are for orientation; the numbers must not be compared.**",
-        f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}.",
-        "",
-        header("model", *columns),
-    ]
+    rows = []
     for split, result in results["splits"].items():
         scores = result["answerers"]["model"]
         cells = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
@@ -356,13 +344,23 @@ def paper_table1(results: dict) -> str:
             cells["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
         if "bleu" in scores:
             cells |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
-        lines.append(row(f"ours, {split}, our own questions", *(cells.get(column, "") for column in columns)))
+        rows.append([f"ours, {split}, our own questions", *(cells.get(column, "") for column in paper["columns"])])
     for name, values in paper["rows"].items():
-        lines.append(row(f"{name} (theirs)", *("" if value is None else value for value in values)))
-    return "\n".join([*lines, ""])
+        rows.append([f"{name} (theirs)", *("" if value is None else value for value in values)])
+    source = f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}."
+    return "\n".join([OUR_QUESTIONS, source, "", grid(["model", *paper["columns"]], rows), ""])
 
 
-# ---- the table of extras/speed.py ------------------------------------------------------------------------------------
+# ---- tables of extras/mistakes.py and extras/speed.py ----------------------------------------------------------------
+
+
+def mistakes_table(rows: list[dict]) -> str:
+    """What the shipped model does with each planted mistake, and the test that catches it."""
+    lines = []
+    for item in rows:
+        values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
+        lines.append([item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"])
+    return grid(["mistake", "what you see", "right", "wrong", "caught by"], lines)
 
 
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
@@ -402,17 +400,18 @@ def speed_table(results: dict) -> str:
         "",
     ]
     for device, measured in results["devices"].items():
-        lines.append(header(device, "Mamba", "Transformer", "Transformer / Mamba"))
+        rows = []
         for key, label in SPEED_ROWS.items():
             ms = [measured["predictions"][key][name]["ms"] for name in names]
-            cells = [f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms]
-            lines.append(row(label.format(**named), *cells, f"{ms[1] / ms[0]:.2f}x"))
-        lines += ["", header("tokens of context", *SPEED_COLUMNS)]
+            times = (f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms)
+            rows.append([label.format(**named), *times, f"{ms[1] / ms[0]:.2f}x"])
+        lines += [grid([device, "Mamba", "Transformer", "Transformer / Mamba"], rows), ""]
+        rows = []
         for context in measured["contexts"]:
             pair = [context[name] for name in names]
-            cells = [f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair]
-            lines.append(row(context["tokens"], *cells, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair)))
-        lines.append("")
+            times = (f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair)
+            rows.append([context["tokens"], *times, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair)])
+        lines += [grid(["tokens of context", *SPEED_COLUMNS], rows), ""]
     return "\n".join(lines)
 
 

@@ -7,25 +7,25 @@ few below it are read from JSON as they are.
 """
 
 import csv
-import math
 from pathlib import Path
 
 from common import report
 from common.files import read_json, read_text, write_text
-from common.report import header, row
+from common.report import grid
 from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = "data/pretrained/robomamba-tiny"
+SHIPPED = "data/pretrained/robomamba-tiny"  # RGB
+RGBD = "data/pretrained/robomamba-tiny-rgbd"
 DEPTH = "data/results/depth.json"  # model-depth beside its baselines
-PAGES = ("README.md", f"{SHIPPED}/README.md")
+PAGES = ("README.md", f"{RGBD}/README.md")
 BEGIN = "<!-- made by python -m common.results -->"
 END = "<!-- end -->"
 
-README_ROWS = {  # name in results.json -> what the row is
-    "model": "the shipped model: RGB image and instruction",
-    "model-depth": "the same model + depth read-out: pixel snapped to the part, normal from a depth image",
-    "random-backbone": "random frozen backbone + head: the same network never trained, a head trained as ours",
+README_ROWS = {  # name in the results of RGBD -> what the row is
+    "model": "RGB image and instruction, the paper's head of 3,152 parameters, all else frozen",
+    "model-depth": "the same checkpoint with the depth image of an imperfect camera and the pointing head",
+    "random-backbone-depth": "the same, frozen at its random start: only the heads were trained",
     "blind": "vision-free baseline: median label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
     "expert": "oracle: scripted expert that knows the joint; scenes are those it solves",
@@ -48,6 +48,19 @@ GLOSSARY = """| row | what it is |
 Success: the *named* part moved by at least 0.01 rad or m ("initial") or 0.1 (the paper's threshold). Cells: k/n, rate,
 [95 % Wilson interval]. Category mean: mean over categories of the rates at 0.01 / 0.1. px / deg off: median distance to
 the oracle's contact. Every policy acts on the same scenes with the same sentences."""
+WITH_DEPTH = """| row | what it is |
+| --- | --- |
+| `model` | robomamba-tiny-rgbd shown RGB alone: the paper's head of 3,152 parameters |
+| `model-point` | the same by the pointing head (27,476 parameters, common/pointing.py) |
+| `model-depth-head-raw` | depth and normals as input too; the paper's head |
+| `model-depth-head` | the same, then the contact refined on the depth image (data/depth.py) |
+| `model-depth-raw` | depth as input, the pointing head, not refined |
+| `model-depth` | depth as input, the pointing head, refined: chosen on validation scenes by the rate at 0.1 |
+| `rgb`, `rgb-depth` | the checkpoint robomamba-tiny: RGB alone, and its contact refined on the depth image |
+| `random-backbone-depth` | a network of the same shapes that was never trained; both heads trained as ours; refined |
+| `random-depth` | random pixel of the object with the same refinement: what depth alone gives |
+
+The depth image is that of an imperfect camera: noise, holes, ragged edges. --seed 7 was used for nothing before."""
 ABLATIONS = """| row | what changed |
 | --- | --- |
 | `model-pixel`, `model-direction` | half of the action is the model's, the other half the oracle's |
@@ -56,17 +69,22 @@ ABLATIONS = """| row | what changed |
 | `all-questions` | stage 1.2 cut to 400 steps, all questions |
 | `general-only` | the same without the robot's questions (plan, possible, success, past, future, contact) |
 | `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
+SCAN = """Forward and backward, float32: least and most time of all rounds, peak memory on top of the inputs, and
+least and most of the time as a multiple of chunked's in the same round."""
+SCAN_TABLES = {  # what the tables of scan.json say, by key
+    "linear": "The chunked scan is linear in L:",
+    "indexed": "Indexing a tensor inside an autograd loop is quadratic in L; `unbind` once is not:",
+    "cumprod": "Share of outputs that are inf or nan when one divides by the cumulative product of decays:",
+}
 CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
 instead of reading the prompt again; it gained nothing and is no longer in the code."""
 
 
 def made_by(results: dict) -> str:
     """One line: command, commit, hardware, seed, versions; what a file does not say is left out."""
-    told = {"commit": results.get("commit"), "hardware": results.get("hardware"), "seed": results.get("seed")}
-    told["versions"] = results.get("versions")
-    for key, value in told.items():
-        if isinstance(value, dict):
-            told[key] = ", ".join(f"{name} {part}" for name, part in value.items())
+    told = {key: results.get(key) for key in ("commit", "hardware", "seed", "versions")}
+    if isinstance(told["versions"], dict):
+        told["versions"] = ", ".join(f"{name} {part}" for name, part in told["versions"].items())
     said = "; ".join(f"{name} {value}" for name, value in told.items() if value not in (None, ""))
     return f"`{results['command']}`" + (f"\n({said})." if said else "")
 
@@ -81,14 +99,14 @@ def rates(policy: dict, split: str, key: str = "long") -> str:
 
 def short_table() -> str:
     """Six rows at the paper's threshold, for the first page."""
-    main, depth = (read_json(ROOT / name, dict)["policies"] for name in (f"{SHIPPED}/results.json", DEPTH))
-    policies = depth | main
-    episodes = [f"{split} ({main['model']['splits'][split]['n']})" for split in ("seen", "unseen")]
-    lines = [header("policy", *episodes, "what it is")]
-    for name, text in README_ROWS.items():
-        cells = [rates(policies.get(name, {}), split) for split in ("seen", "unseen")]
-        lines.append(row(f"`{name}`", *cells, text))
-    return "\n".join(lines)
+    policies = read_json(ROOT / RGBD / "results.json", dict)["policies"]
+    splits = ("seen", "unseen")
+    episodes = [f"{split} ({policies['model']['splits'][split]['n']})" for split in splits]
+    rows = [
+        [f"`{name}`", *(rates(policies.get(name, {}), split) for split in splits), text]
+        for name, text in README_ROWS.items()
+    ]
+    return grid(["policy", *episodes, "what it is"], rows)
 
 
 def with_table(text: str, name: str = "README.md") -> str:
@@ -103,103 +121,87 @@ def with_table(text: str, name: str = "README.md") -> str:
 
 
 def heads(runs: list[dict]) -> str:
-    lines = [header("head or backbone", "parameters", "% of all", "pixel error", "direction error", "s")]
+    rows = []
     for run in runs:
         name = run.get("what") or f"`{run['command'].split('finetune_policy.py ')[1]}`"
         errors = (f"{run['pixel_px']:.2f} px", f"{run['approach_degrees']:.1f} deg")
         sizes = (f"{run['head_parameters']:,d}", f"{100 * run['head_share']:.2f}")
-        lines.append(row(name, *sizes, *errors, f"{run['seconds']:.0f}"))
-    return "\n".join(lines)
+        rows.append([name, *sizes, *errors, f"{run['seconds']:.0f}"])
+    return grid(["head or backbone", "parameters", "% of all", "pixel error", "direction error", "s"], rows)
 
 
 def physics(results: dict) -> str:
     """What the simulator forgives: success of scripted policies on validation scenes."""
-    lines = [header("policy", ">= 0.01", ">= 0.1")]
+    rows = []
     for name, policy in results["policies"].items():
         (summary,) = policy["splits"].values()
-        lines.append(row(name, report.percent(summary["initial"]), report.percent(summary["long"])))
-    return "\n".join(lines)
+        rows.append([name, *(report.percent(summary[goal]) for goal in report.GOALS)])
+    return grid(["policy", *report.GOALS.values()], rows)
 
 
 def scan(results: dict) -> str:
     """Forward and backward of every method, shape and thread count; the classic failures; the time per element."""
     names = list(dict.fromkeys(method["method"] for shape in results["shapes"] for method in shape["methods"]))
-    lines = [header("(B, L, E, N)", "threads", *names)]
+    rows = []
     for shape in results["shapes"]:
+        rows.append([tuple(shape["shape"]), shape["threads"]])
         found = {method["method"]: method for method in shape["methods"]}
-        cells = []
         for name in names:
             low, high = found[name]["train_range_ms"]
+            least, most = found[name]["times"]
             cell = f"{low:.0f} to {high:.0f} ms, {found[name]['peak_mib']:.0f} MiB"
-            if name != "chunked":
-                least, most = found[name]["times"]
-                cell += f", {least:.1f} to {most:.1f}x"
-            cells.append(cell)
-        lines.append(row(tuple(shape["shape"]), shape["threads"], *cells))
-    lines += [
-        "",
-        "Forward and backward, float32: least and most time of all rounds, peak memory on top of the inputs, and",
-    ]
-    lines += ["least and most of the time as a multiple of chunked's in the same round.", ""]
-    for key, text in (
-        ("linear", "The chunked scan is linear in L:"),
-        ("indexed", "Indexing a tensor inside an autograd loop is quadratic in L; `unbind` once is not:"),
-        ("cumprod", "Share of outputs that are inf or nan when one divides by the cumulative product of decays:"),
-    ):
+            rows[-1].append(cell if name == "chunked" else f"{cell}, {least:.1f} to {most:.1f}x")
+    lines = [grid(["(B, L, E, N)", "threads", *names], rows), "", SCAN, ""]
+    for key, text in SCAN_TABLES.items():
         if key in results:
-            lines += [text, "", *records(results[key]), ""]
-    return "\n".join(lines).rstrip()
+            lines += [text, "", records(results[key]), ""]
+    return "\n".join(lines)
 
 
-def records(items: list[dict]) -> list[str]:
+def records(items: list[dict]) -> str:
     """A list of flat JSON objects with the same keys as a table."""
-    cells = [[f"{value:.3g}" if isinstance(value, float) else value for value in item.values()] for item in items]
-    return [header(*items[0]), *(row(*line) for line in cells)]
+    rows = [[f"{value:.3g}" if isinstance(value, float) else value for value in item.values()] for item in items]
+    return grid(items[0], rows)
 
 
 def mistakes(results: dict) -> str:
     """Eight planted mistakes: what the shipped model does with each, and the test that catches it."""
-    lines = [f"`python -m extras.mistakes`, {results['scenes']} validation scenes", ""]
-    lines += [header("mistake", "what you see", "right", "wrong", "caught by")]
-    for item in results["rows"]:
-        values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
-        lines.append(row(item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"))
-    return "\n".join(lines)
+    command = f"`python -m extras.mistakes`, {results['scenes']} validation scenes"
+    return f"{command}\n\n{report.mistakes_table(results['rows'])}"
 
 
 def encoders(explorations: list[dict]) -> str:
     """What teaches the encoder: a linear probe on tokens of four encoders."""
     (found,) = (item for item in explorations if item.get("command") == "make encoders")
-    lines = records([{"trained with": name} | scores for name, scores in found.items() if isinstance(scores, dict)])
-    return "\n".join([*lines, "", f"{found['what']}. {found['hardware']}."])
+    probes = records([{"trained with": name} | scores for name, scores in found.items() if isinstance(scores, dict)])
+    return f"{probes}\n\n{found['what']}. {found['hardware']}."
 
 
-def stages() -> str:
-    """Minutes of every stage of the shipped run, and the steps in its metrics.csv."""
-    seconds, policy = (read_json(ROOT / SHIPPED / name, dict)["seconds"] for name in ("data.json", "policy.json"))
+def stages(data: dict) -> str:
+    """Minutes of every stage of the shipped run, and the steps in its metrics.csv. data: its data.json."""
     last = {}
-    for item in csv.DictReader(read_text(ROOT / SHIPPED / "metrics.csv").splitlines()):
+    for item in csv.DictReader(read_text(ROOT / RGBD / "metrics.csv").splitlines()):
         last[item["stage"]] = (int(item["step"]), float(item["seconds"]))
-    times = {"data": ("", seconds)}
+    times = {"data": ("", data["seconds"])}
     for stage, (step, second) in last.items():
-        stage = "vision" if stage == "vision2" else stage  # one stage, two schedules
-        before = times.get(stage, (0, 0.0))
-        times[stage] = (before[0] + step, before[1] + second)
-    times["policy"] = (times.get("policy", ("",))[0], policy)
-    lines = [header("stage", "steps (policy: epochs)", "minutes")]
-    lines += [row(stage, steps, f"{second / 60:.1f}") for stage, (steps, second) in times.items()]
-    return "\n".join([*lines, row("together", "", f"{sum(second for _, second in times.values()) / 60:.1f}")])
+        times[stage] = step, second
+    times["policy"] = (times["policy"][0], read_json(ROOT / RGBD / "policy.json", dict)["seconds"])
+    times["together"] = ("", sum(second for _, second in times.values()))
+    rows = [[stage, steps, f"{second / 60:.1f}"] for stage, (steps, second) in times.items()]
+    return grid(["stage", "steps", "minutes"], rows)
 
 
 def earlier(first: dict) -> str:
     """The two trainings before the shipped one, on the same test scenes."""
     trainings = {"first": first, "second": read_json(ROOT / KEPT / "second_training.json", dict)}
-    lines = [header("training", "policy", *(f"{s} {t}" for s in ("seen", "unseen") for t in (">= 0.01", ">= 0.1")))]
-    for name, training in trainings.items():
-        for policy, splits in training["policies"].items():
-            cells = [report.percent(splits[s][key]) for s in ("seen", "unseen") for key in ("initial", "long")]
-            lines.append(row(name, policy, *cells))
-    return "\n".join([*lines, "", *(f"* {training['what']}" for training in trainings.values())])
+    columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
+    rows = [
+        [name, policy, *(report.percent(splits[split][goal]) for split, goal in columns)]
+        for name, training in trainings.items()
+        for policy, splits in training["policies"].items()
+    ]
+    table = grid(["training", "policy", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
+    return "\n".join([table, "", *(f"* {training['what']}" for training in trainings.values())])
 
 
 # ---- the document
@@ -215,21 +217,23 @@ agree to float rounding, so a success count differs by a few scenes of 550; time
 TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."
 KEPT = "data/results"
 SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
+    "Manipulation with depth": (f"{RGBD}/results.json", WITH_DEPTH, report.report, report.details),
     "Manipulation": (f"{SHIPPED}/results.json", GLOSSARY, report.report),
     "How the attempts ended": (f"{SHIPPED}/results.json", report.details),
     "Per category, beside the paper": (f"{SHIPPED}/results.json", report.categories),
-    "With a depth image": (DEPTH, report.table),
+    "The RGB checkpoint with a depth image": (DEPTH, report.table),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
     "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
     "Reasoning": (f"{SHIPPED}/reasoning.json", report.reasoning_report),
+    "Reasoning of robomamba-tiny-rgbd": (f"{RGBD}/reasoning.json", report.reasoning_report),
     "Reasoning, beside the paper": (f"{SHIPPED}/reasoning.json", report.paper_table1),
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
     "What the physics forgives": (f"{KEPT}/physics.json", physics),
     "Scan": (f"{KEPT}/scan.json", scan),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
-    "Time of the shipped training": (f"{SHIPPED}/data.json", TIMES, lambda _: stages()),
+    "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
     "Earlier trainings": (f"{KEPT}/first_training.json", f"The second: {KEPT}/second_training.json.", earlier),
 }
 

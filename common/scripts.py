@@ -37,21 +37,22 @@ def flag(default, help: str, low: float | None = None, high: float | None = None
 def check_flags(cfg) -> None:
     """Raises: ValueError naming the first flag outside its range. Of a tuple every entry is checked."""
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        for entry in value if isinstance(value, tuple) else (value,):
-            _check_value("--" + field.name.replace("_", "-"), entry, field.metadata)
+        entries = getattr(cfg, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        for value in entries if isinstance(entries, tuple) else (entries,):
+            said = f"{flag_name(field)} {value}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{said}: must be a finite number")
+            if low is not None and value < low:
+                raise ValueError(f"{said}: must be at least {low}")
+            if high is not None and value > high:
+                raise ValueError(f"{said}: must be at most {high}")
+            if choices and value not in choices:
+                raise ValueError(f"{said}: expected one of {', '.join(choices)}")
 
 
-def _check_value(name: str, value, limits) -> None:
-    low, high, choices = (limits.get(key) for key in ("low", "high", "choices"))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} {value}: must be a finite number")
-    if low is not None and value < low:
-        raise ValueError(f"{name} {value}: must be at least {low}")
-    if high is not None and value > high:
-        raise ValueError(f"{name} {value}: must be at most {high}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} {value}: expected one of {', '.join(choices)}")
+def flag_name(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,18 +81,16 @@ def cli(config_class, doc: str, argv: list[str] | None = None, recipes: dict[str
     parser = _Parser(description=doc.split("\n\n")[0], formatter_class=style, allow_abbrev=False)
     fields = dataclasses.fields(config_class)
     for field in fields:
-        name = "--" + field.name.replace("_", "-")
-        note = field.metadata.get("help", "").replace("%", "%%")
+        kind = {"type": type(field.default)}
         if isinstance(field.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=note)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(field.default, tuple):
-            entry = _tuple_of(type(field.default[0]))
-            parser.add_argument(name, type=entry, default=field.default, help=note)
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default, help=note)
+            kind = {"type": _tuple_of(type(field.default[0]))}
+        note = field.metadata["help"].replace("%", "%%")
+        parser.add_argument(flag_name(field), default=field.default, help=note, **kind)
     if recipes:
         first = _Parser(add_help=False, allow_abbrev=False)
-        first.add_argument("--" + fields[0].name, default=fields[0].default)
+        first.add_argument(flag_name(fields[0]), default=fields[0].default)
         chosen = getattr(first.parse_known_args(argv)[0], fields[0].name)
         parser.set_defaults(**recipes.get(chosen, {}))
     cfg = config_class(**vars(parser.parse_args(argv)))
@@ -209,9 +208,8 @@ def hardware() -> str:
 
 def environment() -> dict:
     """What a committed result says of the machine it was made on: commit, hardware, versions."""
-    names = ("torch", "numpy", "pybullet")
     versions = {"python": platform.python_version()}
-    for name in names:
+    for name in ("torch", "numpy", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {"commit": commit(), "hardware": hardware(), "versions": versions}

@@ -126,11 +126,9 @@ def stop_on_nan(step: int, loss: Tensor, module: nn.Module) -> None:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]
     tensors += [(f"{name}.grad", p.grad) for name, p in module.named_parameters() if p.grad is not None]
-    for name, tensor in tensors:
-        if not torch.isfinite(tensor).all():
-            cause = f"first bad tensor {name}; lower --lr or look at the data"
-            break
-    else:
+    bad = next((name for name, tensor in tensors if not torch.isfinite(tensor).all()), None)
+    cause = f"first bad tensor {bad}; lower --lr or look at the data"
+    if bad is None:
         cause = "all parameters are finite; look at the batch of this step"
     raise FloatingPointError(f"step {step}: loss is {loss.item()}; {cause}")
 
@@ -328,9 +326,7 @@ class Run:
         path = self.out / "metrics.csv"
         try:
             with open(path, "a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(
-                    [step, seconds, k, f"{v:.6g}"] for k, v in values.items()
-                )
+                file.writelines(f"{step},{seconds},{name},{value:.6g}\n" for name, value in values.items())
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 

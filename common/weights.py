@@ -25,6 +25,7 @@ from common.files import write_atomically
 # Ends of parameter names that are never 16-bit: a rounded decay is applied again with every token.
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 LARGEST = {"n_layer": 2**10, "expand": 64, "mlp_ratio": 64, "d_state": 2**12, "image_size": 2**14}  # others: 2**20
+LOWEST = {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}  # others: 1
 RETIRED = (("mixer", "mamba"),)  # what older configs say and nothing depends on
 
 
@@ -61,9 +62,9 @@ def _check_field(key: str, value, default, name: str):
     """`value`, if it has the type of `default` and a reasonable size."""
     if is_dataclass(default):
         return dataclass_from_dict(type(default), value, name)
-    if isinstance(default, bool | str) and type(value) is not type(default):
-        raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
     if isinstance(default, bool | str):
+        if type(value) is not type(default):
+            raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
         return value
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or len(value) > LARGEST["n_layer"]:
@@ -71,9 +72,7 @@ def _check_field(key: str, value, default, name: str):
         whole = isinstance(default[0], int)
         return tuple(check_number(name, x, whole, 1 if whole else -1e6) for x in value)
     if isinstance(default, int):
-        return check_number(
-            name, value, True, {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}.get(key, 1), key
-        )
+        return check_number(name, value, True, LOWEST.get(key, 1), key)
     return check_number(name, value, False, 1e-12, key)
 
 

@@ -29,17 +29,15 @@
 Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question. Questions about
 "this object" come first, then those that name a part, half of them without the object's noun, so that none gives away
 another's answer. An ANSWER still helps the turns after it: evaluation asks each question alone.
-The robot's question types are RoboVQA's six: planning, success, possible (discriminative affordance), contact
-(generative affordance), past and future. Success and past are asked of pictures after an attempt (facts["event"]).
-"Movable" is ManipLLM's affordance question; a grammar object has no name, and nothing asks for one.
 "No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
 no category shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own). Of a grammar
-object nobody asks for a kind of part, present or absent: its fixed discs and panels look like lids and drawers, and one
-and the same plate is called a lid, a cover or a flap.
+object nobody asks for its name or a kind of part: its fixed discs and panels look like lids and drawers, and one and
+the same plate is called a lid, a cover or a flap.
 
-Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the question types;
-LLaVA (arXiv 2304.08485) for the layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from
-templates, not from people; one picture, not a video.
+Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the robot's types
+(possible and contact: discriminative and generative affordance); ManipLLM for movable; LLaVA (arXiv 2304.08485) for the
+layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from templates, not from people; one picture,
+not a video.
 """
 
 import functools
@@ -77,7 +75,7 @@ PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back
 PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no category shows one that is fixed
 CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
-COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *map(str, range(10, 99)))
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,6 @@ def with_article(words: str) -> str:
 
 def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
-
-
-def count_word(n: int) -> str:
-    return COUNT_WORDS[n] if n < len(COUNT_WORDS) else str(n)
 
 
 def join_words(items: Sequence[str]) -> str:
@@ -202,10 +196,10 @@ def vocabulary(shares: tuple[tuple[str, float], ...], untold: tuple[str, ...]) -
 
 def caption(facts: Mapping, parts: Sequence[Mapping] = ()) -> str:
     """ "a brown cabinet"; with parts: "a brown cabinet with two drawers and a door"."""
-    groups: dict[str, list[str]] = {}
-    for part in parts:
-        groups.setdefault(part["kind"], []).append(part["label"])
-    words = [f"{count_word(len(g))} {plural(kind)}" if len(g) > 1 else with_article(g[0]) for kind, g in groups.items()]
+    words = []
+    for kind in dict.fromkeys(part["kind"] for part in parts):
+        labels = [part["label"] for part in parts if part["kind"] == kind]
+        words.append(with_article(labels[0]) if len(labels) == 1 else f"{COUNT_WORDS[len(labels)]} {plural(kind)}")
     whole = with_article(f"{facts['colour']} {NOUNS[facts['category']]}")
     return whole + (f" with {join_words(words)}" if words else "")
 
@@ -249,7 +243,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) ->
 
 def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
     """How many parts, which, and what can be done with them, of "this object": no part is named."""
-    found = [draw_turn(rng, "count", count_word(len(parts)))]
+    found = [draw_turn(rng, "count", COUNT_WORDS[len(parts)])]
     if parts:
         found.append(draw_turn(rng, "caption", caption(facts, parts), "full caption"))
         found.append(draw_turn(rng, "parts", join_words([f"the {p['label']}" for p in parts])))
@@ -292,16 +286,13 @@ def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list
     stated = [p for p in parts if part_state(p)]
     if not any(part_state(p) == "open" for p in stated) and rng.random() >= STATE_CLOSED:
         stated = []
-    pixels = {p["label"]: write_pixels(p["box"], facts["image_size"]) for p in parts}
     found = []
-    for question_type, wording, options in (
-        ("colour", "part colour", parts),
-        ("state", None, stated),
-        ("box", None, parts),
-    ):
+    asked = (("colour", "part colour", parts), ("state", None, stated), ("box", None, parts))
+    for question_type, wording, options in asked:
         if options:
             part = draw_one(rng, options)
-            answers = {"colour": part["colour"], "state": part_state(part), "box": pixels[part["label"]]}
+            box = write_pixels(part["box"], facts["image_size"])
+            answers = {"colour": part["colour"], "state": part_state(part), "box": box}
             the = name_part(part["label"], NOUNS[facts["category"]], rng)
             found.append(draw_turn(rng, question_type, answers[question_type], wording, part["label"], the=the))
     return found
@@ -346,7 +337,7 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
     found = [draw_turn(rng, "presence", "yes" if yes else "no", None, kind, a=with_article(kind))]
     kind = other if rng.random() < ABSENT_COUNT else draw_one(rng, kinds)
     n = sum(p["kind"] == kind for p in parts)
-    return [*found, draw_turn(rng, "count", count_word(n), "count kind", kind, kinds=plural(kind))]
+    return [*found, draw_turn(rng, "count", COUNT_WORDS[n], "count kind", kind, kinds=plural(kind))]
 
 
 # ---- the robot's questions -------------------------------------------------------------------------------------------
@@ -374,11 +365,8 @@ def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
     opened = [p for p in plain if part_state(p) == "open"]
     closed = [p for p in plain if p["openness"] <= CLOSED_UP_TO]
     names = [set(p["label"].split()) for p in facts["parts"]]
-    absent = dict(words)
-    for key in words:
-        asked = set(key[1].split())
-        if any(asked <= name or name <= asked for name in names):
-            del absent[key]
+    asked = {key: set(key[1].split()) for key in words}
+    absent = {key: n for key, n in words.items() if not any(asked[key] <= x or x <= asked[key] for x in names)}
     grammar = facts["category"].startswith(PREFIX)  # "no" only of what is open, or closed, already
     other = draw_weighted(rng, {} if grammar else absent)
     closable = [p for p in closed if part_state(p)]
@@ -479,11 +467,13 @@ def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None 
     if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
         raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
     nouns, words = vocabulary(tuple((shares or dict.fromkeys(SEEN, 1.0)).items()), tuple(untold))
-    groups = [general_turns(facts, nouns, rng)]
+    whole, naming = general_turns(facts, nouns, rng)
     if allowed == "all":
-        groups.append(part_turns(facts, words, rng))
+        more = part_turns(facts, words, rng)
+        whole += more[0]
+        naming += more[1]
     found: dict[str, Turn] = {}
-    for group in ([turn for turns in same for turn in turns] for same in zip(*groups, strict=True)):
+    for group in (whole, naming):
         for i in rng.permutation(len(group)):
             found.setdefault(group[i].question, group[i])  # "Is there a door?": of the object, and of a part
     return list(found.values())

@@ -20,7 +20,6 @@ Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too large to learn on a laptop
 
 import base64
 import collections
-import heapq
 import itertools
 import sys
 from collections.abc import Iterable
@@ -67,44 +66,28 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         raise ValueError(f"size={size}: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}")
     pieces = [*(bytes([b]) for b in range(NUMBER_BASE)), *(b"%02d" % n for n in range(NUMBERS))]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    # Each different word is kept once, with its count. Numbers stay out: all pairs of digits have their rank.
+    # Each different word is kept once, with its count (some hundred words make all the questions and answers of
+    # data.build, so that all pairs can be counted anew for every merge). Numbers stay out: they have their ranks.
     found = (word for text in texts for word in regex.findall(PATTERN, text))
     counts = collections.Counter(word for word in found if not word.isdecimal())
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    total = collections.Counter()  # spelling of a pair -> how often it occurs
-    where = collections.defaultdict(set)  # its spelling -> indices of the words that (may) hold it
-    for i, (pieces, n) in enumerate(words):
-        for a, b in itertools.pairwise(pieces):
-            total[a + b] += n
-            where[a + b].add(i)
-    # Counts in the heap may be old: such an entry is skipped, a fresh one was pushed when the count changed.
-    heap = [(-n, pair) for pair, n in total.items()]
-    heapq.heapify(heap)
-    while heap and len(ranks) < size:
-        n, token = heapq.heappop(heap)
-        if -n != total[token] or n == 0:
-            continue
-        ranks.setdefault(token, len(ranks))
-        changed = set()
-        for i in where.pop(token):
-            old, n = words[i]
-            new = merge(old, token)
-            words[i] = (new, n)
-            for pieces, sign in ((old, -n), (new, n)):
-                for a, b in itertools.pairwise(pieces):
-                    total[a + b] += sign
-                    where[a + b].add(i)
-                    changed.add(a + b)
-        for pair in changed:
-            heapq.heappush(heap, (-total[pair], pair))
+    words = {word: [bytes([b]) for b in word.encode()] for word in counts}
+    while len(ranks) < size:
+        pairs = collections.Counter()  # spelling of a pair -> how often it occurs
+        for word, pieces in words.items():
+            for a, b in itertools.pairwise(pieces):
+                pairs[a + b] += counts[word]
+        if not pairs:
+            break
+        token = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        ranks[token] = len(ranks)
+        words = {word: merge(pieces, token) for word, pieces in words.items()}
     return ranks
 
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """Write tiktoken's own format, a line "base64(token) rank" each. Atomic."""
-    pairs = sorted((rank, base64.b64encode(token).decode()) for token, rank in ranks.items())
-    lines = [f"{token} {rank}\n" for rank, token in pairs]
-    write_text(Path(path), "".join(lines))
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    write_text(path, "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in in_order))
 
 
 def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:

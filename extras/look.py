@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import math
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,28 +172,25 @@ def draw_steps(rgb: np.ndarray, words: list[str], layers: list[Layer]):
 def draw_attention(rgb: np.ndarray, words: list[str], layers: list[Layer]):
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
     figure = new_figure(4 * len(chosen), 7)
-    for j, i in enumerate(chosen):
+    for i, (above, below) in zip(chosen, figure.subplots(2, len(chosen), squeeze=False).T, strict=True):
         matrix = mean_matrix(layers[i])
-        axes = figure.add_subplot(2, len(chosen), 1 + j)
-        over_picture(axes, rgb, log_ratio(matrix[-1, :P]))
-        axes.set_title(f"layer {i + 1}: read by the last token", fontsize="small")
-        axes = figure.add_subplot(2, len(chosen), 1 + len(chosen) + j)
+        over_picture(above, rgb, log_ratio(matrix[-1, :P]))
+        above.set_title(f"layer {i + 1}: read by the last token", fontsize="small")
         dark = np.quantile(matrix[np.tril_indices(len(matrix))], 0.98)
-        axes.imshow(np.clip(matrix / dark, 0, 1) ** 0.7, cmap="gray_r", aspect="auto")
-        axes.axhline(P - 0.5, color="red", linewidth=0.8)
-        axes.axvline(P - 0.5, color="red", linewidth=0.8)
-        axes.set_title(f"|M|, black: {dark:.2g}", fontsize="small")
-        name_words(axes, words, P, most=6)
+        below.imshow(np.clip(matrix / dark, 0, 1) ** 0.7, cmap="gray_r", aspect="auto")
+        below.axhline(P - 0.5, color="red", linewidth=0.8)
+        below.axvline(P - 0.5, color="red", linewidth=0.8)
+        below.set_title(f"|M|, black: {dark:.2g}", fontsize="small")
+        name_words(below, words, P, most=6)
     return figure
 
 
 def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]):
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
     figure = new_figure(12, 1.8 * len(chosen) + 1)
-    for j, i in enumerate(chosen):
+    for i, axes in zip(chosen, figure.subplots(len(chosen), squeeze=False).flat, strict=True):
         h = states(layers[i])
         moved = torch.diff(h, dim=0, prepend=torch.zeros_like(h[:1])).flatten(1).norm(dim=1)
-        axes = figure.add_subplot(len(chosen), 1, 1 + j)
         axes.bar(range(len(h)), moved.numpy(), color="lightsteelblue")
         axes.plot(h.flatten(1).norm(dim=1).numpy(), color="black")
         axes.axvline(P - 0.5, color="red", linewidth=0.8)
@@ -210,9 +208,10 @@ def save(out: Path, pictures: dict[str, list[Image.Image]]) -> list[Path]:
     text = "".join(f"## {name}\n\n{CAPTIONS[name]}\n\n![{name}]({name})\n\n" for name in names)
     write_text(out / "README.md", "# Inside the model\n\n" + text)
     for name, (first, *rest) in pictures.items():
-        options = {"format": "GIF", "save_all": True, "append_images": rest, "duration": 120, "loop": 0}
-        options = options if rest else {"format": "PNG", "optimize": True}
-        write_atomically(out / name, lambda path, first=first, options=options: first.save(path, **options))
+        options = {"format": "PNG", "optimize": True}
+        if rest:
+            options = {"format": "GIF", "save_all": True, "append_images": rest, "duration": 120, "loop": 0}
+        write_atomically(out / name, partial(first.save, **options))
     return [out / "README.md", *(out / name for name in pictures)]
 
 

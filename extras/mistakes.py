@@ -4,8 +4,8 @@
     python -m extras.mistakes --prove           # and run with each mistake the test that must then fail (needs pytest)
     python -m extras.mistakes --out runs/mistakes    # mistakes.json and mistakes.md too
 
-None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function (module
-robomamba) -> context manager that replaces one function of robomamba.py or selective_scan.py.
+None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function
+that returns a context manager, inside which one function of robomamba.py or selective_scan.py is replaced.
 """
 
 import argparse
@@ -19,9 +19,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+import robomamba
 import selective_scan as scan
 from common.files import write_json, write_text
+from common.report import mistakes_table
 from common.scripts import run_main
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
@@ -57,19 +60,19 @@ def samples(size: int) -> list[Sample]:
 
 def batch(model, scenes: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """pictures (n, 3, S, S), prompts (n, T) padded on the right, their true lengths (n,)."""
-    ids = [model.prompt(contact_question(s.instruction)) for s in scenes]
-    lengths = torch.tensor([len(i) for i in ids])
-    tokens = torch.tensor([i + [model.encoding.eot_token] * (int(lengths.max()) - len(i)) for i in ids])
-    return torch.from_numpy(np.stack([s.rgb.transpose(2, 0, 1) for s in scenes])), tokens, lengths
+    prompts = [torch.tensor(model.prompt(contact_question(s.instruction))) for s in scenes]
+    tokens = pad_sequence(prompts, batch_first=True, padding_value=model.encoding.eot_token)
+    pictures = torch.from_numpy(np.stack([s.rgb.transpose(2, 0, 1) for s in scenes]))
+    return pictures, tokens, torch.tensor([len(prompt) for prompt in prompts])
 
 
-def swapped_b_and_c(robomamba):
+def swapped_b_and_c():
     """B and C swapped in the scan: same shapes, no error; the contact is somewhere else"""
     right = scan._forward_chunk
     return patch.object(scan, "_forward_chunk", lambda dt, dtu, A2, B, C, *rest: right(dt, dtu, A2, C, B, *rest))
 
 
-def no_softplus(robomamba):
+def no_softplus():
     """softplus of dt left out: negative steps, so the state grows instead of fading"""
     right = robomamba.MambaMixer.selection
 
@@ -80,7 +83,7 @@ def no_softplus(robomamba):
     return patch.object(robomamba.MambaMixer, "selection", wrong)
 
 
-def state_in_bfloat16(robomamba):
+def state_in_bfloat16():
     """scan in bfloat16: slow memories stand still: 0.999 times a state rounds to the state"""
     right = scan._prepare
 
@@ -90,7 +93,7 @@ def state_in_bfloat16(robomamba):
     return patch.object(scan, "_prepare", wrong)
 
 
-def divided_by_product(robomamba):
+def divided_by_product():
     """divide by the cumulative product of decays: right on short inputs; on long ones the product underflows
     and 0 / 0 follows"""
 
@@ -101,7 +104,7 @@ def divided_by_product(robomamba):
     return patch.object(scan, "_states", wrong)
 
 
-def centred_convolution(robomamba):
+def centred_convolution():
     """conv1d centred instead of causal: the loss is too good to be true: a word sees the next one"""
     right = robomamba.MambaMixer.conv
 
@@ -111,7 +114,7 @@ def centred_convolution(robomamba):
     return patch.object(robomamba.MambaMixer, "conv", wrong)
 
 
-def forgotten_convolution(robomamba):
+def forgotten_convolution():
     """`step` forgets the inputs of conv1d: loss and head are right, generated text is noise (inf: no contact)"""
     right = robomamba.MambaMixer.step
 
@@ -121,12 +124,12 @@ def forgotten_convolution(robomamba):
     return patch.object(robomamba.MambaMixer, "step", wrong)
 
 
-def read_at_the_padding(robomamba):
+def read_at_the_padding():
     """head reads `[:, -1]`, the padding: right for one prompt, wrong for a batch of unequal ones"""
     return patch.object(robomamba.RoboMamba, "pool", lambda self, states, lengths: states[:, -1])
 
 
-def row_for_column(robomamba):
+def row_for_column():
     """direction read from a row of the rotation: the pixel is right, the gripper comes from elsewhere"""
     return patch.object(robomamba.Action, "approach", property(lambda self: self.rotation[2]))
 
@@ -215,14 +218,14 @@ MISTAKES = (  # the function that plants it, what is measured, how that is writt
 )
 
 
-def rows(model, scenes: list[Sample], robomamba) -> list[dict]:
+def rows(model, scenes: list[Sample]) -> list[dict]:
     """One row a mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; not finite is None."""
     table = []
     right = {}
     for plant, measure, form, test in MISTAKES:
         if measure not in right:
             right[measure] = measure(model, scenes)
-        with plant(robomamba):
+        with plant():
             wrong = measure(model, scenes)
         name, see = " ".join(plant.__doc__.split()).split(": ", 1)
         numbers = {"right": right[measure], "wrong": wrong if math.isfinite(wrong) else None}
@@ -230,7 +233,7 @@ def rows(model, scenes: list[Sample], robomamba) -> list[dict]:
     return table
 
 
-def prove(robomamba, table: list[dict]) -> None:
+def prove(table: list[dict]) -> None:
     """Adds "caught" to the rows: does its test fail with the mistake in place?
 
     Raises: ValueError where a test fails without any.
@@ -245,18 +248,8 @@ def prove(robomamba, table: list[dict]) -> None:
     if code := int(run(*tests)):
         raise ValueError(f"the tests do not pass without a mistake (pytest says {code}); run them first")
     for row, test, (plant, *_) in zip(table, tests, MISTAKES, strict=True):
-        with plant(robomamba):
+        with plant():
             row["caught"] = run(test) == pytest.ExitCode.TESTS_FAILED
-
-
-def markdown(table: list[dict]) -> str:
-    """The rows as a table."""
-    lines = ["| mistake | what you see | right | wrong | caught by |", "| --- | --- | --- | --- | --- |"]
-    for row in table:
-        right, wrong = (row["form"].format(math.inf if x is None else x) for x in (row["right"], row["wrong"]))
-        cells = (row["mistake"], row["see"], right, wrong, f"`{row['test'].split('::')[1]}`")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -266,18 +259,17 @@ def main() -> None:
     parser.add_argument("--out", help="folder for mistakes.json and mistakes.md")
     parser.add_argument("--prove", action="store_true", help="run the named tests with each mistake in place")
     args = parser.parse_args()
-    import robomamba
-
     torch.set_num_threads(1)
     model = robomamba.RoboMamba.from_pretrained(args.checkpoint)
     scenes = samples(model.config.vision.image_size)
-    table = rows(model, scenes, robomamba)
+    table = rows(model, scenes)
     if args.prove:
-        prove(robomamba, table)
-    print(markdown(table))
+        prove(table)
+    text = mistakes_table(table) + "\n"
+    print(text)
     if args.out:
         write_json(Path(args.out) / "mistakes.json", {"scenes": len(scenes), "rows": table})
-        write_text(Path(args.out) / "mistakes.md", markdown(table))
+        write_text(Path(args.out) / "mistakes.md", text)
     missed = [row["mistake"] for row in table if not row.get("caught", True)]
     if missed:
         raise ValueError(f"not caught by the test that is named: {', '.join(missed)}")

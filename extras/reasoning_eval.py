@@ -68,20 +68,18 @@ def bleu(said: Sequence[str], true: Sequence[str]) -> list[float]:
 
     No smoothing: where no n-gram is right, or none is long enough, BLEU-n and those after it are 0.
     """
-    matches = [0] * 4
-    totals = [0] * 4
     pairs = [(words(s), words(t)) for s, t in zip(said, true, strict=True)]
     c, r = (sum(len(pair[k]) for pair in pairs) for k in (0, 1))
-    for ours, theirs in pairs:
-        for n in range(4):
-            grams, wanted = (Counter(zip(*(t[i:] for i in range(n + 1)), strict=False)) for t in (ours, theirs))
-            matches[n] += (grams & wanted).total()
-            totals[n] += grams.total()
-    brevity = 1.0 if c >= r else math.exp(1 - r / c) if c else 0.0
+    brevity = min(1.0, math.exp(1 - r / c)) if c else 0.0
     scores, product = [], 1.0
-    for n in range(4):
-        product *= matches[n] / max(totals[n], 1)
-        scores.append(round(100 * brevity * product ** (1 / (n + 1)), 2))
+    for n in (1, 2, 3, 4):
+        right = total = 0
+        for pair in pairs:
+            grams, wanted = (Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in pair)
+            right += (grams & wanted).total()
+            total += grams.total()
+        product *= right / max(total, 1)
+        scores.append(round(100 * brevity * product ** (1 / n), 2))
     return scores
 
 
@@ -183,11 +181,9 @@ def majority(questions: Sequence[Question]) -> dict[str, str]:
 
     Ties: the first in the alphabet. The median is the stronger baseline there: any one tuple is rare.
     """
-    groups: dict[str, list[str]] = {}
-    for q in questions:
-        groups.setdefault(q.question_type, []).append(q.answer)
     out = {}
-    for family, answers in groups.items():
+    for family in dict.fromkeys(q.question_type for q in questions):
+        answers = [q.answer for q in questions if q.question_type == family]
         if n := COORDINATE_TYPES.get(family):
             middle = [f"{int(100 * x):02d}" for x in np.median([coordinates(a, n) for a in answers], 0)]
             out[family] = " ".join(middle) if n == 5 else f"({','.join(middle)})"
@@ -278,15 +274,8 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
     asked = [read_questions(folder, cfg.pictures) for folder in folders]  # all that can be wrong is named here
     most_frequent = majority(read_questions(cfg.train))
     model = RoboMamba.from_pretrained(cfg.checkpoint, device=Processes(cfg.device).device)
-    results = {
-        "checkpoint": cfg.checkpoint,
-        "parameters": count(model),
-        "command": command,
-        **environment(),
-        "decoding": "greedy",
-        "majority": most_frequent,
-        "splits": {},
-    }
+    results = {"checkpoint": cfg.checkpoint, "parameters": count(model), "command": command, **environment()}
+    results |= {"decoding": "greedy", "majority": most_frequent, "splits": {}}
     rows = []  # of answers.jsonl
     size = model.config.vision.image_size
     for folder, (name, build), questions in zip(folders, named, asked, strict=True):

@@ -19,19 +19,14 @@ from dataclasses import dataclass
 import torch
 
 from common.files import write_json
+from common.plots import new_figure
 from common.scripts import cli, environment, flag, run_main
-from selective_scan import (
-    DT_RANGE,
-    LARGE_DT_RANGE,
-    example_inputs,
-    scan_chunked,
-    scan_parallel,
-    scan_reference,
-)
+from selective_scan import DT_RANGE, LARGE_DT_RANGE, example_inputs, scan_chunked, scan_parallel, scan_reference
 
 SHAPES = [(4, 256, 512, 16), (8, 128, 512, 16), (1, 1024, 1024, 16), (1, 4096, 256, 16)]  # (B, L, E, N)
 TRAINING_SHAPES = [(64, 65, 384, 8), (256, 24, 384, 8)]  # those of this project's own training
 QUICK_SHAPES = [(2, 128, 256, 16)]
+INDEXED = "Classic failure: indexing inside the loop is quadratic; (1, L, 128, 16), forward + backward"
 
 
 @dataclass
@@ -86,12 +81,6 @@ def forward(scan, inputs):
         scan(*inputs)
 
 
-def milliseconds(function, *args):
-    start = time.perf_counter()
-    function(*args)
-    return (time.perf_counter() - start) * 1e3
-
-
 def peak_mib(function, *args):
     """Most bytes that tensors made by the call held at once, from the allocations that PyTorch's profiler records."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's notes out of the tables
@@ -108,15 +97,15 @@ def errors(scan, inputs, exact):
     return {"error": gaps[0], "grad_error": max(gaps[1:])}
 
 
-def rounds_of(functions, rounds):
-    """{name: [ms of every round]}; the functions take turns, after one call each that is not counted."""
-    times = {name: [] for name in functions}
-    for k in range(rounds + 1):
-        for name, function in functions.items():
-            ms = milliseconds(function)
-            if k > 0:
-                times[name].append(ms)
-    return times
+def take_turns(call, scans, inputs, rounds):
+    """{name: [ms of call(scan, inputs) in every round]}; the scans take turns, one more round first is not counted."""
+    times = {name: [] for name in scans}
+    for _ in range(1 + rounds):
+        for name, scan in scans.items():
+            start = time.perf_counter()
+            call(scan, inputs)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: ms[1:] for name, ms in times.items()}
 
 
 def ladder(shape, methods, threads, rounds):
@@ -125,8 +114,8 @@ def ladder(shape, methods, threads, rounds):
     inputs = example_inputs(*shape)
     inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)  # mambapy cannot start anywhere else
     exact = train(scan_reference, [x.detach().double().requires_grad_() for x in inputs])
-    alone = rounds_of({name: lambda scan=scan: forward(scan, inputs) for name, scan in methods.items()}, rounds)
-    both = rounds_of({name: lambda scan=scan: train(scan, inputs) for name, scan in methods.items()}, rounds)
+    alone = take_turns(forward, methods, inputs, rounds)
+    both = take_turns(train, methods, inputs, rounds)
     rows = []
     for name, scan in methods.items():
         ratios = [ms / base for ms, base in zip(both[name], both["chunked"], strict=True)]
@@ -152,39 +141,26 @@ def cell(x):
     return f"{x:.3g}" if isinstance(x, float) else str(x)
 
 
-def linear(rounds, longest):
-    rows = []
-    for L in (256, 1024, 4096, 16384):
-        if L <= longest:
-            inputs = example_inputs(1, L, 256, 16)
-            ms = statistics.median(rounds_of({"": lambda inputs=inputs: train(scan_chunked, inputs)}, rounds)[""])
-            rows.append({"L": L, "train_ms": ms, "ns per L*E*N": ms * 1e6 / (L * 256 * 16)})
-    print_rows("Linear in L: chunked at (1, L, 256, 16)", rows)
-    return rows
+def linear(L, rounds):
+    """The time of chunked at (1, L, 256, 16), forward and backward."""
+    ms = statistics.median(take_turns(train, {"": scan_chunked}, example_inputs(1, L, 256, 16), rounds)[""])
+    return {"L": L, "train_ms": ms, "ns per L*E*N": ms * 1e6 / (L * 256 * 16)}
 
 
-def indexed(rounds, longest):
-    rows = []
-    for L in (64, 256, 1024):
-        if L < longest:
-            inputs = example_inputs(1, L, 128, 16)
-            scans = {"indexed_ms": scan_indexed, "unbind_ms": scan_reference}
-            calls = {name: lambda s=scan, x=inputs: train(s, x) for name, scan in scans.items()}
-            rows.append({"L": L} | {name: statistics.median(ms) for name, ms in rounds_of(calls, rounds).items()})
-    print_rows("Classic failure: indexing inside the loop is quadratic; (1, L, 128, 16), forward + backward", rows)
-    return rows
+def indexed(L):
+    """The times of a loop that indexes and of one that does not, at (1, L, 128, 16)."""
+    scans = {"indexed_ms": scan_indexed, "unbind_ms": scan_reference}
+    times = take_turns(train, scans, example_inputs(1, L, 128, 16), 2)
+    return {"L": L} | {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def cumprod():
-    rows = []
-    for L in (16, 64, 256, 1024):
-        row = {"L": L}
-        for name, dt_range in (("dt .001 to .1", DT_RANGE), ("dt .1 to 1", LARGE_DT_RANGE)):
-            y, _ = scan_cumprod(*example_inputs(1, L, 64, 16, dt_range))
-            row[name] = 1 - y.isfinite().double().mean().item()
-        rows.append(row)
-    print_rows("Classic failure: dividing by the cumulative product; share of y inf or nan", rows)
-    return rows
+def cumprod(L):
+    """The share of y that is inf or nan after dividing by the cumulative product, with small and large steps."""
+    row = {"L": L}
+    for name, dt_range in (("dt .001 to .1", DT_RANGE), ("dt .1 to 1", LARGE_DT_RANGE)):
+        y, _ = scan_cumprod(*example_inputs(1, L, 64, 16, dt_range))
+        row[name] = 1 - y.isfinite().double().mean().item()
+    return row
 
 
 # --- the drawing ---
@@ -192,10 +168,7 @@ def cumprod():
 
 def figure(path):
     """One channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
+    drawing = new_figure(7, 2.8)
     L, T = 32, 8
     u, dt, A, B, C, _, _ = (x.detach() for x in example_inputs(1, L, 1, 1, (0.05, 0.3), seed=3))
     one = torch.ones_like(C)
@@ -203,7 +176,6 @@ def figure(path):
     whole = scan_reference(u, dt, A, B, one)[0].flatten()  # C = 1, no skip: y is the state
     chunks = [slice(k, k + T) for k in range(0, L, T)]
     local = torch.cat([scan_reference(u[:, c], dt[:, c], A, B[:, c], one[:, c])[0].flatten() for c in chunks])
-    drawing = Figure((7, 2.8), dpi=100, layout="constrained")
     axes = drawing.subplots()
     tokens = range(1, L + 1)
     axes.bar(tokens, local.tolist(), color="#4477aa", label="local: the chunk alone, from a zero state")
@@ -216,15 +188,14 @@ def figure(path):
     axes.set_xlabel(f"token; dotted: a chunk of {T} ends, its last state (arrow) enters the next")
     axes.set_ylabel("state")
     axes.legend(fontsize=8)
-    drawing.savefig(path)
+    drawing.savefig(path, dpi=100)
 
 
 def main(short=False):
     """short: what `python selective_scan.py` prints, as --quick does."""
     cfg = Config(quick=True) if short else cli(Config, __doc__)
     if cfg.figure:
-        figure(cfg.figure)
-        return
+        return figure(cfg.figure)
     methods = {"reference": scan_reference, "chunked": scan_chunked, "parallel": scan_parallel}
     result = {"command": " ".join(["python -m extras.scan_bench", *sys.argv[1:]])} | environment()
     if importlib.util.find_spec("mambapy"):
@@ -238,8 +209,13 @@ def main(short=False):
     before = torch.get_num_threads()
     result["shapes"] = [ladder(shape, methods, n, cfg.rounds) for shape in shapes for n in threads]
     torch.set_num_threads(before)
-    longest = 1024 if cfg.quick else 16384
-    result |= {"linear": linear(cfg.rounds, longest), "indexed": indexed(2, longest), "cumprod": cumprod()}
+    most = 2 if cfg.quick else 4  # of the lengths
+    result["linear"] = [linear(L, cfg.rounds) for L in (256, 1024, 4096, 16384)[:most]]
+    print_rows("Linear in L: chunked at (1, L, 256, 16)", result["linear"])
+    result["indexed"] = [indexed(L) for L in (64, 256, 1024)[:most]]
+    print_rows(INDEXED, result["indexed"])
+    result["cumprod"] = [cumprod(L) for L in (16, 64, 256, 1024)]
+    print_rows("Classic failure: dividing by the cumulative product; share of y inf or nan", result["cumprod"])
     if cfg.out:
         write_json(cfg.out, result)
 

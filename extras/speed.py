@@ -22,7 +22,9 @@ import itertools
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,12 +121,12 @@ class Subject:
 
 
 @torch.inference_mode()
-def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: float = 3.0, tick=lambda: None) -> dict:
+def measure(models: dict, device: torch.device, lengths: list[int], seconds: float, tick: Callable) -> dict:
     """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
-    subjects = {name: Subject(m, device) for name, m in (("mamba", model), ("attention", parameter_matched(model)))}
-    functions = {(row, name): f for name, s in subjects.items() for row, f in s.predictions().items()}
-    times = clock(functions, 2 * seconds, device)
-    predictions = {row: {name: times[row, name] for name in subjects} for row, _ in functions}
+    subjects = {name: Subject(model, device) for name, model in models.items()}
+    calls = {(row, name): call for name, s in subjects.items() for row, call in s.predictions().items()}
+    times = clock(calls, 2 * seconds, device)
+    predictions = {row: {name: times[row, name] for name in subjects} for row, _ in calls}
     tick()
     contexts = []
     for n in lengths:
@@ -133,9 +135,9 @@ def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: fl
             x = s.context(n)
             h, states = s.read(x)
             row[name] = {"state_bytes": sum(t.numel() * t.element_size() for state in states for t in state)}
-            reads["read", name] = lambda s=s, x=x: s.read(x)
-            calls["prediction", name] = lambda s=s, states=states: s.head(states)
-            calls["tokens", name] = lambda s=s, h=h, states=states: generate(s.model, h, states, RUN)
+            reads["read", name] = partial(s.read, x)
+            calls["prediction", name] = partial(s.head, states)
+            calls["tokens", name] = partial(generate, s.model, h, states, RUN)
         times = clock(reads, seconds / 3, device)
         tick()
         times |= clock(calls, seconds, device)
@@ -146,50 +148,6 @@ def measure(model: RoboMamba, device: torch.device, lengths=LENGTHS, seconds: fl
         contexts.append(row)
         tick()
     return {"predictions": predictions, "contexts": contexts}
-
-
-def run(checkpoint: str, out: Path, command: str = "", lengths=LENGTHS, seconds: float = 3.0) -> dict:
-    """Measure on the CPU and, where there is one, the GPU; write OUT/speed.json, .md and .png. Returns the results."""
-    start = time.monotonic()
-    threads = torch.get_num_threads()
-    model = RoboMamba.from_pretrained(checkpoint)
-    devices = {"CPU, one thread": torch.device("cpu")}
-    if torch.cuda.is_available():
-        devices[torch.cuda.get_device_name()] = torch.device("cuda")
-    done = itertools.count(1)
-    total = len(devices) * (1 + 2 * len(lengths))
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    try:
-        subject = Subject(model, torch.device("cpu"))
-        results = {"command": command, **environment(), "checkpoint": str(checkpoint)}
-        results |= {"closed_loop_step": STEP, "run": RUN}
-        results["models"] = {
-            name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
-            for name, m in (("mamba", model), ("attention", parameter_matched(model)))
-        }
-        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1], "text": subject.answer}
-        results["tokens"]["past of the closed loop"] = subject.past.shape[1]
-        results["devices"] = {
-            name: measure(model, device, lengths, seconds, lambda: progress(next(done), total, start, "measurements"))
-            for name, device in devices.items()
-        }
-    finally:
-        torch.set_num_threads(threads)
-    results["seconds"] = round(time.monotonic() - start, 1)
-    write_json(out / "speed.json", results)
-    write_text(out / "speed.md", f"{speed_table(results)}\n{SPEED_NOTES}")
-    panels = {}  # title: {model: [(tokens of context, value), ..]}
-    for device, measured in results["devices"].items():
-        for title, value in (
-            (f"a prediction, ms ({device})", lambda v: v["prediction"]["ms"]),
-            (f"a generated token, ms ({device})", lambda v: v["token_ms"]),
-            ("state, kB", lambda v: v["state_bytes"] / 1000),
-        ):
-            rows = measured["contexts"]
-            panels[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in results["models"]}
-    write_atomically(out / "speed.png", lambda tmp: draw_lines(panels).save(tmp, "PNG"))
-    return results
 
 
 @dataclass
@@ -203,10 +161,50 @@ class SpeedConfig:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     cfg = cli(SpeedConfig, __doc__, argv)
-    lengths = tuple(n for n in LENGTHS if n <= cfg.longest)
-    command = shlex.join(["python", "-m", "extras.speed", *argv])
-    results = run(cfg.checkpoint, Path(cfg.out), command, lengths, cfg.seconds)
-    print(f"\n{speed_table(results)}\nWritten: {cfg.out}/speed.json, .md, .png")
+    start = time.monotonic()
+    lengths = [n for n in LENGTHS if n <= cfg.longest]
+    mamba = RoboMamba.from_pretrained(cfg.checkpoint)
+    models = {"mamba": mamba, "attention": parameter_matched(mamba)}
+    devices = {"CPU, one thread": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices[torch.cuda.get_device_name()] = torch.device("cuda")
+    total = len(devices) * (1 + 2 * len(lengths))
+    done = itertools.count(1)
+    tick = lambda: progress(next(done), total, start, "measurements")  # noqa: E731
+    results = {"command": shlex.join(["python", "-m", "extras.speed", *argv]), **environment()}
+    results |= {"checkpoint": cfg.checkpoint, "closed_loop_step": STEP, "run": RUN}
+    results["models"] = {
+        name: {"parameters": count(m), "language_model": count(m.lm), "blocks": len(m.lm.backbone.layers)}
+        for name, m in models.items()
+    }
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    try:
+        subject = Subject(mamba, torch.device("cpu"))
+        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1], "text": subject.answer}
+        results["tokens"]["past of the closed loop"] = subject.past.shape[1]
+        results["devices"] = {
+            name: measure(models, device, lengths, cfg.seconds, tick) for name, device in devices.items()
+        }
+    finally:
+        torch.set_num_threads(threads)
+    results["seconds"] = round(time.monotonic() - start, 1)
+    out = Path(cfg.out)
+    table = speed_table(results)
+    write_json(out / "speed.json", results)
+    write_text(out / "speed.md", f"{table}\n{SPEED_NOTES}")
+    panels = {}  # title: {model: [(tokens of context, value), ..]}
+    for device, measured in results["devices"].items():
+        for title, value in (
+            (f"a prediction, ms ({device})", lambda v: v["prediction"]["ms"]),
+            (f"a generated token, ms ({device})", lambda v: v["token_ms"]),
+            ("state, kB", lambda v: v["state_bytes"] / 1000),
+        ):
+            rows = measured["contexts"]
+            panels[title] = {name: [(row["tokens"], value(row[name])) for row in rows] for name in models}
+    write_atomically(out / "speed.png", lambda tmp: draw_lines(panels).save(tmp, "PNG"))
+    print(f"\n{table}\nWritten: {out}/speed.json, .md, .png")
 
 
 if __name__ == "__main__":

@@ -1,45 +1,11 @@
 """The catalogue: the 30 categories of articulated objects, made in code from a seed (numpy only).
 
-    python -m sim.catalogue          # print the catalogue: category, split, parts of three sample instances
+    python -m sim.catalogue          # print it: category, split, colour, parts of three sample instances
 
     make_object(category, rng) -> ObjectSpec(base shapes, parts) -> to_urdf(spec) -> text for any URDF simulator
 
-Frames and units are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed.
-
-| category         | split    | joint of the moving part        | moving part                           | primitive |
-|------------------|----------|---------------------------------|---------------------------------------|-----------|
-| Safe             | seen     | hinge, upright                  | door                                  | pull      |
-| Door *           | seen     | hinge, upright                  | one leaf, or left and right door      | pull      |
-| Display          | seen     | hinge, lying, low on the screen | screen, tilted forward                | pull      |
-| Refrigerator *   | seen     | hinge, upright / slide forward  | 1, 2 stacked or french doors, drawer  | pull      |
-| Laptop           | seen     | hinge, lying, at the back       | lid                                   | pull      |
-| Lighter          | seen     | hinge, lying, at one side       | cap                                   | pull      |
-| Microwave        | seen     | hinge, upright, left            | door                                  | pull      |
-| Mouse *          | seen     | hinge, lying                    | left and right button, lifted         | pull      |
-| Box *            | seen     | hinge, lying                    | left and right flap, or a lid         | pull      |
-| TrashCan *       | seen     | hinge, lying, at the back       | one lid, or left and right lid        | pull      |
-| KitchenPot       | seen     | slide up                        | lid                                   | pull      |
-| Suitcase         | seen     | slide up / hinge at the back    | telescopic handle / lid               | pull      |
-| Pliers           | seen     | hinge, upright (lying flat)     | front handle                          | pull      |
-| StorageFurniture * | seen   | slide forward / hinge, upright  | 1-4 drawers, 1-2 doors, drawer + door | pull      |
-| Remote           | seen     | slide back                      | battery cover                         | push      |
-| Bottle           | seen     | slide up                        | cap                                   | pull      |
-| FoldingChair     | seen     | hinge, lying, at the back       | seat, folded up                       | pull      |
-| Toaster *        | seen     | slide down                      | one lever, or left and right lever    | push      |
-| Lamp             | seen     | hinge, lying, on the pole       | lamp head, raised                     | pull      |
-| Dispenser        | seen     | slide up                        | pump head                             | pull      |
-| Toilet           | unseen   | hinge, lying, at the back       | lid                                   | pull      |
-| Scissors         | unseen   | hinge, upright (lying flat)     | front handle                          | pull      |
-| Table *          | unseen   | slide forward                   | 1-3 drawers                           | pull      |
-| Stapler          | unseen   | hinge, lying, at the back       | arm                                   | pull      |
-| Kettle           | unseen   | hinge, lying, at one side       | lid                                   | pull      |
-| USB              | unseen   | slide forward                   | cap                                   | pull      |
-| Switch *         | unseen   | hinge, lying                    | 1-2 levers, pressed down              | push      |
-| WashingMachine * | unseen   | hinge, upright / slide forward  | round door, detergent drawer          | pull      |
-| Faucet *         | unseen   | hinge, upright, both ways       | 1-2 levers                            | pull      |
-| Phone            | unseen   | hinge, lying, at the back       | flip cover                            | pull      |
-
-* may have several movable parts (MULTI_CAPABLE); more than half of such instances do.
+Frames and units are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed. The tables
+of categories are at the end.
 
 Source: RoboMamba (arXiv 2406.04339) Table 2 for the categories and the split; the shapes are our own, since
 PartNet-Mobility may not be redistributed.
@@ -53,33 +19,9 @@ import numpy as np
 from sim.grammar import ARCHETYPES, PREFIX
 
 from sim.objects import (  # isort: skip
-    COLOURS, DARK, ENDS, LEFT_RIGHT, METAL, ObjectSpec, body_colour, box, colour_name, cylinder, drawer, handle, hinge,
-    legs, pick, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
+    COLOURS, DARK, ENDS, LEFT_RIGHT, METAL, ObjectSpec, box, cylinder, drawer, handle, hinge, legs, main_colour, pair,
+    pick, seam, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
 )  # fmt: skip
-
-SEEN = (
-    "Safe", "Door", "Display", "Refrigerator", "Laptop", "Lighter", "Microwave", "Mouse", "Box", "TrashCan",
-    "KitchenPot", "Suitcase", "Pliers", "StorageFurniture", "Remote", "Bottle", "FoldingChair", "Toaster", "Lamp",
-    "Dispenser",
-)  # fmt: skip
-UNSEEN = ("Toilet", "Scissors", "Table", "Stapler", "Kettle", "USB", "Switch", "WashingMachine", "Faucet", "Phone")
-
-DRAWER_DOOR_SEEN = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe")
-DRAWER_DOOR_UNSEEN = ("Table", "WashingMachine")
-MULTI_CAPABLE = (
-    "StorageFurniture", "Refrigerator", "Door", "Mouse", "Box", "TrashCan", "Toaster",
-    "Table", "WashingMachine", "Switch", "Faucet",
-)  # fmt: skip
-
-NOUNS = {
-    "Safe": "safe", "Door": "door", "Display": "monitor", "Refrigerator": "refrigerator", "Laptop": "laptop",
-    "Lighter": "lighter", "Microwave": "microwave", "Mouse": "computer mouse", "Box": "box", "TrashCan": "trash can",
-    "KitchenPot": "cooking pot", "Suitcase": "suitcase", "Pliers": "pair of pliers", "StorageFurniture": "cabinet",
-    "Remote": "remote control", "Bottle": "bottle", "FoldingChair": "folding chair", "Toaster": "toaster",
-    "Lamp": "lamp", "Dispenser": "soap dispenser", "Toilet": "toilet", "Scissors": "pair of scissors",
-    "Table": "table", "Stapler": "stapler", "Kettle": "kettle", "USB": "USB stick", "Switch": "switch",
-    "WashingMachine": "washing machine", "Faucet": "faucet", "Phone": "flip phone",
-} | {PREFIX + name: "object" for name in ARCHETYPES}  # fmt: skip
 
 # Where the scene seeds of each use start; none reaches the next one's.
 SEED_SPAN = 9_000_000
@@ -94,10 +36,8 @@ SEEDS = {
 }
 STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; less, and low-polygon cylinders mix
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seen categories. A builder takes a random generator and returns (fixed shapes, parts); metres and radians.
 
-
+# ---- seen categories: a builder takes a random generator and returns (fixed shapes, parts); metres and radians ------
 def safe(rng):
     size, depth = sizes(rng, (0.45, 0.65), (0.4, 0.5))
     rgb = tint(rng, "black", "grey", "green", "blue")
@@ -112,7 +52,7 @@ def door(rng):
     double = rng.random() < 0.6
     wide, tall = sizes(rng, (0.35, 0.42) if double else (0.4, 0.5), (0.85, 1.0))
     rgb, grip, whole = tint(rng), pick(rng, "knob", "lever", "upright bar"), wide * (1 + double)
-    base = [box((0.08, 0.05, tall), (0, s * (whole / 2 + 0.025), tall / 2), shade(rgb, 0.7)) for s in ENDS]
+    base = pair((0.08, 0.05, tall), (0, whole / 2 + 0.025, tall / 2), shade(rgb, 0.7))
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
@@ -132,27 +72,25 @@ def display(rng):
     base = [cylinder(wide * 0.2, 0.02, (-0.03, 0, 0.01), rgb), box((0.03, 0.08, pivot), (-0.03, 0, pivot / 2), rgb)]
     frame = box((0.014, wide, tall), (0.007, 0, middle), rgb)
     glass = box((0.02, wide * 0.94, tall * 0.88), (0.02, 0, middle + 0.01), tint(rng, "black", "blue"))
-    tilt = hinge("screen", (-0.01, 0, pivot), (0, 1, 0), 0.6, [frame, glass], "tilt", lower=-0.25)
-    return base, [tilt]
+    return base, [hinge("screen", (-0.01, 0, pivot), (0, 1, 0), 0.6, [frame, glass], "tilt", lower=-0.25)]
 
 
 def refrigerator(rng):
     wide, deep, tall = sizes(rng, (0.42, 0.58), (0.4, 0.5), (0.9, 1.05))
     rgb, side = tint(rng, "white", "grey", "black", "red"), pick(rng, *ENDS)
     base = shell(wide, deep, tall, 0.03, 0.025, rgb) + [box((deep * 0.8, wide * 0.9, 0.03), (0, 0, 0.015), DARK)]
-
-    def leaf(label, side, width, y, low, high):
-        size, at = (0.04, width, high - low), (deep / 2, y, 0.03 + (low + high) / 2)
-        return side_door(rng, label, side, size, at, rgb, "upright bar")
-
     layout = pick(rng, "one", "stacked", "french")
-    if layout == "one":
-        return base, [leaf("door", side, wide, 0, 0, tall)]
+    leaves, low = [("door", side, 0, 0, tall)], 0.0  # label, hinge, y, lower and upper edge
     if layout == "stacked":
         split = tall * pick(rng, rng.uniform(0.3, 0.38), rng.uniform(0.62, 0.7))
-        return base, [leaf("top door", side, wide, 0, split, tall), leaf("bottom door", side, wide, 0, 0, split)]
-    low = tall * pick(rng, 0.0, rng.uniform(0.25, 0.33))
-    parts = [leaf(f"{word} door", s, wide / 2, s * wide / 4, low, tall) for s, word in LEFT_RIGHT]
+        leaves = [("top door", side, 0, split, tall), ("bottom door", side, 0, 0, split)]
+    elif layout == "french":
+        low = tall * pick(rng, 0.0, rng.uniform(0.25, 0.33))
+        leaves = [(f"{word} door", s, s * wide / 4, low, tall) for s, word in LEFT_RIGHT]
+    parts = []
+    for label, hinge_side, y, z_low, z_top in leaves:
+        size, at = (0.04, wide / 2 if y else wide, z_top - z_low), (deep / 2, y, 0.03 + (z_low + z_top) / 2)
+        parts.append(side_door(rng, label, hinge_side, size, at, rgb, "upright bar"))
     if low:
         size, at = (deep - 0.05, wide, low), (deep / 2, 0, 0.03 + low / 2)
         parts.append(drawer(rng, "bottom drawer", size, at, rgb, "bar", 0.04))
@@ -204,8 +142,8 @@ def mouse(rng):
     base += [cylinder(wide / 2, 0.12, (-long / 2, 0, 0.06), rgb), cylinder(0.05, 0.035, (long / 4, 0, 0.09), DARK, "y")]
     base += [cylinder(0.012, 0.15, (long / 2 + 0.07, 0, 0.03), DARK, "x")]  # the cable shows which end is the front
     flap = [box((long * 0.5, wide * 0.44, 0.06), (long * 0.25, 0, 0.03), shade(rgb, 1.2))]
-    parts = [hinge(f"{w} button", (0, s * wide * 0.27, 0.06), (0, -1, 0), 0.45, flap, "lift") for s, w in LEFT_RIGHT]
-    return base, parts
+    at = [(f"{word} button", (0, s * wide * 0.27, 0.06)) for s, word in LEFT_RIGHT]
+    return base, [hinge(label, place, (0, -1, 0), 0.45, flap, "lift") for label, place in at]
 
 
 def box_with_flaps(rng):
@@ -229,25 +167,27 @@ def box_with_flaps(rng):
 def trash_can(rng):
     tall, half, rgb = rng.uniform(0.5, 0.75), rng.uniform(0.2, 0.28), tint(rng)
     lid_rgb = tint(rng) if rng.random() < 0.3 else shade(rgb, 0.75)
-    pedal = [box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)]
+    pedal = box((0.1, 0.12, 0.02), (half + 0.05, 0, 0.03), DARK)
     tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
     if rng.random() < 0.6:  # two compartments side by side
-        base, wide = [box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb), *pedal], 1.5 * half
-        size, at = (2 * half + 0.01, wide - 0.01, 0.04), [(s * wide / 2, word) for s, word in LEFT_RIGHT]
-        return base, [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
-    if rng.random() < 0.5:
-        base, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
-        return [base, *pedal], [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
-    size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
-    body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
-    return [body, *pedal], [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+        body = box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb)
+        size, at = (2 * half + 0.01, 1.5 * half - 0.01, 0.04), [(s * 0.75 * half, word) for s, word in LEFT_RIGHT]
+        lids = [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
+    elif rng.random() < 0.5:
+        body, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
+        lids = [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
+    else:
+        body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
+        size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
+        lids = [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+    return [body, pedal], lids
 
 
 def kitchen_pot(rng):
     radius, tall = sizes(rng, (0.26, 0.36), (0.2, 0.34))
     rgb = tint(rng, "grey", "red", "black", "blue", "green")
     base = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
-    base += [box((0.1, 0.05, 0.025), (0, s * (radius + 0.02), tall * 0.75), DARK) for s in ENDS]
+    base += pair((0.1, 0.05, 0.025), (0, radius + 0.02, tall * 0.75), DARK)
     lid = [cylinder(radius * 1.03, 0.02, (0, 0, 0.01), shade(rgb, 1.15))]
     lid += [cylinder(radius * 0.6, 0.03, (0, 0, 0.03), shade(rgb, 1.1))]
     lid += [cylinder(0.02, 0.05, (0, 0, 0.06), DARK), cylinder(0.05, 0.025, (0, 0, 0.095), DARK)]
@@ -260,7 +200,7 @@ def suitcase(rng):
     if rng.random() < 0.4:  # lying on its back: the lid is the upper half
         ribs = [(tall / 2, y * wide, deep * 0.45) for y in (-0.3, 0, 0.3)]
         ribs = [box((tall * 0.9, 0.02, 0.006), at, shade(rgb, 0.7)) for at in ribs]
-        locks = [box((0.012, 0.06, 0.07), (tall / 2 + 0.006, s * wide * 0.3, deep * 0.45), METAL) for s in ENDS]
+        locks = pair((0.012, 0.06, 0.07), (tall / 2 + 0.006, wide * 0.3, deep * 0.45), METAL)
         grip = handle("bar", (tall / 2, 0, deep * 0.25), 0.2, DARK, 0.05)
         base = [box((tall, wide, deep * 0.55), (0, 0, deep * 0.275), rgb), *locks, *grip]
         at, size = (-tall / 2, 0, deep * 0.56), (tall, wide, deep * 0.45)
@@ -270,7 +210,7 @@ def suitcase(rng):
     ribs = [y * wide for y in (-0.3, -0.1, 0.1, 0.3)]
     base += [box((0.006, 0.02, tall * 0.9), (deep / 2, y, middle), shade(rgb, 0.7)) for y in ribs]
     base += [sphere(0.04, (sx * deep * 0.35, sy * wide * 0.4, 0.04), DARK) for sx in ENDS for sy in ENDS]
-    grip = [box((0.025, 0.025, 0.14), (0, s * wide * 0.22, 0), METAL) for s in ENDS]
+    grip = pair((0.025, 0.025, 0.14), (0, wide * 0.22, 0), METAL)
     grip += [box((0.08, wide * 0.44 + 0.08, 0.05), (0, 0, 0.09), DARK)]
     return base, [slide("handle", (0, 0, tall + 0.05), (0, 0, 1), 0.35, grip, "pull up")]
 
@@ -295,45 +235,47 @@ def crossed_levers(rng, scissors=False):
     return base, [hinge("front handle", (0, 0, 0.045), (0, 0, side), 0.9, lever(1, 0.03))]
 
 
+def drawer_grid(rng, rows, size, front, rgb, grip):
+    """Drawers in rows: labels from top to bottom, each row from left to right. size: depth, width, height of all.
+
+    front: middle of the upper edge of the back faces of their panels.
+    """
+    (depth, wide, tall), (x, _, top) = size, front
+    parts = []
+    for i, row in enumerate(rows):
+        for j, label in enumerate(row):
+            each = (depth, wide / len(row), tall / len(rows))
+            at = (x, each[1] * (j + 0.5 - len(row) / 2), top - each[2] * (i + 0.5))
+            parts.append(drawer(rng, label, each, at, rgb, grip))
+    return parts
+
+
 def storage_furniture(rng):
     wide, deep, tall, bottom = sizes(rng, (0.5, 0.9), (0.35, 0.5), (0.5, 0.95), (0.03, 0.1))
     rgb = tint(rng)
     front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
     drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
     base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
-    x, inner, top = deep / 2, wide - 0.03, bottom + tall - 0.015
-
-    def drawers(rows, z_top, z_low):
-        """rows: labels from top to bottom, each row a tuple from left to right."""
-        parts, each = [], (z_top - z_low) / len(rows)
-        for i, row in enumerate(rows):
-            for j, label in enumerate(row):
-                at = (x, inner * ((j + 0.5) / len(row) - 0.5), z_top - each * (i + 0.5))
-                size = (deep - 0.04, inner / len(row), each)
-                parts.append(drawer(rng, label, size, at, front_rgb, drawer_grip))
-        return parts
-
-    def doors(n, z_top, z_low):
-        size, z = (0.02, inner / n, z_top - z_low), (z_top + z_low) / 2
-        if n == 1:
-            return [side_door(rng, "door", pick(rng, *ENDS), size, (x, 0, z), front_rgb, door_grip)]
-        at = [(s, f"{word} door", (x, s * inner / 4, z)) for s, word in LEFT_RIGHT]
-        return [side_door(rng, label, s, size, p, front_rgb, door_grip) for s, label, p in at]
-
-    low, high = bottom + 0.015, top
-    layout = rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])
-    if layout < 4:
-        rows = (
-            [("drawer",)],
-            [("top drawer",), ("bottom drawer",)],
-            [("top drawer",), ("middle drawer",), ("bottom drawer",)],
-            [("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")],
-        )
-        return base, drawers(rows[layout], high, low)
-    if layout < 6:
-        return base, doors(layout - 3, high, low)
-    split = high - (high - low) * rng.uniform(0.25, 0.35)
-    return base, drawers([("drawer",)], high, split) + doors(layout - 5, split, low)
+    x, inner, low, top = deep / 2, wide - 0.03, bottom + 0.015, bottom + tall - 0.015
+    rows, doors = (  # of drawers, from the top; how many doors below them
+        ([("drawer",)], 0),
+        ([("top drawer",), ("bottom drawer",)], 0),
+        ([("top drawer",), ("middle drawer",), ("bottom drawer",)], 0),
+        ([("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")], 0),
+        ([], 1),
+        ([], 2),
+        ([("drawer",)], 1),
+        ([("drawer",)], 2),
+    )[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]
+    split = low
+    if doors:
+        split = top - (top - low) * rng.uniform(0.25, 0.35) if rows else top
+    parts = drawer_grid(rng, rows, (deep - 0.04, inner, top - split), (x, 0, top), front_rgb, drawer_grip)
+    leaves = [(s, f"{word} door", s * inner / 4) for s, word in LEFT_RIGHT] if doors == 2 else [(0, "door", 0)] * doors
+    for side, label, y in leaves:
+        size, at = (0.02, inner / doors, split - low), (x, y, (split + low) / 2)
+        parts.append(side_door(rng, label, side or pick(rng, *ENDS), size, at, front_rgb, door_grip))
+    return base, parts
 
 
 def remote(rng):
@@ -361,9 +303,9 @@ def bottle(rng):
 def folding_chair(rng):
     wide, deep, tall = sizes(rng, (0.42, 0.5), (0.4, 0.46), (0.4, 0.48))
     rgb, frame = tint(rng), pick(rng, METAL, DARK)
-    base = [box((0.03, 0.03, tall * 2), (-deep / 2, s * wide / 2, tall), frame) for s in ENDS]
-    base += [box((0.03, 0.03, tall), (deep / 2, s * wide / 2, tall / 2), frame) for s in ENDS]
-    base += [box((deep, 0.02, 0.02), (0, s * wide / 2, tall / 2), frame) for s in ENDS]
+    base = pair((0.03, 0.03, tall * 2), (-deep / 2, wide / 2, tall), frame)
+    base += pair((0.03, 0.03, tall), (deep / 2, wide / 2, tall / 2), frame)
+    base += pair((deep, 0.02, 0.02), (0, wide / 2, tall / 2), frame)
     base += [box((0.03, wide, tall * 0.45), (-deep / 2, 0, tall * 1.75), rgb)]
     seat = [box((deep, wide - 0.04, 0.03), (deep / 2, 0, 0), rgb)]
     return base, [hinge("seat", (-deep / 2 + 0.03, 0, tall), (0, -1, 0), 1.4, seat, "fold up")]
@@ -375,11 +317,10 @@ def toaster(rng):
     base = [box((deep, wide, tall), (0, 0, tall / 2 + 0.02), rgb)]
     base += [box((0.05, wide * 0.75, 0.006), (s * deep * 0.2, 0, tall + 0.022), shade(DARK, 0.5)) for s in ENDS]
     levers = [(0, "lever")] if rng.random() < 0.4 else [(s * wide * 0.25, f"{word} lever") for s, word in LEFT_RIGHT]
-    track = METAL if colour_name(rgb) == "black" else DARK
-    base += [box((0.004, 0.03, tall * 0.6), (deep / 2 + 0.002, y, tall * 0.55), track) for y, _ in levers]
-    knob, travel = [box((0.065, 0.12, 0.045), (0.035, 0, 0), track)], tall * 0.45
+    base += [box((0.004, 0.03, tall * 0.6), (deep / 2 + 0.002, y, tall * 0.55), seam(rgb)) for y, _ in levers]
+    knob = [box((0.065, 0.12, 0.045), (0.035, 0, 0), seam(rgb))]
     at = [((deep / 2, y, tall * 0.78), label) for y, label in levers]
-    return base, [slide(label, p, (0, 0, -1), travel, knob, "press down", primitive="push") for p, label in at]
+    return base, [slide(label, p, (0, 0, -1), tall * 0.45, knob, "press down", primitive="push") for p, label in at]
 
 
 def lamp(rng):
@@ -402,10 +343,7 @@ def dispenser(rng):
     return base, [slide("pump head", (0, 0, tall + 0.06), (0, 0, 1), 0.25, pump, "pull up")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Unseen categories
-
-
+# ---- unseen categories ----------------------------------------------------------------------------------------------
 def toilet(rng):
     wide, rgb = rng.uniform(0.36, 0.42), tint(rng, "white", "white", "pink", "grey")
     base = [box((0.2, wide * 1.1, 0.4), (-0.3, 0, 0.55), rgb)]
@@ -420,15 +358,14 @@ def table(rng):
     wide, deep, tall, low = sizes(rng, (0.8, 1.0), (0.45, 0.55), (0.5, 0.6), (0.1, 0.15))  # low: height of a drawer
     rgb = tint(rng)
     front_rgb = tint(rng) if rng.random() < 0.35 else shade(rgb, 1.1)
-    z, dark = tall - 0.015 - low / 2, shade(rgb, 0.8)
+    top, dark = tall - 0.015, shade(rgb, 0.8)
+    z = top - low / 2
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), *legs(wide - 0.04, deep - 0.04, tall, 0.05, dark)]
-    base += [box((deep - 0.08, 0.02, low), (0, s * (wide / 2 - 0.06), z), dark) for s in ENDS]
+    base += pair((deep - 0.08, 0.02, low), (0, wide / 2 - 0.06, z), dark)
     base += [box((0.02, wide - 0.1, low), (-deep / 2 + 0.05, 0, z), dark)]
     rows = (("drawer",), ("left drawer", "right drawer"), ("left drawer", "middle drawer", "right drawer"))
     labels, grip = rows[rng.choice(3, p=[0.4, 0.4, 0.2])], pick(rng, "knob", "bar")
-    size = (deep - 0.1, (wide - 0.14) / len(labels), low)
-    at = [(deep / 2 - 0.03, size[1] * (i + 0.5 - len(labels) / 2), z) for i in range(len(labels))]
-    return base, [drawer(rng, label, size, p, front_rgb, grip) for label, p in zip(labels, at, strict=True)]
+    return base, drawer_grid(rng, [labels], (deep - 0.1, wide - 0.14, low), (deep / 2 - 0.03, 0, top), front_rgb, grip)
 
 
 def stapler(rng):
@@ -521,14 +458,52 @@ def phone(rng):
     return base, [top_lid("flip cover", (-long / 2, 0, 0.062), size, 2.4, rgb, [screen, window], start=start)]
 
 
-BUILDERS = {
-    "Safe": safe, "Door": door, "Display": display, "Refrigerator": refrigerator, "Laptop": laptop, "Lighter": lighter,
-    "Microwave": microwave, "Mouse": mouse, "Box": box_with_flaps, "TrashCan": trash_can, "KitchenPot": kitchen_pot,
-    "Suitcase": suitcase, "Pliers": crossed_levers, "StorageFurniture": storage_furniture, "Remote": remote,
-    "Bottle": bottle, "FoldingChair": folding_chair, "Toaster": toaster, "Lamp": lamp, "Dispenser": dispenser,
-    "Toilet": toilet, "Scissors": partial(crossed_levers, scissors=True), "Table": table, "Stapler": stapler,
-    "Kettle": kettle, "USB": usb, "Switch": switch, "WashingMachine": washing_machine, "Faucet": faucet, "Phone": phone,
-} | {PREFIX + name: build for name, build in ARCHETYPES.items()}  # fmt: skip
+# category: (builder, noun in sentences); beside it, what moves. Splits and order: Table 2 of the paper.
+SEEN_TABLE = {
+    "Safe": (safe, "safe"),  # a door
+    "Door": (door, "door"),  # one leaf, or left and right door
+    "Display": (display, "monitor"),  # the screen, tilted forward
+    "Refrigerator": (refrigerator, "refrigerator"),  # 1 door, 2 stacked, or french ones and a drawer
+    "Laptop": (laptop, "laptop"),  # the lid
+    "Lighter": (lighter, "lighter"),  # the cap, hinged at one side
+    "Microwave": (microwave, "microwave"),  # the door, hinged at the left
+    "Mouse": (mouse, "computer mouse"),  # left and right button, lifted
+    "Box": (box_with_flaps, "box"),  # left and right flap, or a lid
+    "TrashCan": (trash_can, "trash can"),  # one lid, or left and right lid
+    "KitchenPot": (kitchen_pot, "cooking pot"),  # the lid, straight up
+    "Suitcase": (suitcase, "suitcase"),  # a telescopic handle, or the lid
+    "Pliers": (crossed_levers, "pair of pliers"),  # the handle in front
+    "StorageFurniture": (storage_furniture, "cabinet"),  # 1-4 drawers, 1-2 doors, or a drawer above doors
+    "Remote": (remote, "remote control"),  # the battery cover, pushed back
+    "Bottle": (bottle, "bottle"),  # the cap, straight up
+    "FoldingChair": (folding_chair, "folding chair"),  # the seat, folded up
+    "Toaster": (toaster, "toaster"),  # one lever, or left and right lever, pressed down
+    "Lamp": (lamp, "lamp"),  # the head, raised
+    "Dispenser": (dispenser, "soap dispenser"),  # the pump head, straight up
+}
+UNSEEN_TABLE = {
+    "Toilet": (toilet, "toilet"),  # the lid
+    "Scissors": (partial(crossed_levers, scissors=True), "pair of scissors"),  # the handle in front
+    "Table": (table, "table"),  # 1-3 drawers
+    "Stapler": (stapler, "stapler"),  # the arm
+    "Kettle": (kettle, "kettle"),  # the lid, hinged at one side
+    "USB": (usb, "USB stick"),  # the cap, pulled forward
+    "Switch": (switch, "switch"),  # 1-2 levers, pressed down
+    "WashingMachine": (washing_machine, "washing machine"),  # a round door, a drawer for the detergent
+    "Faucet": (faucet, "faucet"),  # 1-2 levers that turn either way
+    "Phone": (phone, "flip phone"),  # the cover
+}
+SEEN, UNSEEN = tuple(SEEN_TABLE), tuple(UNSEEN_TABLE)
+GRAMMAR = {PREFIX + name: (build, "object") for name, build in ARCHETYPES.items()}
+BUILDERS = {name: build for name, (build, _) in (SEEN_TABLE | UNSEEN_TABLE | GRAMMAR).items()}
+NOUNS = {name: noun for name, (_, noun) in (SEEN_TABLE | UNSEEN_TABLE | GRAMMAR).items()}
+
+DRAWER_DOOR_SEEN = ("StorageFurniture", "Door", "Refrigerator", "Microwave", "Safe")
+DRAWER_DOOR_UNSEEN = ("Table", "WashingMachine")
+MULTI_CAPABLE = (  # more than half of their instances have several movable parts
+    "StorageFurniture", "Refrigerator", "Door", "Mouse", "Box", "TrashCan", "Toaster",
+    "Table", "WashingMachine", "Switch", "Faucet",
+)  # fmt: skip
 
 
 def make_object(category: str, rng: np.random.Generator) -> ObjectSpec:
@@ -538,19 +513,16 @@ def make_object(category: str, rng: np.random.Generator) -> ObjectSpec:
     """
     if category not in BUILDERS:
         raise ValueError(f"unknown category {category!r}; choose one of {', '.join(sorted(BUILDERS))}")
-    base, parts = BUILDERS[category](rng)
-    for i, part in enumerate(parts):
-        part.name = f"part_{i}"
-    return ObjectSpec(category, base, parts)
+    return ObjectSpec(category, *BUILDERS[category](rng))
 
 
 def main():
-    for split, names in (("seen", SEEN), ("unseen", UNSEEN)):
-        for category in names:
-            for seed in range(3):
-                spec = make_object(category, np.random.default_rng(seed))
-                parts = ", ".join(f"{p.verb} the {p.label}" for p in spec.parts)
-                print(f"{category:17s} {split:8s} {body_colour(spec):7s} {parts}")
+    for category in (*SEEN, *UNSEEN):
+        split = "seen" if category in SEEN else "unseen"
+        for seed in range(3):
+            spec = make_object(category, np.random.default_rng(seed))
+            parts = ", ".join(f"{part.verb} the {part.label} ({part.joint}, {part.primitive})" for part in spec.parts)
+            print(f"{category:17s} {split:8s} {main_colour(spec.base):7s} {parts}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ The expert knows what a policy does not: the joint, the mask, the collision shap
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from sim import objects
+from sim.objects import PART_KINDS, main_colour
 from sim.scene import BACKGROUND, BASE, INITIAL, Scene, tilt, unit
 
 MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
@@ -36,8 +36,7 @@ EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of 
 PART_GRID = 32  # raster side of part_targets
 
 
-@dataclass
-class Label:
+class Label(NamedTuple):
     """A contact that works: pixel (u, v) and the unit direction, CAMERA frame, along which the gripper arrives."""
 
     u: float
@@ -58,55 +57,50 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
     step = -(-mask.sum() // PIXELS)
     rows, columns = (index[::step] for index in np.nonzero(mask))
     points = scene.backproject_pixels(rows, columns)
-    link, normals = scene.normals(points)
-    direction, lever = scene.motion(points, part)
-    along = (normals * direction).sum(1)
-    sense = _senses(scene, part, along)
+    _, along, way, lever = _work(scene, points, part)
     edge = _edge_distance(scene.depth, mask)[rows, columns]
-    score = np.where(link == part, sense * along, 0).clip(0) * lever.clip(0, MOST_LEVER) * edge
+    score = along.clip(0) * lever.clip(0, MOST_LEVER) * edge
     if score.max() <= 0:
         return None
     for i in _candidates(points, score):
-        label = Label(float(columns[i]), float(rows[i]), scene.camera_rotation @ (-sense[i] * direction[i]))
+        label = Label(float(columns[i]), float(rows[i]), scene.camera_rotation @ way[i])
         if _works(scene, label, part, rng, jitters):
             return label
     return None
 
 
-def _senses(scene: Scene, part: int, along: np.ndarray) -> np.ndarray:
-    """+1 where `part` is to be pulled (against its motion), -1 where pushed, (n,), for along = normal . motion (n,).
+def _work(scene: Scene, points: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """How to work `part` at points (n, 3), world.
 
-    Where either sense of motion counts, the surface decides: the gripper comes from outside.
+    Returns: seen (n,), is it the part that is seen there; along (n,), cosine between its surface and a pull along its
+        motion (or a push against it), 0 where it is not seen; way (n, 3), world, the gripper's direction; lever (n,),
+        as a share of the largest.
     """
-    sense = scene.sense(part)
-    return np.sign(along) if sense == 0 else np.full(len(along), sense)
+    link, normals = scene.normals(points)
+    direction, lever = scene.motion(points, part)
+    along = np.where(link == part, (normals * direction).sum(1), 0)
+    sense = scene.sense(part) or np.sign(along)  # where either counts, the surface decides: one comes from outside
+    return link == part, sense * along, -(sense * direction.T).T, lever
 
 
 def true_approach(scene: Scene, point: np.ndarray, part: int) -> np.ndarray | None:
     """The direction (3,), camera frame, in which to work `part` at `point` (3,), world; None where it is hidden."""
-    link, normal = scene.normals(point[None])
-    direction = scene.motion(point[None], part)[0]
-    if link[0] != part:
-        return None
-    sense = _senses(scene, part, (normal * direction).sum(1))
-    return scene.camera_rotation @ (-sense[0] * direction[0])
+    (seen,), _, (way,), _ = _work(scene, point[None], part)
+    return scene.camera_rotation @ way if seen else None
 
 
 def why_unsolved(scene: Scene) -> str:
     """What may be wrong with the target of a rendered scene for which `expert` found nothing, in words."""
-    part = scene.spec.parts[scene.target]
+    label = scene.spec.parts[scene.target].label
     rows, columns = np.nonzero(scene.links == scene.target)
     if len(rows) < MIN_PART_PIXELS:
-        return f"the {part.label} is seen on {len(rows)} pixels only: it is hidden or too small"
-    points = scene.backproject_pixels(rows, columns)
-    link, normals = scene.normals(points)
-    along = (normals * scene.motion(points, scene.target)[0]).sum(1)[link == scene.target]
-    if not len(along):
-        return f"no ray meets the {part.label}: check its mesh"
-    sense = scene.sense(scene.target)
-    if sense and (sense * along > scene.view.min_alignment).mean() < scene.view.min_workable:
-        return f"the positive motion of the {part.label} is blocked or leads into the object: check axis and limits"
-    return f"no contact that was tried moves the {part.label}"
+        return f"the {label} is seen on {len(rows)} pixels only: it is hidden or too small"
+    seen, along, *_ = _work(scene, scene.backproject_pixels(rows, columns), scene.target)
+    if not seen.any():
+        return f"no ray meets the {label}: check its mesh"
+    if scene.sense(scene.target) and (along[seen] > scene.view.min_alignment).mean() < scene.view.min_workable:
+        return f"the positive motion of the {label} is blocked or leads into the object: check axis and limits"
+    return f"no contact that was tried moves the {label}"
 
 
 def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
@@ -120,7 +114,7 @@ def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
 
 def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
     """Does the label reach the long threshold, and its disturbed copies the initial one?"""
-    if not scene.act(label.u, label.v, label.approach, part, stop_at=scene.long_threshold(part)).long:
+    if not scene.act(*label, part, stop_at=scene.long_threshold(part)).long:
         return False
     survived = 0
     for _ in range(jitters):
@@ -155,13 +149,13 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     scene.render()
     goal = acted = scene.target
     others = [j for j in range(len(scene.joints)) if j != goal]
-    way = ATTEMPTS[rng.integers(len(ATTEMPTS))]
-    if way == "other" and others:
+    kind = ATTEMPTS[rng.integers(len(ATTEMPTS))]
+    if kind == "other" and others:
         acted = others[rng.integers(len(others))]
     label = expert(scene, rng, acted, jitters=0)
     if label is None:
         return None
-    approach = tilt(label.approach, rng.uniform(*BAD_ANGLE), rng) if way == "bad" else label.approach
+    approach = tilt(label.approach, rng.uniform(*BAD_ANGLE), rng) if kind == "bad" else label.approach
     before = list(scene.joints)
     outcome = scene.act(label.u, label.v, approach, acted)
     parts = scene.spec.parts
@@ -175,7 +169,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     return {"goal": parts[goal].label, "acted": parts[acted].label} | done
 
 
-def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: int = 1) -> dict:
+def facts(scene: Scene, rng: np.random.Generator, expert: bool = True) -> dict:
     """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
 
     Args: rng: for the expert's jitters. expert: fill "contact" (else it is None).
@@ -185,20 +179,20 @@ def facts(scene: Scene, rng: np.random.Generator, expert: bool = True, jitters: 
         "seed": int(scene.seed),
         "image_size": scene.image_size,
         "box": _box(scene.links != BACKGROUND),
-        "colour": objects.body_colour(scene.spec),
-        "parts": [_part_facts(scene, j, rng if expert else None, jitters) for j in range(len(scene.spec.parts))],
+        "colour": main_colour(scene.spec.base),
+        "parts": [_part_facts(scene, j, rng if expert else None) for j in range(len(scene.spec.parts))],
     }
 
 
-def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None, jitters: int) -> dict:
+def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None) -> dict:
     """Facts of part j. rng: None leaves "contact" out."""
     part = scene.spec.parts[j]
     mask = scene.links == j
     rows, columns = np.nonzero(mask)
     shown = len(rows) >= MIN_PART_PIXELS
-    label = expert(scene, rng, j, jitters) if rng is not None and shown else None
+    label = expert(scene, rng, j) if rng is not None and shown else None
     return {name: getattr(part, name) for name in ("label", "kind", "verb", "primitive", "joint")} | {
-        "colour": objects.part_colour(part),
+        "colour": main_colour(part.shapes),
         "pixels": len(rows),
         "centre": [round(float(columns.mean()), 2), round(float(rows.mean()), 2)] if shown else None,
         "box": _box(mask) if shown else None,
@@ -220,7 +214,7 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
             x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
             the part that fills the cell (0: none).
-        part_kind (16, 16) int8: index into objects.PART_KINDS of that part (0: none, or no such kind).
+        part_kind (16, 16) int8: index into PART_KINDS of that part (0: none, or no such kind).
     Raises: ValueError when 16 does not divide the image size.
     """
     S = scene.image_size
@@ -231,10 +225,8 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     depth = np.where(shown, scene.depth, 0)
     rows, columns = np.indices((S, S))
     cloud = np.stack([(columns - cx) / f * depth, (rows - cy) / f * depth, depth], -1)  # (S, S, 3) camera frame
-    down = np.zeros_like(cloud)
-    right = np.zeros_like(cloud)
-    down[:-1] = cloud[1:] - cloud[:-1]
-    right[:, :-1] = cloud[:, 1:] - cloud[:, :-1]
+    down = np.diff(cloud, axis=0, append=cloud[-1:])
+    right = np.diff(cloud, axis=1, append=cloud[:, -1:])
     normal = unit(np.cross(down, right)) * shown[..., None]  # towards the camera: z < 0
     middle = depth[shown].mean() if shown.any() else 0.0
     relative = np.where(shown, (depth - middle) / DEPTH_UNIT_M, 0).clip(-3, 3)
@@ -245,12 +237,12 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
     parts = scene.spec.parts
     share = cells(np.stack([scene.links == j for j in range(len(parts))], -1).astype(float))  # (16, 16, parts)
-    index = np.array([objects.PART_KINDS.index(p.kind) if p.kind in objects.PART_KINDS else 0 for p in parts])
+    kinds = np.array([PART_KINDS.index(part.kind) if part.kind in PART_KINDS else 0 for part in parts])
     openness = np.array([scene.openness(j) for j in range(len(parts))])
+    largest = share.argmax(-1)
     filled = share.max(-1) > EMPTY_WEIGHT * (1 - share.sum(-1))
-    opened = np.where(filled, openness[share.argmax(-1)], 0)[..., None]
-    targets = np.concatenate([cells(maps), opened], -1).astype(np.float16)
-    return targets, np.where(filled, index[share.argmax(-1)], 0).astype(np.int8)
+    targets = np.dstack([cells(maps), np.where(filled, openness[largest], 0)]).astype(np.float16)
+    return targets, np.where(filled, kinds[largest], 0).astype(np.int8)
 
 
 def part_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -272,10 +264,7 @@ def part_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     arm = np.zeros((PART_GRID, PART_GRID), np.float16)
     for j in set(part.ravel().tolist()) - {BACKGROUND, BASE}:
         rows, columns = np.nonzero(part == j)
-        points = scene.backproject_pixels(at[rows], at[columns])
-        direction, lever = scene.motion(points, j)
-        link, normals = scene.normals(points)
-        along = np.where(link == j, (normals * direction).sum(1), 0)
-        act[rows, columns] = -_senses(scene, j, along)[:, None] * direction @ scene.camera_rotation.T
+        _, _, way, lever = _work(scene, scene.backproject_pixels(at[rows], at[columns]), j)
+        act[rows, columns] = way @ scene.camera_rotation.T
         arm[rows, columns] = lever.clip(0, 1)
     return part, act, arm

@@ -21,8 +21,8 @@ from functools import partial
 import numpy as np
 
 from sim.objects import (  # isort: skip
-    DARK, ENDS, FACES, LEFT_RIGHT, METAL, QUARTER, Part, Shape, box, cylinder, drawer, handle, hinge, legs, moved, pair,
-    pick, shade, shell, side_door, sizes, slide, sphere, tint, turned,
+    DARK, ENDS, LEFT_RIGHT, METAL, Part, Shape, box, cylinder, drawer, handle, hinge, legs, moved, pair, pick, shade,
+    shell, side_door, sizes, slide, sphere, tint, turned,
 )  # fmt: skip
 
 # Letters: x, y, z metres · k an edge of the top, also quarter turns about z: 0 back, 1 left, 2 front, 3 right.
@@ -33,10 +33,9 @@ Object = tuple[list[Shape], list[Part]]
 ROW = {1: ("",), 2: ("left ", "right "), 3: ("left ", "middle ", "right ")}  # words of parts side by side, -y to +y
 COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
 BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
-
-
-def chance(rng, share: float) -> bool:
-    return bool(rng.random() < share)
+LID_WORDS = ("lid", "lid", "lid", "cover", "flap", "cap")
+GRIPS = ("knob", "bar", "upright bar", "recess", "lever", "none")
+TO_TOP = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # turn of the front to the top
 
 
 def quarter(k: int) -> np.ndarray:
@@ -45,8 +44,8 @@ def quarter(k: int) -> np.ndarray:
 
 
 def spin(k: int) -> np.ndarray:
-    """(3, 3) turn by k quarters in the plane of a front."""
-    return np.linalg.matrix_power(QUARTER, int(k))
+    """(3, 3) turn by k quarters in the plane of a front: +y goes to +z."""
+    return np.linalg.matrix_power(np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), int(k))
 
 
 def turn_all(shapes, k: int, by=(0.0, 0.0, 0.0)) -> list[Shape]:
@@ -58,10 +57,7 @@ def other_colour(rng, rgb) -> tuple:
     return pick(rng, rgb, shade(rgb, 0.75), shade(rgb, 1.2), pick(rng, METAL, DARK), tint(rng))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bodies
-
-
+# ---- bodies ---------------------------------------------------------------------------------------------------------
 @dataclass
 class Body:
     """Fixed shapes, centred on x = y = 0, with a free top face."""
@@ -74,6 +70,11 @@ class Body:
     low: float = 0.0  # z of the lower edge of the front
     flat: bool = True  # has a flat front and flat sides
 
+    @property
+    def face(self) -> np.ndarray:
+        """(width, height) of the front, metres."""
+        return np.array((self.wide, self.top - self.low))
+
     def extents(self, k: int) -> tuple[float, float]:
         """(away from edge k, along it), metres."""
         return (self.wide, self.deep) if k % 2 else (self.deep, self.wide)
@@ -82,11 +83,16 @@ class Body:
         """A place y to the right and z above the middle of the front, `out` before it."""
         return self.deep / 2 + out, y, (self.top + self.low) / 2 + z
 
+    def somewhere(self, rng, size, out=0.003) -> tuple[float, float, float]:
+        """The middle of a random place on the front, `out` before it, for something of `size` (width, height)."""
+        return self.front(*(self.face - size) / 2 * rng.uniform(-1, 1, 2), out)
+
 
 def block(rng, deep=(0.2, 0.6), wide=(0.25, 0.8), tall=(0.15, 0.8)) -> Body:
+    """A box, with or without feet."""
     deep, wide, tall = sizes(rng, deep, wide, tall)
     rgb = tint(rng)
-    low = rng.uniform(0.02, 0.08) if chance(rng, 0.4) else 0.0
+    low = rng.uniform(0.02, 0.08) if rng.random() < 0.4 else 0.0
     feet = legs(wide * 0.9, deep * 0.9, low, 0.04, DARK) if low else []
     return Body([box((deep, wide, tall), (0, 0, low + tall / 2), rgb), *feet], rgb, deep, wide, low + tall, low)
 
@@ -111,18 +117,14 @@ def oblong(rng) -> Body:
     return Body([box((deep, long, tall), (0, 0, tall / 2), rgb), *ends], rgb, deep, long + deep, tall)
 
 
-def round_body(shapes, rgb, radius, top) -> Body:
-    return Body(shapes, rgb, 2 * radius, 2 * radius, top, flat=False)
-
-
 def drum(rng) -> Body:
     """A cylinder, with or without a band."""
     radius, tall = sizes(rng, (0.14, 0.34), (0.15, 0.7))
     rgb = tint(rng)
     shapes = [cylinder(radius, tall, (0, 0, tall / 2), rgb)]
-    if chance(rng, 0.5):
+    if rng.random() < 0.5:
         shapes += [cylinder(radius * 1.03, tall * 0.2, (0, 0, tall * rng.uniform(0.15, 0.8)), other_colour(rng, rgb))]
-    return round_body(shapes, rgb, radius, tall)
+    return Body(shapes, rgb, 2 * radius, 2 * radius, tall, flat=False)
 
 
 def stack(rng) -> Body:
@@ -130,9 +132,9 @@ def stack(rng) -> Body:
     rgb, shapes, top = tint(rng), [], 0.0
     for _ in range(rng.integers(2, 4)):
         radius, tall = sizes(rng, (0.12, 0.3), (0.08, 0.28))
-        shapes.append(cylinder(radius, tall, (0, 0, top + tall / 2), pick(rng, rgb, rgb, other_colour(rng, rgb))))
+        shapes += [cylinder(radius, tall, (0, 0, top + tall / 2), pick(rng, rgb, rgb, other_colour(rng, rgb)))]
         top += tall
-    return round_body(shapes, rgb, radius, top)
+    return Body(shapes, rgb, 2 * radius, 2 * radius, top, flat=False)
 
 
 def goblet(rng) -> Body:
@@ -141,7 +143,7 @@ def goblet(rng) -> Body:
     rgb = tint(rng)
     shapes = [cylinder(radius, thick, (0, 0, high + thick / 2), rgb)]
     shapes += [cylinder(radius * rng.uniform(0.3, 0.7), high, (0, 0, high / 2), other_colour(rng, rgb))]
-    return round_body(shapes, rgb, radius, high + thick)
+    return Body(shapes, rgb, 2 * radius, 2 * radius, high + thick, flat=False)
 
 
 def add_back(rng, body: Body, k: int) -> None:
@@ -153,13 +155,10 @@ def add_back(rng, body: Body, k: int) -> None:
     body.shapes += turn_all([back], k)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distractors: shapes that do not move
-
-
+# ---- distractors: shapes that do not move ---------------------------------------------------------------------------
 def front_details(rng, body: Body) -> list[Shape]:
     """A panel, a dial, a row of fixed studs or a stripe on the front."""
-    x, tall = body.deep / 2, body.top - body.low
+    x, tall = body.deep / 2, body.face[1]
     y, z = rng.uniform(-0.35, 0.35) * body.wide, body.low + tall * rng.uniform(0.15, 0.85)
     rgb = pick(rng, METAL, DARK, tint(rng), shade(body.rgb, 0.75))
     panel = box((0.012, body.wide * rng.uniform(0.1, 0.4), tall * 0.1), (x, y, z), rgb)
@@ -179,7 +178,7 @@ def lump(rng, body: Body) -> list[Shape]:
 
 def fixture(rng, body: Body) -> list[Shape]:
     """A handle, a tube, a lug or a mast at one side, all fixed."""
-    k = int(rng.integers(4))
+    k = rng.integers(4)
     x, out, z = body.extents(k)[0] / 2, rng.uniform(0.06, 0.18), body.top * rng.uniform(0.35, 0.8)
     rgb = other_colour(rng, body.rgb)
     loop = [box((out, 0.03, 0.03), (x + out / 2, 0, z + s * 0.06), rgb) for s in ENDS]
@@ -200,10 +199,7 @@ def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int =
     return shapes, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
+# ---- parts ----------------------------------------------------------------------------------------------------------
 def top_grip(rng, x, z, rgb) -> list[Shape]:
     """Something to hold on a face that looks up: a knob, a ball, a loop, a ridge, or nothing."""
     hard = pick(rng, METAL, DARK, rgb, tint(rng))
@@ -221,20 +217,16 @@ def lid(rng, label, body: Body, k: int, rgb, share=(0.85, 1.08), thick=None, cel
     away, along = np.array(body.extents(k)) * rng.uniform(*share, 2)
     thick = thick or rng.uniform(0.015, 0.06)
     shapes = [box((away, along * cell, thick), (away / 2, 0, thick / 2), rgb)]
-    if not body.flat and chance(rng, 0.85):
+    if not body.flat and rng.random() < 0.85:
         shapes = [cylinder(away / 2, thick, (away / 2, 0, thick / 2), rgb)]
     shapes += top_grip(rng, away * rng.uniform(0.5, 0.85), thick, rgb)
-    if chance(rng, 0.3):  # a tab in front
+    if rng.random() < 0.3:  # a tab in front
         shapes += [box((0.05, along * cell * rng.uniform(0.1, 0.4), thick), (away, 0, thick / 2), tint(rng))]
     if start is None:
         start = pick(rng, 0.0, rng.uniform(0, 0.5))
     verb = pick(rng, "open", "open", "lift")
     part = hinge(label, (0, 0, 0), (0, -1, 0), rng.uniform(1.1, 2.3), shapes, verb, start=start)
     return moved(part, quarter(k), quarter(k) @ (-away / 2, shift, 0) + (0, 0, body.top + 0.003))
-
-
-def lid_word(rng) -> str:
-    return pick(rng, "lid", "lid", "lid", "cover", "flap", "cap")
 
 
 def front_part(rng, kind, label, at, wide, tall, deep, rgb, grip) -> Part:
@@ -251,10 +243,6 @@ def front_part(rng, kind, label, at, wide, tall, deep, rgb, grip) -> Part:
     return moved(side_door(rng, label, 1, (thick, across, upright), (0, 0, 0), rgb, grip), spin(k), (x + 0.002, y, z))
 
 
-def any_grip(rng) -> str:
-    return pick(rng, "knob", "bar", "upright bar", "recess", "lever", "none")
-
-
 def stick(rng, long, thick, rgb) -> list[Shape]:
     """A square or round rod from the origin to +x, with or without something at its end."""
     hard = other_colour(rng, rgb)
@@ -269,15 +257,12 @@ def foot(rng, wide, rgb) -> Shape:
     return pick(rng, cylinder(wide / 2, 0.03, (0, 0, 0.015), rgb), box((wide * 0.8, wide, 0.03), (0, 0, 0.015), rgb))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Archetypes far from the unseen categories. Each returns (base shapes, parts).
-
-
+# ---- archetypes far from the unseen categories; each returns (base shapes, parts) ------------------------------------
 def lidded_box(rng):
     """One lid at any edge of the top, or two side by side."""
     body = pick(rng, block, tray, tower, oblong)(rng)
-    rgb, word = other_colour(rng, body.rgb), lid_word(rng)
-    if chance(rng, 0.35):
+    rgb, word = other_colour(rng, body.rgb), pick(rng, *LID_WORDS)
+    if rng.random() < 0.35:
         cells = [(s * body.wide / 4, f"{side} {word}") for s, side in LEFT_RIGHT]
         return finish(rng, body, [lid(rng, w, body, 0, rgb, (0.97, 1.0), cell=0.48, shift=y) for y, w in cells])
     return finish(rng, body, [lid(rng, word, body, pick(rng, 0, 0, 1, 2, 3), rgb)])
@@ -298,7 +283,7 @@ def lift_off(rng):
 def tipped_cap(rng):
     """A tall cap that tips over at an edge of the top."""
     body = pick(rng, tower, drum, block, stack)(rng)
-    rgb, k = other_colour(rng, body.rgb), int(rng.integers(4))
+    rgb, k = other_colour(rng, body.rgb), rng.integers(4)
     word, thick = pick(rng, "cap", "lid", "cover"), rng.uniform(0.07, 0.22)
     return finish(rng, body, [lid(rng, word, body, k, rgb, (0.8, 1.05), thick, start=0.0)])
 
@@ -307,8 +292,8 @@ def chest(rng):
     """A front with a grid of drawers, doors or flaps."""
     body = block(rng, (0.25, 0.5), (0.35, 0.9), (0.35, 0.9))
     rows, columns = pick(rng, (1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 3))
-    kind, grip, rgb = pick(rng, "drawer", "drawer", "door", "flap"), any_grip(rng), other_colour(rng, body.rgb)
-    wide, tall = (body.wide, body.top - body.low) * rng.uniform(0.65, 0.97, 2) / (columns, rows)
+    kind, grip, rgb = pick(rng, "drawer", "drawer", "door", "flap"), pick(rng, *GRIPS), other_colour(rng, body.rgb)
+    wide, tall = body.face * rng.uniform(0.65, 0.97, 2) / (columns, rows)
     parts = []
     for i, row in enumerate(COLUMN[rows]):
         for j, column in enumerate(ROW[columns]):
@@ -322,32 +307,30 @@ def trays(rng):
     deep, wide, tall = sizes(rng, (0.3, 0.5), (0.35, 0.8), (0.3, 0.9))
     rgb, count = tint(rng), pick(rng, 2, 3)
     frame = pick(rng, shell(wide, deep, tall, 0, 0.02, rgb), legs(wide, deep, tall, 0.04, rgb))
-    own, lip, parts = other_colour(rng, rgb), rng.uniform(0.05, 0.1), []
-    for i, word in enumerate(COLUMN[count]):
-        shapes = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
-        shapes += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
-        at = (deep / 2, 0, tall * (count - i - 0.4) / count)
-        parts.append(slide(f"{word}drawer", at, (1, 0, 0), deep * 0.6, shapes))
+    own, lip = other_colour(rng, rgb), rng.uniform(0.05, 0.1)
+    tray = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
+    tray += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
+    cells = [(tall * (count - i - 0.4) / count, f"{word}drawer") for i, word in enumerate(COLUMN[count])]
+    parts = [slide(label, (deep / 2, 0, z), (1, 0, 0), deep * 0.6, tray) for z, label in cells]
     return [*frame, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)], parts
 
 
 def side_flap(rng):
     """One door, flap or cover that leaves much of the front free, on blocks and Ls."""
     body = pick(rng, block, tower, tray)(rng)
-    if chance(rng, 0.4):
+    if rng.random() < 0.4:
         add_back(rng, body, 0)
-    front = np.array((body.wide, body.top - body.low))
-    size = front * rng.uniform(0.45, 0.95, 2)
-    at, kind = body.front(*(front - size) / 2 * rng.uniform(-1, 1, 2), 0.0), pick(rng, "door", "flap", "cover")
-    part = front_part(rng, kind, kind, at, *size, body.deep, other_colour(rng, body.rgb), any_grip(rng))
+    size = body.face * rng.uniform(0.45, 0.95, 2)
+    at, kind = body.somewhere(rng, size, 0.0), pick(rng, "door", "flap", "cover")
+    part = front_part(rng, kind, kind, at, *size, body.deep, other_colour(rng, body.rgb), pick(rng, *GRIPS))
     return finish(rng, body, [part], 4)
 
 
 def latch(rng):
     """A bar that lies across a front and swings out from it."""
     body = pick(rng, block, tower)(rng)
-    k, high, thick = int(rng.integers(4)), *sizes(rng, (0.07, 0.14), (0.03, 0.08))
-    long = max(0.15, (body.wide, body.top - body.low)[k % 2] * rng.uniform(0.5, 1.0))
+    k, high, thick = rng.integers(4), *sizes(rng, (0.07, 0.14), (0.03, 0.08))
+    long = max(0.15, body.face[k % 2] * rng.uniform(0.5, 1.0))
     bar = [box((thick, long, high), (thick / 2, -long / 2, 0), other_colour(rng, body.rgb))]
     bar += pick(rng, [], [box((0.03, 0.05, high * 1.3), (thick, 0.05 - long, 0), pick(rng, METAL, DARK))])
     part = hinge("bar", (0, long / 2, 0), (0, 0, 1), rng.uniform(1.2, 1.8), bar, "swing out")
@@ -362,7 +345,7 @@ def hanging_flap(rng):
     posts += [cylinder(0.025, wide + 0.1, (0, 0, top), METAL, "y"), foot(rng, wide * 0.8, rgb)]
     wall = [box((0.25, wide * rng.uniform(0.9, 1.3), top + 0.05), (-0.15, 0, top / 2), rgb)]
     panel = [box((thick, wide * 0.94, tall), (0, 0, -tall / 2), other_colour(rng, rgb))]
-    panel += handle(any_grip(rng), (thick / 2, 0, -tall * 0.85), 0.12, DARK)
+    panel += handle(pick(rng, *GRIPS), (thick / 2, 0, -tall * 0.85), 0.12, DARK)
     part = hinge(pick(rng, "flap", "flap", "cover"), (0, 0, top), (0, -1, 0), 1.2, panel, pick(rng, "open", "lift"))
     return pick(rng, posts, wall), [part]
 
@@ -376,7 +359,7 @@ def wings(rng):
         leaf = [box((long, thick, drop), (0, s * thick / 2, -drop / 2), rgb)]
         at = (0, s * (body.wide / 2 + 0.003), body.top)
         parts.append(hinge(f"{word} flap", at, (s, 0, 0), rng.uniform(1.2, 1.6), leaf, "lift"))
-    if chance(rng, 0.4):
+    if rng.random() < 0.4:
         parts = [parts[rng.integers(2)]]
         parts[0].label = "flap"
     return finish(rng, body, parts, 2)
@@ -389,7 +372,7 @@ def sash(rng):
     base = [box((0.1, wide + 0.08, 0.04), (0, 0, z + s * (tall / 2 + 0.02)), rgb) for s in ENDS]
     base += pair((0.1, 0.04, tall), (0, wide / 2 + 0.02, z), rgb)
     base += [box((0.25, wide * 0.7, 0.08), (0, 0, 0.04), other_colour(rng, rgb))]
-    k = int(rng.integers(3))  # slides to the right, up, to the left; down would be seen from below only
+    k = rng.integers(3)  # slides to the right, up, to the left; down would be seen from below only
     room, across = (tall, wide) if k % 2 else (wide, tall)
     pane = [box((0.03, room / 2, across * 0.97), (0, 0, 0), pane_rgb)]
     pane += pick(rng, [], [box((0.034, room * 0.4, across * 0.7), (0, 0, 0), tint(rng))])
@@ -401,7 +384,7 @@ def sash(rng):
 def sliders(rng):
     """Blocks that slide in tracks on the top."""
     body = pick(rng, block, slab, oblong)(rng)
-    k = int(rng.integers(4))
+    k = rng.integers(4)
     away, along = body.extents(k)
     aside, words = (np.array((1.0, 0, 0)), BACK_FRONT) if k % 2 else (np.array((0, 1.0, 0)), LEFT_RIGHT)
     cells = [(s * along / 4, f"{word} slider") for s, word in words] if along > 0.3 else [(0.0, "slider")]
@@ -418,7 +401,7 @@ def sliders(rng):
 def sliding_cover(rng):
     """A cover with a ridge that is pushed back along the top."""
     body = pick(rng, block, slab, oblong, tower)(rng)
-    k = int(rng.integers(4))
+    k = rng.integers(4)
     away, along = body.extents(k)
     rgb, thick, share, ridge = other_colour(rng, body.rgb), *sizes(rng, (0.015, 0.05), (0.3, 0.55), (0.05, 0.09))
     cover = [box((away * share, along * 0.85, thick), (0, 0, thick / 2), rgb)]
@@ -471,7 +454,7 @@ def buttons(rng):
     body = pick(rng, slab, block, oblong)(rng)
     deep, thick = body.deep * rng.uniform(0.4, 0.7), rng.uniform(0.03, 0.09)
     cells = [(s * body.wide / 4, f"{word} button") for s, word in LEFT_RIGHT]
-    if chance(rng, 0.4):
+    if rng.random() < 0.4:
         cells = [(body.wide * rng.uniform(-0.2, 0.2), "button")]
     rgb, wide, x = other_colour(rng, body.rgb), body.wide * rng.uniform(0.25, 0.42), -body.deep * rng.uniform(0.1, 0.45)
     key = [box((deep, wide, thick), (deep / 2, 0, thick / 2), rgb)]
@@ -488,10 +471,9 @@ def folding_plate(rng):
     frame += pair((deep, 0.035, 0.03), (deep / 2, wide / 2, 0.015), rgb)
     plate = [box((deep, wide * rng.uniform(0.6, 0.94), thick), (deep / 2, 0, 0), other_colour(rng, rgb))]
     word, verb = pick(rng, ("seat", "fold up"), ("flap", "lift"), ("cover", "lift"))
-    k = int(rng.integers(4))
-    return turn_all(pick(rng, wall, frame), k), [
-        moved(hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb), quarter(k))
-    ]
+    k = rng.integers(4)
+    part = hinge(word, (0, 0, z), (0, -1, 0), 1.4, plate, verb)
+    return turn_all(pick(rng, wall, frame), k), [moved(part, quarter(k))]
 
 
 def boom(rng):
@@ -499,7 +481,7 @@ def boom(rng):
     pole, arm, thick = sizes(rng, (0.3, 0.7), (0.22, 0.45), (0.03, 0.06))
     rgb, metal = tint(rng), pick(rng, METAL, DARK, tint(rng))
     base = [foot(rng, rng.uniform(0.2, 0.4), rgb), cylinder(rng.uniform(0.015, 0.04), pole, (0, 0, pole / 2), metal)]
-    if chance(rng, 0.4):
+    if rng.random() < 0.4:
         base += turn_all([cylinder(0.02, arm, (arm / 2, 0, pole * rng.uniform(0.2, 0.5)), metal, "x")], rng.integers(4))
     shapes, own, end = stick(rng, arm, thick, metal), other_colour(rng, rgb), (arm, 0, -0.02)
     shapes.append(pick(rng, cylinder(0.08, 0.1, end, own), sphere(0.07, end, own), box((0.12, 0.15, 0.08), end, own)))
@@ -507,14 +489,11 @@ def boom(rng):
     return base, [moved(hinge(word, at, (0, -1, 0), 0.9, shapes, verb, lower=-0.3), quarter(rng.integers(4)))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Archetypes that come near an unseen category (NEAR says which)
-
-
+# ---- archetypes that come near an unseen category (NEAR says which) --------------------------------------------------
 def book(rng):
     """A slab hinged on a slab, at any edge, closed or ajar."""
     body = slab(rng)
-    word, k = pick(rng, "lid", "cover", "screen", "flap"), int(rng.integers(4))
+    word, k = pick(rng, "lid", "cover", "screen", "flap"), rng.integers(4)
     studs = [(i * 0.08, j * 0.08) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     body.shapes += pick(rng, [], [box((0.04, 0.04, 0.01), (x, y, body.top), METAL) for x, y in studs])
     rgb = pick(rng, body.rgb, other_colour(rng, body.rgb))
@@ -533,8 +512,8 @@ def clamp_arm(rng):
     thick, reach = rng.uniform(0.04, 0.08), long * rng.uniform(0.6, 1.0)
     arm = [box((reach, wide * rng.uniform(0.5, 1.0), thick), (reach / 2, 0, thick / 2), other_colour(rng, rgb))]
     arm += pick(rng, [], [box((0.1, wide * 1.1, thick * 1.2), (reach, 0, thick / 2), other_colour(rng, rgb))])
-    word, k = pick(rng, "bar", "lever", "handle", "head"), int(rng.integers(4))
-    if high > 0.2 and chance(rng, 0.4):
+    word, k = pick(rng, "bar", "lever", "handle", "head"), rng.integers(4)
+    if high > 0.2 and rng.random() < 0.4:
         more = dict(axis=(0, 1, 0), upper=0.6, verb="press down", lower=-rng.uniform(0.1, 0.4), primitive="push")
     else:
         verb, start = pick(rng, "lift", "raise"), rng.uniform(0, 0.4)
@@ -545,13 +524,14 @@ def clamp_arm(rng):
 def lidded_drum(rng):
     """A round body with a hinged lid; handles, tubes and masts that do not move."""
     body = pick(rng, drum, stack, goblet)(rng)
-    return finish(rng, body, [lid(rng, lid_word(rng), body, int(rng.integers(4)), other_colour(rng, body.rgb))], 1, 3)
+    word, k = pick(rng, *LID_WORDS), rng.integers(4)
+    return finish(rng, body, [lid(rng, word, body, k, other_colour(rng, body.rgb))], 1, 3)
 
 
 def backed_lid(rng):
     """A lid in front of something taller that does not move."""
     body = pick(rng, goblet, drum, oblong, block)(rng)
-    k = int(rng.integers(4))
+    k = rng.integers(4)
     add_back(rng, body, k)
     word = pick(rng, "lid", "lid", "cover", "seat")
     return finish(rng, body, [lid(rng, word, body, pick(rng, k, k, (k + 2) % 4), other_colour(rng, body.rgb))], 2)
@@ -567,8 +547,8 @@ def post_levers(rng):
         base += turn_all([cylinder(0.025, 0.2, (0.1, 0, tall * 0.9), rgb, "x")], rng.integers(4), (x, y, 0))
     lever = [turned(s, np.eye(3), (0, 0, 0.05)) for s in stick(rng, long, thick, other_colour(rng, rgb))]
     lever += [cylinder(thick, 0.06, (0, 0, 0.03), rgb)]
-    cells = [(s * 0.2, f"{word} ") for s, word in LEFT_RIGHT] if chance(rng, 0.4) else [(0.0, "")]
-    tall, kind, k, parts = rng.uniform(0.1, 0.45), pick(rng, "lever", "handle", "bar"), int(rng.integers(4)), []
+    cells = [(s * 0.2, f"{word} ") for s, word in LEFT_RIGHT] if rng.random() < 0.4 else [(0.0, "")]
+    tall, kind, k, parts = rng.uniform(0.1, 0.45), pick(rng, "lever", "handle", "bar"), rng.integers(4), []
     for y, word in cells:
         base += [cylinder(rng.uniform(0.04, 0.09), tall, (0, y, tall / 2), rgb)]
         part = hinge(word + kind, (0, 0, 0), (0, 0, 1), 1.0, lever, "turn", lower=-1.0, start=0.0, both_ways=True)
@@ -601,7 +581,7 @@ def wall_levers(rng):
 def capped_stick(rng):
     """A long stick, lying or upright, with a cap at one end or at both."""
     long, thick, cap_long, neck = sizes(rng, (0.35, 0.8), (0.08, 0.2), (0.1, 0.25), (0.0, 0.08))
-    rgb, flat, is_round = tint(rng), rng.uniform(0.5, 1.0), chance(rng, 0.45)
+    rgb, flat, is_round = tint(rng), rng.uniform(0.5, 1.0), rng.random() < 0.45
 
     def piece(length, x, colour, wider=1.0):
         if is_round:
@@ -613,9 +593,9 @@ def capped_stick(rng):
         base.append(piece(rng.uniform(0.03, 0.15), rng.uniform(-0.35, 0.3) * long, tint(rng), 1.04))
     cap, way = piece(cap_long, cap_long / 2, other_colour(rng, rgb), rng.uniform(0.9, 1.2)), pick(rng, "x", "y", "z")
     ends, parts = [(1, "cap")], []
-    if way != "z" and chance(rng, 0.3):
+    if way != "z" and rng.random() < 0.3:
         ends = [(s, f"{word} cap") for s, word in (BACK_FRONT if way == "x" else LEFT_RIGHT)]
-    turn, up = {"x": np.eye(3), "y": quarter(1), "z": FACES["top"]}[way], long / 2 if way == "z" else thick * 0.6
+    turn, up = {"x": np.eye(3), "y": quarter(1), "z": TO_TOP}[way], long / 2 if way == "z" else thick * 0.6
     for s, label in ends:
         flip = np.diag([s, s, 1.0])
         base += [turned(piece(neck + 0.02, long / 2 + neck / 2, METAL, 0.6), flip)]
@@ -627,12 +607,11 @@ def capped_stick(rng):
 def plugged_face(rng):
     """A cap plugged into the front, pulled off towards the viewer."""
     body = pick(rng, block, tower)(rng)
-    front = np.array((body.wide, body.top - body.low))
-    size, high = min(front) * rng.uniform(0.4, 0.8), rng.uniform(0.06, 0.22)
-    middle = body.front(*(front - size) / 2 * rng.uniform(-1, 1, 2))
+    size, high = min(body.face) * rng.uniform(0.4, 0.8), rng.uniform(0.06, 0.22)
+    middle = body.somewhere(rng, size)
     rgb, at = other_colour(rng, body.rgb), (high / 2, 0, 0)
     cap = [pick(rng, cylinder(size / 2, high, at, rgb, "x"), box((high, size, size), at, rgb))]
-    cap += handle(any_grip(rng), (high, 0, 0), size * 0.6, pick(rng, METAL, DARK))
+    cap += handle(pick(rng, *GRIPS), (high, 0, 0), size * 0.6, pick(rng, METAL, DARK))
     return finish(rng, body, [slide("cap", middle, (1, 0, 0), rng.uniform(0.2, 0.3), cap, "pull off")], 3, 2)
 
 
@@ -666,7 +645,7 @@ def frame_drawers(rng):
     walls = pair((deep * 0.9, 0.04, tall), (0, wide * 0.47, tall / 2), dark)
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), box((deep * 0.8, span, low), (-0.03, 0, z), dark)]
     base += pick(rng, legs(wide * 0.95, deep * 0.9, tall, 0.05, dark), walls, column)
-    kind, grip, own = pick(rng, "drawer", "drawer", "drawer", "flap"), any_grip(rng), other_colour(rng, rgb)
+    kind, grip, own = pick(rng, "drawer", "drawer", "drawer", "flap"), pick(rng, *GRIPS), other_colour(rng, rgb)
     cells = [(span * ((i + 0.5) / count - 0.5), word + kind) for i, word in enumerate(ROW[count])]
     at, size = deep * 0.4 - 0.03, (span / count * 0.96, low * 0.95)
     return base, [front_part(rng, kind, label, (at, y, z), *size, deep * 0.8, own, grip) for y, label in cells]
@@ -674,25 +653,23 @@ def frame_drawers(rng):
 
 def round_door(rng):
     """A round door or cover on a front, hinged at any side, or on the end of a lying drum."""
-    if chance(rng, 0.3):
+    if rng.random() < 0.3:
         radius, long, rgb = *sizes(rng, (0.15, 0.3), (0.3, 0.6)), tint(rng)
         shapes = [cylinder(radius, long, (0, 0, radius + 0.05), rgb, "x")]
         shapes += [box((long * 0.7, radius, 0.1), (0, 0, 0.05), DARK)]
         body = Body(shapes, rgb, long, 2 * radius, 2 * radius + 0.1, 0.0, flat=False)
     else:
         body = block(rng, (0.2, 0.6), (0.35, 0.7), (0.35, 0.9))
-        radius = min(body.wide, body.top - body.low) / 2 * rng.uniform(0.45, 0.9)
+        radius = min(body.face) / 2 * rng.uniform(0.45, 0.9)
     rgb, thick = other_colour(rng, body.rgb), rng.uniform(0.025, 0.08)
     shapes = [cylinder(radius, thick, (thick / 2, -radius, 0), rgb, "x")]
     shapes += pick(rng, [], [cylinder(radius * rng.uniform(0.3, 0.7), 0.02, (thick, -radius, 0), tint(rng), "x")])
-    shapes += handle(any_grip(rng), (thick, 0.05 - 2 * radius, 0), 0.1, pick(rng, METAL, DARK))
+    shapes += handle(pick(rng, *GRIPS), (thick, 0.05 - 2 * radius, 0), 0.1, pick(rng, METAL, DARK))
     part = hinge(pick(rng, "door", "door", "cover", "lid"), (0, radius, 0), (0, 0, 1), rng.uniform(1.2, 1.9), shapes)
     return finish(rng, body, [moved(part, spin(rng.integers(4)), body.front())])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
-
+# ---- the whole ------------------------------------------------------------------------------------------------------
 NEAR: dict[str, tuple[str, ...]] = {  # archetype -> the unseen categories it comes near
     "book": ("Phone",), "clamp_arm": ("Stapler",), "lidded_drum": ("Kettle",), "backed_lid": ("Toilet",),
     "post_levers": ("Faucet",), "wall_levers": ("Switch",), "capped_stick": ("USB",), "plugged_face": ("USB",),

@@ -9,7 +9,7 @@ sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), sim/par
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -35,26 +35,8 @@ BACKGROUND, BASE = -2, -1  # numbers of what is no part, in pictures and rays; p
 LEFT_RIGHT = ((-1, "left"), (1, "right"))  # sign of y, word
 ENDS = (-1, 1)  # both ends of an axis
 
-# Turns that carry what is built on a front (+x) to another face of a body.
-FACES = {
-    "front": np.eye(3),
-    "top": np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
-    "right": np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]),
-    "left": np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]]),
-}
-QUARTER = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # quarter turn in the plane of the front: +y goes to +z
-
 
 # ---- what an object is ----------------------------------------------------------------------------------------------
-def rotation(rpy) -> np.ndarray:
-    """(3, 3) matrix of roll, pitch, yaw, radians, URDF convention: Rz(yaw) Ry(pitch) Rx(roll)."""
-    (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
-    about_x = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    about_y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
-    about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
-
-
 @dataclass(frozen=True)
 class Shape:
     """One primitive in its link's frame, seen and touched; xyz: centre, m; rpy: radians, URDF convention; rgb: 0..1.
@@ -77,24 +59,24 @@ class Shape:
 
     def corners(self) -> np.ndarray:
         """(8, 3) corners of the bounding box in the link's frame, metres; corner 4a + 2b + c, a b c in {0, 1}."""
-        radius, length = self.size[0], self.size[-1]
-        cylinder = (2 * radius, 2 * radius, length)
-        extents = {"box": self.size, "cylinder": cylinder, "sphere": (2 * radius,) * 3}[self.kind]
+        extents = self.size
+        if self.kind != "box":
+            diameter = 2 * self.size[0]
+            extents = (diameter, diameter, self.size[1] if self.kind == "cylinder" else diameter)
         signs = np.array([(a, b, c) for a in ENDS for b in ENDS for c in ENDS])
         return np.array(self.xyz) + signs * np.array(extents) / 2 @ rotation(self.rpy).T
 
 
 @dataclass
 class Part:
-    """One movable link. Positive joint motion is the instructed motion.
+    """One movable link.
 
     label: what a person calls it, unique inside the object. joint: "revolute" | "prismatic". origin: metres, base
     frame; the link's frame has the same axes as the base at joint value 0. axis: unit vector. lower, upper: radians or
     metres. verb: imperative for the instruction. primitive: "pull" | "push", the way the gripper moves after contact.
-    start: joint value of the closed state. both_ways: either sense of motion counts (a lever that turns).
+    start: joint value of the closed state (None: lower). both_ways: either sense of motion counts (a lever that turns).
     """
 
-    name: str
     label: str
     joint: str
     origin: tuple
@@ -123,11 +105,11 @@ class ObjectSpec:
 
     category: str
     base: list[Shape]
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part]
 
 
 def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: list | None = None) -> str:
-    """URDF text of an object: link "base" (fixed, mass 0) and one link and joint per part, in order.
+    """URDF text of an object: link "base" (fixed, mass 0) and one link "part_i" and its joint per part, in order.
 
     Args: mass: kg, inertia: kg m^2, its diagonal, equal for all parts, so that the joint friction decides how hard a
     part moves. bodies: for the base and each part, the lines of its visuals and collisions; default: its shapes.
@@ -137,15 +119,16 @@ def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: 
         links = (spec.base, *(part.shapes for part in spec.parts))
         bodies = [[_shape_urdf(s, next(number)) for s in shapes] for shapes in links]
     diagonal = f'<inertia ixx="{inertia:g}" iyy="{inertia:g}" izz="{inertia:g}" ixy="0" ixz="0" iyz="0"/></inertial>'
+    origin = '<origin xyz="{:.4f} {:.4f} {:.4f}"/>'.format
     lines = [f'<robot name="object"><link name="base"><inertial><mass value="0"/>{diagonal}', *bodies[0], "</link>"]
-    for part, body in zip(spec.parts, bodies[1:], strict=True):
-        centre = "{:.4f} {:.4f} {:.4f}".format(*np.mean([s.xyz for s in part.shapes], axis=0))
+    for i, (part, body) in enumerate(zip(spec.parts, bodies[1:], strict=True)):
+        centre = np.mean([s.xyz for s in part.shapes], axis=0)
         lines += [
-            f'<link name="{part.name}"><inertial><origin xyz="{centre}"/><mass value="{mass:g}"/>{diagonal}',
+            f'<link name="part_{i}"><inertial>{origin(*centre)}<mass value="{mass:g}"/>{diagonal}',
             *body,
-            f'</link><joint name="joint_{part.name}" type="{part.joint}">',
-            f'<parent link="base"/><child link="{part.name}"/>',
-            '<origin xyz="{:.4f} {:.4f} {:.4f}"/>'.format(*part.origin),
+            f'</link><joint name="joint_part_{i}" type="{part.joint}">',
+            f'<parent link="base"/><child link="part_{i}"/>',
+            origin(*part.origin),
             '<axis xyz="{:.6f} {:.6f} {:.6f}"/>'.format(*part.axis),
             f'<limit lower="{part.lower:.4f}" upper="{part.upper:.4f}" effort="1000" velocity="10"/></joint>',
         ]
@@ -157,27 +140,43 @@ def _shape_urdf(s: Shape, material: int) -> str:
     geometry = {
         "box": f'<box size="{size}"/>',
         "cylinder": f'<cylinder radius="{s.size[0]:.4f}" length="{s.size[-1]:.4f}"/>',
-        "sphere": f'<sphere radius="{s.size[0]:.4f}"/>',
+        "sphere": f'<sphere radius="{size}"/>',
     }[s.kind]
-    place = '<origin xyz="{:.4f} {:.4f} {:.4f}" rpy="{:.5f} {:.5f} {:.5f}"/>'.format(*s.xyz, *s.rpy)
-    body = f"{place}<geometry>{geometry}</geometry>"
+    origin = '<origin xyz="{:.4f} {:.4f} {:.4f}" rpy="{:.5f} {:.5f} {:.5f}"/>'.format(*s.xyz, *s.rpy)
+    body = f"{origin}<geometry>{geometry}</geometry>"
     colour = '<color rgba="{:.3f} {:.3f} {:.3f} 1"/>'.format(*s.rgb)
     return f'<visual>{body}<material name="m{material}">{colour}</material></visual>\n<collision>{body}</collision>'
 
 
+# ---- colours --------------------------------------------------------------------------------------------------------
 def colour_name(rgb) -> str:
     """The word of COLOURS nearest to rgb (0..1)."""
     return WORDS[int(((PALETTE - rgb) ** 2).sum(1).argmin())]
 
 
-def body_colour(spec: ObjectSpec) -> str:
-    """Colour word of the base's largest shape."""
-    return colour_name(max(spec.base, key=lambda s: s.volume).rgb)
+def main_colour(shapes: list[Shape]) -> str:
+    """Colour word of the largest of the shapes."""
+    return colour_name(max(shapes, key=lambda s: s.volume).rgb)
 
 
-def part_colour(part: Part) -> str:
-    """Colour word of the part's largest shape."""
-    return colour_name(max(part.shapes, key=lambda s: s.volume).rgb)
+def tint(rng, *words) -> tuple:
+    """A colour near one of the given words (default: any word of COLOURS)."""
+    word = pick(rng, *(words or WORDS))
+    return tuple(float(v) for v in np.clip(np.array(COLOURS[word]) + rng.normal(0, COLOUR_JITTER, 3), 0.04, 0.97))
+
+
+def shade(rgb, factor) -> tuple:
+    """Darker (factor < 1) or lighter (> 1), but never so far that people would call it another colour."""
+    shaded = tuple(float(v) for v in np.clip(np.array(rgb) * factor, 0.02, 0.98))
+    near, second = np.sort(np.linalg.norm(PALETTE - shaded, axis=1))[:2]
+    if (colour_name(shaded) == colour_name(rgb) and second - near > COLOUR_MARGIN) or abs(factor - 1) < 0.02:
+        return shaded
+    return shade(rgb, (factor + 1) / 2)
+
+
+def seam(rgb) -> tuple:
+    """Colour of what shows in a gap: dark, but not on black, where one would not see it."""
+    return METAL if colour_name(rgb) == "black" else DARK
 
 
 # ---- small tools of the builders -------------------------------------------------------------------------------------
@@ -191,28 +190,12 @@ def pick(rng, *options):
     return options[rng.integers(len(options))]
 
 
-def tint(rng, *words) -> tuple:
-    """A colour near one of the given words (default: any word of COLOURS)."""
-    word = pick(rng, *(words or tuple(COLOURS)))
-    return tuple(float(v) for v in np.clip(np.array(COLOURS[word]) + rng.normal(0, COLOUR_JITTER, 3), 0.04, 0.97))
-
-
-def shade(rgb, factor) -> tuple:
-    """Darker (factor < 1) or lighter (> 1), but never so far that people would call it another colour."""
-    shaded = tuple(float(v) for v in np.clip(np.array(rgb) * factor, 0.02, 0.98))
-    near, second = np.argsort(np.linalg.norm(PALETTE - shaded, axis=1))[:2]
-    margin = np.linalg.norm(PALETTE[second] - shaded) - np.linalg.norm(PALETTE[near] - shaded)
-    if (WORDS[near] == colour_name(rgb) and margin > COLOUR_MARGIN) or abs(factor - 1) < 0.02:
-        return shaded
-    return shade(rgb, (factor + 1) / 2)
-
-
 def box(size, at, rgb, yaw=0.0) -> Shape:
     return Shape("box", tuple(size), tuple(at), (0.0, 0.0, yaw), rgb)
 
 
 def pair(size, at, rgb) -> list[Shape]:
-    """Two equal boxes, at y and at -y."""
+    """Two equal boxes, at -y and at y."""
     return [box(size, (at[0], s * at[1], at[2]), rgb) for s in ENDS]
 
 
@@ -226,11 +209,21 @@ def sphere(radius, at, rgb) -> Shape:
 
 
 def hinge(label, origin, axis, upper, shapes, verb="open", lower=0.0, **more) -> Part:
-    return Part("", label, "revolute", tuple(origin), tuple(axis), lower, upper, shapes, verb, **more)
+    return Part(label, "revolute", tuple(origin), tuple(axis), lower, upper, shapes, verb, **more)
 
 
 def slide(label, origin, axis, travel, shapes, verb="open", **more) -> Part:
-    return Part("", label, "prismatic", tuple(origin), tuple(axis), 0.0, travel, shapes, verb, **more)
+    return Part(label, "prismatic", tuple(origin), tuple(axis), 0.0, travel, shapes, verb, **more)
+
+
+# ---- turns ----------------------------------------------------------------------------------------------------------
+def rotation(rpy) -> np.ndarray:
+    """(3, 3) matrix of roll, pitch, yaw, radians, URDF convention: Rz(yaw) Ry(pitch) Rx(roll)."""
+    (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
+    about_x = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
+    about_y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
+    about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
 
 
 def roll_pitch_yaw(m: np.ndarray) -> tuple[float, float, float]:
@@ -249,14 +242,14 @@ def turned(shape: Shape, turn: np.ndarray, by=(0.0, 0.0, 0.0)) -> Shape:
 
 def moved(part: Part, turn: np.ndarray, by=(0.0, 0.0, 0.0)) -> Part:
     """The part turned about the origin, then moved by `by`, metres."""
-    part.origin, part.axis = tuple((turn @ part.origin + by).tolist()), tuple((turn @ part.axis + 0.0).tolist())
-    part.shapes = [turned(s, turn) for s in part.shapes]
-    return part
+    origin = tuple((turn @ part.origin + by).tolist())
+    axis = tuple((turn @ part.axis + 0.0).tolist())  # + 0.0: no -0.0 in the URDF
+    return replace(part, origin=origin, axis=axis, shapes=[turned(s, turn) for s in part.shapes])
 
 
 # ---- shared parts ---------------------------------------------------------------------------------------------------
 def shell(width, depth, height, bottom, wall, rgb) -> list[Shape]:
-    """A box open at the front, centred on x = y = 0, floor at z = bottom."""
+    """A box open at the front, centred on x = y = 0, floor at z = bottom; the last shape is its top."""
     middle = bottom + height / 2
     back = box((wall / 2, width, height), (-depth / 2 + wall / 4, 0, middle), shade(rgb, 0.7))
     ends = [box((depth, width, wall), (0, 0, bottom + z), rgb) for z in (wall / 2, height - wall / 2)]
@@ -265,8 +258,9 @@ def shell(width, depth, height, bottom, wall, rgb) -> list[Shape]:
 
 def legs(width, depth, height, thick, rgb) -> list[Shape]:
     """Four legs from the floor up to z = height, under a body of width x depth."""
-    x, y = (depth - thick) / 2, (width - thick) / 2
-    return [box((thick, thick, height), (sx * x, sy * y, height / 2), rgb) for sx in ENDS for sy in ENDS]
+    x = (depth - thick) / 2
+    y = (width - thick) / 2
+    return [leg for s in ENDS for leg in pair((thick, thick, height), (s * x, y, height / 2), rgb)]
 
 
 def handle(kind, at, span, rgb, out=0.04) -> list[Shape]:
@@ -275,26 +269,20 @@ def handle(kind, at, span, rgb, out=0.04) -> list[Shape]:
     span: length, metres; negative for a lever that points to -y.
     """
     x, y, z = at
-    length, thick = abs(span), 0.024
+    length = abs(span)
+    middle = x + out / 2
     if kind == "knob":
-        return [cylinder(0.012, out, (x + out / 2, y, z), rgb, "x"), sphere(0.026, (x + out, y, z), rgb)]
-    if kind == "bar":
-        posts = [box((out, 0.015, 0.015), (x + out / 2, y + s * length * 0.4, z), rgb) for s in ENDS]
-        return [box((thick, length, 0.03), (x + out, y, z), rgb), *posts]
-    if kind == "upright bar":
-        posts = [box((out, 0.015, 0.015), (x + out / 2, y, z + s * length * 0.4), rgb) for s in ENDS]
-        return [box((thick, 0.03, length), (x + out, y, z), rgb), *posts]
-    if kind == "recess":
-        return [box((0.004, length, 0.035), (x + 0.002, y, z), DARK)]
+        return [cylinder(0.012, out, (middle, y, z), rgb, "x"), sphere(0.026, (x + out, y, z), rgb)]
     if kind == "lever":
-        stem = cylinder(0.02, out, (x + out / 2, y, z), rgb, "x")
-        return [stem, box((thick, length, 0.03), (x + out, y + span * 0.4, z), rgb)]
-    return []
-
-
-def seam(rgb) -> tuple:
-    """Colour of what shows in a gap: dark, but not on black, where one would not see it."""
-    return METAL if colour_name(rgb) == "black" else DARK
+        stem = cylinder(0.02, out, (middle, y, z), rgb, "x")
+        return [stem, box((0.024, length, 0.03), (x + out, y + span * 0.4, z), rgb)]
+    if kind == "bar":
+        posts = [box((out, 0.015, 0.015), (middle, y + s * length * 0.4, z), rgb) for s in ENDS]
+        return [box((0.024, length, 0.03), (x + out, y, z), rgb), *posts]
+    if kind == "upright bar":
+        posts = [box((out, 0.015, 0.015), (middle, y, z + s * length * 0.4), rgb) for s in ENDS]
+        return [box((0.024, 0.03, length), (x + out, y, z), rgb), *posts]
+    return [box((0.004, length, 0.035), (x + 0.002, y, z), DARK)] if kind == "recess" else []
 
 
 def panel(size, at, rgb) -> list[Shape]:
@@ -311,12 +299,14 @@ def side_door(rng, label, side, size, centre, rgb, grip, span=None, extra=()) ->
     the hinge. span: length of an upright bar. extra: more shapes, placed relative to the middle of the outer face.
     """
     (thick, width, height), (x, y, z) = size, centre
-    to_middle = -side * width / 2
-    if span is None or grip != "upright bar":
-        span = height * rng.uniform(0.25, 0.5) if grip == "upright bar" else side * min(0.12, width * 0.3)
-    shapes = panel(size, (0, to_middle, 0), rgb)
+    middle = -side * width / 2
+    if grip != "upright bar":
+        span = side * min(0.12, width * 0.3)
+    elif span is None:
+        span = height * rng.uniform(0.25, 0.5)
+    shapes = panel(size, (0, middle, 0), rgb)
     shapes += handle(grip, (thick, -side * (width - 0.05), 0), span, pick(rng, METAL, DARK))
-    shapes += [turned(s, np.eye(3), (thick, to_middle, 0)) for s in extra]
+    shapes += [turned(s, np.eye(3), (thick, middle, 0)) for s in extra]
     return hinge(label, (x, y + side * width / 2, z), (0, 0, side), rng.uniform(1.3, 1.9), shapes)
 
 
@@ -324,15 +314,16 @@ def drawer(rng, label, size, front, rgb, grip, thick=0.02) -> Part:
     """A drawer that slides to +x. size: depth, width, height. front: middle of the back face of its front panel."""
     depth, width, height = size
     inside = shade(rgb, 0.8)
-    x, up, span = -depth * 0.425, height * 0.25 if grip == "recess" else 0, width * rng.uniform(0.25, 0.5)
+    span = width * rng.uniform(0.25, 0.5)
+    x = -depth * 0.425
     shapes = panel((thick, width, height), (0, 0, 0), rgb)
     shapes += [box((depth * 0.85, width * 0.9, 0.01), (x, 0, -height * 0.35), inside)]
-    shapes += [box((depth * 0.85, 0.01, height * 0.6), (x, s * width * 0.45, 0), inside) for s in ENDS]
-    shapes += handle(grip, (thick, 0, up), span, seam(rgb))
+    shapes += pair((depth * 0.85, 0.01, height * 0.6), (x, width * 0.45, 0), inside)
+    shapes += handle(grip, (thick, 0, height * 0.25 if grip == "recess" else 0), span, seam(rgb))
     return slide(label, front, (1, 0, 0), depth * rng.uniform(0.6, 0.8), shapes)
 
 
-def top_lid(label, back, size, upper, rgb, extra=(), verb="open", **more) -> Part:
+def top_lid(label, back, size, upper, rgb, extra=(), **more) -> Part:
     """A lid hinged along its back edge (axis -y): extends to +x, opens upwards. back: middle of the hinge line."""
     depth, _, thick = size
-    return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], verb, **more)
+    return hinge(label, back, (0, -1, 0), upper, [box(size, (depth / 2, 0, thick / 2), rgb), *extra], **more)

@@ -34,7 +34,7 @@ import numpy as np
 from common.files import read_json, read_text
 from sim import objects
 from sim.objects import ObjectSpec, Part, Shape, roll_pitch_yaw, rotation
-from sim.scene import Scene, p
+from sim.scene import Scene, need_pybullet, p
 
 PREFIX = "objects/"  # of an object's name where the catalogue's categories are named too
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
@@ -55,13 +55,13 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 @dataclass
 class Mesh:
-    """One visual: turn @ (scale * vertex) + offset is a point in the frame of its part (or of the base)."""
+    """One visual: turn @ (scale * vertex) + offset is a point in the world at joint value 0, metres."""
 
     path: Path  # .obj file
     scale: np.ndarray  # (3,) along the mesh's own axes
     turn: np.ndarray  # (3, 3) rotation
     offset: np.ndarray  # (3,) metres
-    points: np.ndarray  # (n, 3) its vertices in the world at joint value 0, metres
+    points: np.ndarray  # (n, 3) its vertices there
 
 
 @dataclass
@@ -97,9 +97,10 @@ def read_obj(path: Path) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     for number, corners, so_far in faces:
-        for kind, index in (pair for corner in corners for pair in zip(counts, corner, strict=False)):
-            if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
-                raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
+        for corner in corners:
+            for kind, index in zip(counts, corner, strict=False):
+                if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
+                    raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
         first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)  # a negative one counts back
         triangles += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
     if not faces:
@@ -111,9 +112,10 @@ def read_obj(path: Path) -> np.ndarray:
     return points[np.unique(triangles)]
 
 
-def _numbers(element, name: str, default: str, count: int, where: str) -> np.ndarray:
-    """`count` finite numbers of an attribute. Raises: ValueError that says where."""
+def _numbers(element, name: str, default: str, where: str) -> np.ndarray:
+    """As many finite numbers of an attribute as `default` has. Raises: ValueError that says where."""
     text = default if element is None else element.get(name, default)
+    count = len(default.split())
     try:
         values = np.array([float(word) for word in text.split()])
     except ValueError:
@@ -127,8 +129,8 @@ def _origin(element, where: str) -> np.ndarray:
     """(4, 4) pose of an element's <origin>."""
     origin = element.find("origin")
     pose = np.eye(4)
-    pose[:3, :3] = rotation(_numbers(origin, "rpy", "0 0 0", 3, where))
-    pose[:3, 3] = _numbers(origin, "xyz", "0 0 0", 3, where)
+    pose[:3, :3] = rotation(_numbers(origin, "rpy", "0 0 0", where))
+    pose[:3, 3] = _numbers(origin, "xyz", "0 0 0", where)
     return pose
 
 
@@ -146,9 +148,7 @@ def read_semantics(path: Path) -> dict[str, str]:
 
 def read_category(path: Path) -> str:
     """ "model_cat" of meta.json; "Object" where there is none."""
-    if not path.exists():
-        return "Object"
-    name = read_json(path, dict).get("model_cat")
+    name = read_json(path, dict).get("model_cat") if path.exists() else "Object"
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f'{path}: "model_cat" must be a name of at most 60 letters, digits, spaces and -_.')
     return name
@@ -163,42 +163,43 @@ def read_object(folder: Path) -> UserObject:
         category = read_category(folder / "meta.json")
     except (ElementTree.ParseError, RecursionError) as error:
         raise ValueError(f"{path}: not XML ({error})") from None
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: cannot be read ({error})") from None
     links = {link.get("name"): link for link in robot.findall("link")}
-    order, joints = _joints(robot, links, path)
-    pose = {order[0]: TURN.copy()}  # of every link at joint value 0
-    for name in order[1:]:
+    (root, *order), joints = _joints(robot, links, path)
+    pose = {root: TURN.copy()}  # of every link at joint value 0
+    for name in order:
         parent, joint, where = joints[name]
         pose[name] = pose[parent] @ _origin(joint, where)
-    meshes = {name: _meshes(links[name], pose[name], folder) for name in order}
+    meshes = {name: _meshes(links[name], pose[name], folder) for name in (root, *order)}
     size = _fit([mesh for group in meshes.values() for mesh in group], pose, path)
 
-    # Which part a link belongs to (-1: the base). One motion a part: a joint on what moves itself is held fixed.
-    owner = {order[0]: -1}
-    groups = [meshes[order[0]]]
-    parts, held = [], 0
-    for name in order[1:]:
+    # Link -> the part it belongs to (None: the base) and that part's meshes. One motion a part: a joint on what moves
+    # itself is held fixed.
+    owner = {root: (None, meshes[root])}
+    moving, held = [], 0
+    for name in order:
         parent, joint, where = joints[name]
         owner[name] = owner[parent]
         limits = _limits(joint, size, where)
-        if limits and owner[parent] == -1 and limits[1] - limits[0] >= LEAST_RANGE:
-            owner[name] = len(parts)
-            parts.append(_part(joint, pose[name], limits, where))
-            groups.append([])
+        if limits and owner[parent][0] is None and limits[1] - limits[0] >= LEAST_RANGE:
+            owner[name] = (_part(joint, pose[name], limits, where), [])
+            moving.append(owner[name])
         else:
             held += limits is not None
-        if owner[name] >= 0 and name in names:
-            parts[owner[name]].label = parts[owner[name]].label or names[name]
-        groups[1 + owner[name]] += meshes[name]
-    kept = [i for i in range(len(parts)) if groups[1 + i]]  # a joint that carries nothing visible is no part
-    if not kept:
+        part, group = owner[name]
+        group += meshes[name]
+        if part is not None:
+            part.label = part.label or names.get(name, "")
+    found = [(part, group) for part, group in moving if group]  # a joint that carries nothing visible is no part
+    if not found:
         least = f" that moves at least {LEAST_RANGE} rad or m" if held else ""
-        raise ValueError(f"{path}: no movable joint" + (" with a mesh" if parts else least))
-    if len(kept) > MAX_PARTS:
-        raise ValueError(f"{path}: {len(kept)} movable parts; PyBullet takes at most {MAX_PARTS}")
-    groups = [groups[0], *(groups[1 + i] for i in kept)]
-    return UserObject(_spec(category, [parts[i] for i in kept], groups), groups, held)
+        raise ValueError(f"{path}: no movable joint" + (" with a mesh" if moving else least))
+    if len(found) > MAX_PARTS:
+        raise ValueError(f"{path}: {len(found)} movable parts; PyBullet takes at most {MAX_PARTS}")
+    for part, group in found:
+        part.shapes = [_box_around(mesh, part.origin) for mesh in group]
+    _name_parts([part for part, _ in found])
+    spec = ObjectSpec(category, [_box_around(mesh, (0, 0, 0)) for mesh in meshes[root]], [part for part, _ in found])
+    return UserObject(spec, [meshes[root], *(group for _, group in found)], held)
 
 
 def _joints(robot, links: dict, path: Path) -> tuple[list[str], dict[str, tuple]]:
@@ -243,7 +244,7 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
         except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
             raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
         placed = pose @ _origin(visual, where)
-        scale = _numbers(mesh, "scale", "1 1 1", 3, where)
+        scale = _numbers(mesh, "scale", "1 1 1", where)
         points = (read_obj(path) * scale) @ placed[:3, :3].T + placed[:3, 3]
         meshes.append(Mesh(path, scale, placed[:3, :3], placed[:3, 3], points))
     return meshes
@@ -278,7 +279,7 @@ def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
     if limit is None:
         raise ValueError(f"{where}: a {kind} joint needs a <limit>")
     factor = size if kind == "prismatic" else 1.0
-    lower, upper = (factor * float(_numbers(limit, name, "0", 1, where)[0]) for name in ("lower", "upper"))
+    lower, upper = (factor * float(_numbers(limit, name, "0", where)[0]) for name in ("lower", "upper"))
     if lower > upper:
         raise ValueError(f"{where}: its lower limit {lower:g} is above its upper limit {upper:g}")
     return (lower, upper) if upper > lower else None
@@ -286,43 +287,34 @@ def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
 
 def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> Part:
     """A part that this joint moves, still without label, verb and shapes."""
-    axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", 3, where)
+    axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", where)
     if np.linalg.norm(axis) < 1e-6:
         raise ValueError(f"{where}: the axis has no length")
     axis = tuple((axis / np.linalg.norm(axis)).tolist())
     kind = "prismatic" if joint.get("type") == "prismatic" else "revolute"
-    part = Part("", "", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
+    part = Part("", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
     part.both_ways = joint.get("type") == "continuous"
     return part
 
 
-def _spec(category: str, parts: list[Part], groups: list[list[Mesh]]) -> ObjectSpec:
-    """Names the parts, puts their meshes into their frames, and boxes around the meshes."""
-    shapes, centres = [], []
-    for group, origin in zip(groups, [np.zeros(3), *(np.array(part.origin) for part in parts)], strict=True):
-        boxes = [(mesh.points.min(0), mesh.points.max(0)) for mesh in group]
-        middles = [(low + high) / 2 for low, high in boxes]
-        own = [(tuple((high - low).tolist()), tuple(((low + high) / 2 - origin).tolist())) for low, high in boxes]
-        shapes.append([Shape("box", size, middle, (0.0, 0.0, 0.0), GREY) for size, middle in own])
-        centres.append(np.mean(middles, 0) if boxes else np.zeros(3))
-        for mesh in group:
-            mesh.offset = mesh.offset - origin
-    kinds = [part.label or _usual_name(part) for part in parts]
-    for i, (part, label) in enumerate(zip(parts, labels(kinds, centres[1:]), strict=True)):
-        part.name = f"part_{i}"
-        part.label = label
-        part.shapes = shapes[1 + i]
-        part.verb = VERBS.get(kinds[i], "open")
+def _box_around(mesh: Mesh, origin: tuple) -> Shape:
+    """A box around a mesh, in the frame of its part."""
+    low, high = mesh.points.min(0), mesh.points.max(0)
+    middle = (low + high) / 2 - np.array(origin)
+    return Shape("box", tuple((high - low).tolist()), tuple(middle.tolist()), (0.0, 0.0, 0.0), GREY)
+
+
+def _name_parts(parts: list[Part]) -> None:
+    """Gives the parts their labels and verbs, from what people call them or what such a joint mostly is."""
+    for part in parts:
+        usual = "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"
+        part.label = part.label or ("drawer" if part.joint == "prismatic" else usual)
+        part.verb = VERBS.get(part.label, "open")
         part.primitive = "push" if part.verb == "press down" else "pull"
         part.both_ways = part.both_ways or part.verb == "turn"
-    return ObjectSpec(category, shapes[0], parts)
-
-
-def _usual_name(part: Part) -> str:
-    """A name for a part that semantics.txt does not know: what such a joint mostly is."""
-    if part.joint == "prismatic":
-        return "drawer"
-    return "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"
+    centres = [np.mean([shape.xyz for shape in part.shapes], 0) + part.origin for part in parts]
+    for part, label in zip(parts, labels([part.label for part in parts], centres), strict=True):
+        part.label = label
 
 
 def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
@@ -351,10 +343,10 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
 def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
     """URDF text as of sim.objects.to_urdf, with the meshes themselves as visible and collision shapes."""
     bodies = []
-    for group in thing.meshes:
+    for group, origin in zip(thing.meshes, [(0, 0, 0), *(part.origin for part in thing.spec.parts)], strict=True):
         bodies.append([])
         for mesh in group:
-            values = (mesh.scale, mesh.offset, roll_pitch_yaw(mesh.turn))
+            values = (mesh.scale, mesh.offset - np.array(origin), roll_pitch_yaw(mesh.turn))
             scale, at, rpy = (" ".join(f"{x:.9g}" for x in vector) for vector in values)
             element = ElementTree.Element("mesh", filename=str(mesh.path), scale=scale)
             shape = ElementTree.tostring(element, encoding="unicode")
@@ -377,6 +369,7 @@ def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, i
     """Names for ObjectScene.spawn of what can be used in `directory`; {folder: what is wrong} of the rest; and
     {name: how many of its joints are held fixed}. Raises: ValueError when nothing is usable.
     """
+    need_pybullet()
     good, bad, held = [], {}, {}
     for name, folder in _folders(directory).items():
         try:
@@ -400,31 +393,26 @@ class ObjectScene(Scene):
     """
 
     def __init__(self, directory: str, image_size: int = 128):
+        super().__init__(image_size)
         self._folders = _folders(directory)
         self._read: dict[str, UserObject] = {}
-        super().__init__(image_size)
 
-    def make(self, category: str, seed: int) -> ObjectSpec:
-        self._thing, self.load_flags = None, 0
+    def make(self, category: str, seed: int) -> tuple[ObjectSpec, str, int]:
         if category not in self._folders:
             return super().make(category, seed)
         if category not in self._read:
             self._read[category] = read_object(self._folders[category])
-        self._thing, self.load_flags = self._read[category], p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # else all is white
-        return self._thing.spec
-
-    def urdf(self) -> str:
-        if self._thing is None:
-            return super().urdf()
-        return to_urdf(self._thing, self.physics.mass_kg, self.physics.inertia)
+        thing = self._read[category]
+        urdf = to_urdf(thing, self.physics.mass_kg, self.physics.inertia)
+        return thing.spec, urdf, p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # else all is white
 
     def spawn(self, category: str, seed: int, part: int | None = None) -> "ObjectScene":
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""
         try:
             super().spawn(category, seed, part)
-        except (p.error, RuntimeError) as error:
+        except p.error as error:
             raise ValueError(f"{category}: PyBullet cannot load it ({error})") from None
-        if self._thing is not None:
+        if category in self._folders:
             self.textures = {}  # the meshes have their own colours
         self.object, self.category = category, self.spec.category
         return self

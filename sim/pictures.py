@@ -32,7 +32,7 @@ RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
 def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Image.Image:
     """The picture, enlarged, with an arrow of ARROW_M metres along `approach` that ends at `contact` (3,), world."""
-    picture = Image.fromarray(rgb).resize((ZOOM * scene.image_size,) * 2, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(rgb).resize((ZOOM * scene.image_size,) * 2)
     tail, head = ZOOM * (scene.project(np.array([contact - ARROW_M * approach, contact])) + 0.5)
     pen = ImageDraw.Draw(picture)
     pen.line([*tail, *head], fill=colour, width=3)
@@ -55,22 +55,23 @@ def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0)
 def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
     """Plays an episode again: [the picture with the prediction, then frames of what happened], and the caption."""
     scene.spawn(record.get("object", record["category"]), record["seed"]).render()
-    colour = GREEN if record["initial"] else RED
-    if None in (record["u"], record["v"], *record["approach"]):
+    u, v, approach = record["u"], record["v"], record["approach"]
+    if None in (u, v, *approach):
         return [Image.fromarray(scene.rgb).resize((ZOOM * scene.image_size,) * 2)], f"failed: {record['reason']}"
-    approach = scene.camera_rotation.T @ np.array(record["approach"])
-    point = scene.backproject(record["u"], record["v"])
+    point = scene.backproject(u, v)
     if point is None:  # beside the object: drawn at the object's distance
         f, cx, cy = scene.intrinsics
-        ray = np.array([(record["u"] - cx) / f, (record["v"] - cy) / f, 1.0])
+        ray = np.array([(u - cx) / f, (v - cy) / f, 1.0])
         point = scene.eye + float(np.median(scene.depth[scene.links != BACKGROUND])) * ray @ scene.camera_rotation
-    frames = [draw_gripper(scene, scene.rgb, point, approach, BLUE)]
+    arrow = scene.camera_rotation.T @ np.array(approach)
+    frames = [draw_gripper(scene, scene.rgb, point, arrow, BLUE)]
 
     def on_frame(step, contact):
         if step % EVERY == 0:
-            frames.append(draw_gripper(scene, scene.picture()[0], contact, approach, colour))
+            colour = GREEN if record["initial"] else RED
+            frames.append(draw_gripper(scene, scene.picture()[0], contact, arrow, colour))
 
-    outcome = scene.act(record["u"], record["v"], record["approach"], on_frame=on_frame)
+    outcome = scene.act(u, v, approach, on_frame=on_frame)
     unit_of = "rad" if scene.spec.parts[scene.target].joint == "revolute" else "m"
     done = f"moved {outcome.moved:.2f} {unit_of}" if outcome.initial else f"failed: {outcome.reason}"
     return frames, f'{record["category"]}: "{record["instruction"]}"  {done}'
@@ -115,20 +116,19 @@ def save(path: str, sheet: Image.Image) -> None:
     write_atomically(path, lambda temporary: sheet.save(temporary, kind))
 
 
-def contact_sheet(path: str, seed: int = 0, names: list[str] | None = None) -> None:
-    """Draw one scene of every category (or of `names`; a name again: the next seed), from a friendlier camera."""
-    names = names or [*SEEN, *UNSEEN]
+def contact_sheet(path: str, names: list[str], seed: int = 0) -> None:
+    """Draw one scene of each of `names` (a name again: the next seed), from a friendlier camera."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
     scene = Scene(image_size=192, view=view)
     items = []
     for i, name in enumerate(names):
-        picture = scene.spawn(name, seed + names[:i].count(name)).render()
-        items.append((Image.fromarray(picture), f"{name} (unseen)" if name in UNSEEN else name))
+        rgb = scene.spawn(name, seed + names[:i].count(name)).render()
+        items.append((Image.fromarray(rgb), f"{name} (unseen)" if name in UNSEEN else name))
     scene.close()
     save(path, grid(items, 7))
 
 
-def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int = 256, every: int = 4) -> None:
+def affordance_sheet(path: str, names: list[str], seed: int, image_size: int = 256) -> None:
     """Where on a part does a pull work? Below the pictures of `names`: how far one gets at every 4th pixel of the
     target, in the TRUE direction of motion. Red: not at all (near a hinge friction wins); green: the long threshold."""
     scene = Scene(image_size)
@@ -138,15 +138,13 @@ def affordance_sheet(path: str, names: list[str], seed: int = 0, image_size: int
         part = scene.links == scene.target
         faded = rgb // 2 + 96
         heat = faded.copy()
-        for row, column in np.argwhere(part):
-            if row % every == 0 and column % every == 0:
-                approach = true_approach(scene, scene.backproject(column, row), scene.target)
-                moved = 0.0 if approach is None else scene.act(column, row, approach).moved
-                share = min(1.0, max(0.0, moved / scene.long_threshold(scene.target)))
-                colour = (255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0)
-                heat[row : row + every, column : column + every] = colour
-        pair = np.vstack([rgb, np.where(part[..., None], heat, faded)])
-        items.append((Image.fromarray(pair), f"{name}: {scene.spec.parts[scene.target].label}"))
+        for row, column in np.argwhere(part[::4, ::4]) * 4:
+            approach = true_approach(scene, scene.backproject(column, row), scene.target)
+            moved = 0.0 if approach is None else scene.act(column, row, approach).moved
+            share = np.clip(moved / scene.long_threshold(scene.target), 0, 1)
+            heat[row : row + 4, column : column + 4] = 255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0
+        both = np.vstack([rgb, np.where(part[..., None], heat, faded)])
+        items.append((Image.fromarray(both), f"{name}: {scene.spec.parts[scene.target].label}"))
     scene.close()
     save(path, grid(items, len(items)))
 
@@ -169,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in NOUNS:
             raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)] if cfg.grammar else None
-        contact_sheet(cfg.sheet, cfg.seed, rows)
+        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)]
+        contact_sheet(cfg.sheet, rows if cfg.grammar else [*SEEN, *UNSEEN], cfg.seed)
         print(cfg.sheet)
     if names:
         path = f"{cfg.out}/affordance.png"

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,7 @@ class Observation(NamedTuple):
         return f, f, cx, cy
 
 
-# ---- baselines -------------------------------------------------------------------------------------------------------
-
-
+# ---- baselines ------------------------------------------------------------------------------------------------------
 def random_pixel(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     """(u, v) of a random set pixel of mask (S, S)."""
     rows, columns = np.nonzero(mask)
@@ -93,18 +92,15 @@ def hinge_pixel(o: Observation):
     if scene.spec.parts[o.part].joint != "revolute":
         return None
     mask = scene.links == o.part
-    points = np.array([scene.backproject(column, row) for row, column in np.argwhere(mask)])
-    lever = scene.motion(points, o.part)[1]
+    lever = scene.motion(scene.backproject_pixels(*np.nonzero(mask)), o.part)[1]
     mask[mask] = lever <= np.quantile(lever, HINGE_SHARE)
     return against_normal(scene, *random_pixel(mask, o.rng))
 
 
-# ---- the scripted expert, and worse copies of it ---------------------------------------------------------------------
-
-
+# ---- the scripted expert, and worse copies of it --------------------------------------------------------------------
 def oracle(o: Observation):
     """The expert: a contact found by trying, with the joint, the mask and the shapes known. None: it found none."""
-    return o.label and (o.label.u, o.label.v, o.label.approach)
+    return o.label
 
 
 def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Callable:
@@ -118,8 +114,8 @@ def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Ca
         sense = o.rng.uniform(0, 2 * math.pi)
         du, dv = o.rng.uniform(-1, 1, 2) if square else (math.cos(sense), math.sin(sense))
         reach = pixels * o.scene.image_size / REFERENCE_S
-        approach = tilt(o.label.approach, math.radians(degrees), o.rng) if degrees else o.label.approach
-        return o.label.u + reach * du, o.label.v + reach * dv, approach
+        u, v, approach = o.label
+        return u + reach * du, v + reach * dv, tilt(approach, math.radians(degrees), o.rng) if degrees else approach
 
     return policy
 
@@ -154,8 +150,6 @@ def scripted(name: str) -> Callable | None:
 
 
 # ---- a function of the user's own -----------------------------------------------------------------------------------
-
-
 class PolicyFailure(Exception):
     """A user's policy gave no action; the message is the reason that is counted."""
 
@@ -206,9 +200,7 @@ def user_function(name: str, source: str) -> Callable:
     return policy
 
 
-# ---- tables that never look ------------------------------------------------------------------------------------------
-
-
+# ---- tables that never look -----------------------------------------------------------------------------------------
 def blind_policy(table: dict, mean: bool = False) -> Callable:
     """The median label of this category and part, else of this part's name, else of all; mean: the mean of all."""
 
@@ -228,35 +220,37 @@ def make_blind_table(samples: str, path: str) -> dict:
 
     A row is [u, v, x, y, z]: pixels of an `image_size` picture, and the unit direction.
     Raises: ValueError naming file and line."""
-    rows, first = [], None
-    groups: dict[str, dict[str, list]] = {"category_part": {}, "part": {}}
+    rows, image = [], None
+    groups = {"category_part": defaultdict(list), "part": defaultdict(list)}
     for number, record in read_json_lines(samples, "python -m data.build writes it"):
         try:
             row = np.array([record["u"], record["v"], *record["approach"]], float).reshape(5)
             if not np.isfinite(row).all():
                 raise ValueError("u, v and approach must be finite")
             names = {"category_part": f"{record['category']}/{record['part']}", "part": str(record["part"])}
-            first = first or Path(samples).parent / str(record["image"])
+            image = image or str(record["image"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{samples}, line {number}: {type(error).__name__}: {error}") from None
         rows.append(row)
         for kind, name in names.items():
-            groups[kind].setdefault(name, []).append(row)
+            groups[kind][name].append(row)
     if not rows:
         raise ValueError(f"{samples}: no samples")
+    first = Path(samples).parent / image
     try:
-        with Image.open(first) as image:
-            size = image.width
+        with Image.open(first) as picture:
+            size = picture.width
     except OSError as error:
         raise ValueError(f"{first}: cannot be read as a picture ({error.strerror or error})") from None
 
-    def compact(values) -> list[float]:
-        return [*(round(float(x), 1) for x in values[:2]), *(round(float(x), 3) for x in unit(values[2:]))]
+    def compact(row) -> list[float]:
+        return [*(round(float(x), 1) for x in row[:2]), *(round(float(x), 3) for x in unit(row[2:]))]
 
-    table = {"samples": len(rows), "image_size": size, "mean": compact(np.mean(rows, 0))}
-    table["median"] = compact(np.median(rows, 0))
-    for kind, group in groups.items():
-        table[kind] = {key: compact(np.median(group[key], 0)) for key in sorted(group)}
+    medians = {
+        kind: {key: compact(np.median(group[key], 0)) for key in sorted(group)} for kind, group in groups.items()
+    }
+    whole = {"mean": compact(np.mean(rows, 0)), "median": compact(np.median(rows, 0))}
+    table = {"samples": len(rows), "image_size": size} | whole | medians
     write_json(path, table, indent=None)
     return table
 

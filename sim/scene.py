@@ -2,7 +2,7 @@
 
     sim/catalogue.py --URDF--> Scene.spawn -> render -> picture (S, S, 3) + instruction --> a policy
                                                                                               | pixel (u, v), approach
-    Outcome(moved, initial, long, reason) <- Scene.interact <- Scene.backproject <------------'
+    Outcome(moved, initial, long, reason) <- Scene.act <- Scene.backproject <-----------------'
 
 Success is a formula. With q the joint of the NAMED part and q0 its start value, `moved = q - q0` in radians or metres,
 counted in the instructed sense (|q - q0| where either sense will do):
@@ -18,6 +18,7 @@ three force limits. The limits are what makes the benchmark honest: with an unli
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -30,16 +31,13 @@ import numpy as np
 from sim import appearance, catalogue, objects
 from sim.objects import BACKGROUND, BASE, Part
 
+p = None
 kept = os.dup(2)
 try:  # PyBullet writes its build time from C as it loads, which would be the first line of every message
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    import pybullet as p
-except ImportError:
-    raise ImportError(
-        "the simulator needs PyBullet: `pip install pybullet` (wheels: Linux x86_64, Python 3.11 or older); "
-        "reading, training and asking work without it"
-    ) from None
+    with contextlib.suppress(ImportError):  # need_pybullet says so
+        import pybullet as p
 finally:
     os.dup2(kept, 2)
     os.close(kept)
@@ -54,8 +52,7 @@ INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a 
 @dataclass(frozen=True)
 class Physics:
     """What the gripper can do and how stiff the joints are, SI units. Friction goes with the seal and the part's
-    largest lever arm, so that a pull near the hinge cannot win.
-    """
+    largest lever arm, so that a pull near the hinge cannot win."""
 
     dt_s: float = 1 / 240
     stiffness: float = 2000.0  # N/m, of the arm: a spring and damper from the moving target to the contact
@@ -130,6 +127,15 @@ class Outcome:
     joints: list[float] | None = None  # of all parts where the interaction left them; None: nothing was touched
 
 
+def need_pybullet() -> None:
+    """Raises: ValueError where it is not installed; everything can be imported without it."""
+    if p is None:
+        raise ValueError(
+            "the simulator needs PyBullet: `pip install pybullet` (wheels: Linux x86_64, Python 3.11 or older); "
+            "reading, training and asking work without it"
+        )
+
+
 def stream(category: str, seed: int, purpose: str) -> np.random.Generator:
     """Random numbers that depend on (category, seed, purpose) only: a new draw in one place changes no other place."""
     if seed < 0:
@@ -171,13 +177,12 @@ class Scene:
     Raises: RuntimeError for a second Scene in the process: PyBullet's calls go to the first connection anyway.
     """
 
-    load_flags = 0  # of loadURDF
-
-    def __init__(self, image_size: int = 128, physics: Physics | None = None, view: View | None = None):
+    def __init__(self, image_size: int = 128, view: View | None = None):
+        need_pybullet()
         if p.isConnected():
             raise RuntimeError("one Scene per process: a second connection mixes the worlds; close() the first")
         self.image_size = image_size
-        self.physics = physics or Physics()
+        self.physics = Physics()
         self.view = view or View()
         p.connect(p.DIRECT)
 
@@ -191,52 +196,44 @@ class Scene:
         `part` names the target; else it is drawn, and a part that no camera can see is passed over.
         Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
         """
-        self.spec = self.make(category, seed)
+        self.spec, urdf, flags = self.make(category, seed)
         self.category = category
         self.seed = seed
         parts = self.spec.parts
         if part is not None and not 0 <= part < len(parts):
             raise ValueError(f"part={part}: this {category} has parts 0..{len(parts) - 1}")
-        self._load()
+        self._load(urdf, flags)
         self._set_friction(stream(category, seed, "friction"))
         rng = stream(category, seed, "joints")
         self.set_joints([m.start + self.physics.start_open * rng.uniform() * (m.upper - m.start) for m in parts])
         order = [part] if part is not None else stream(category, seed, "target").permutation(len(parts)).tolist()
-        best = (-math.inf,)
+        found = []
         for j in order:
-            score, camera = self._search_camera(j, stream(category, seed, f"camera {j}"))
-            best = max(best, (score, camera, j), key=lambda found: found[0])
-            if score >= self.view.min_workable:
+            found.append((*self._search_camera(j, stream(category, seed, f"camera {j}")), j))
+            if found[-1][0] >= self.view.min_workable:
                 break
-        _, camera, self.target = best
+        _, camera, self.target = max(found, key=lambda one: one[0])
         self.look(camera)
         self.light = appearance.light(stream(category, seed, "light"), self.camera.azimuth_deg)
         self.background = appearance.background(stream(category, seed, "background"), self.image_size)
         self.textures = appearance.textures(stream(category, seed, "texture"), len(parts))
         return self
 
-    def make(self, category: str, seed: int) -> objects.ObjectSpec:
-        """What `spawn` loads; sim/partnet.py brings the user's own objects here."""
-        return catalogue.make_object(category, stream(category, seed, "object"))
+    def make(self, category: str, seed: int) -> tuple[objects.ObjectSpec, str, int]:
+        """What `spawn` loads, its URDF text, flags of loadURDF; sim/partnet.py brings the user's own objects here."""
+        spec = catalogue.make_object(category, stream(category, seed, "object"))
+        return spec, objects.to_urdf(spec, self.physics.mass_kg, self.physics.inertia), 0
 
-    def urdf(self) -> str:
-        return objects.to_urdf(self.spec, self.physics.mass_kg, self.physics.inertia)
-
-    def _load(self):
+    def _load(self, urdf: str, flags: int):
         p.resetSimulation()
         # With caching (on after each reset) a rewritten file of the same name silently loads as the FIRST object.
         p.setPhysicsEngineParameter(enableFileCaching=0, fixedTimeStep=self.physics.dt_s)
         p.setGravity(0, 0, 0)
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # memory, where there is such a folder
-        handle, path = tempfile.mkstemp(".urdf", "scene_", folder)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.urdf())
-            self.body = p.loadURDF(path, useFixedBase=True, flags=self.load_flags)
-        finally:
-            os.unlink(path)
-        if p.getNumJoints(self.body) != len(self.spec.parts):
-            raise RuntimeError(f"{self.spec.category}: loaded {p.getNumJoints(self.body)} joints")
+        with tempfile.NamedTemporaryFile("w", prefix="scene_", suffix=".urdf", dir=folder) as file:
+            file.write(urdf)
+            file.flush()
+            self.body = p.loadURDF(file.name, useFixedBase=True, flags=flags)
 
     def _set_friction(self, rng: np.random.Generator):
         """Sets .lever: per part the largest distance from the hinge, metres; 1 for a slide: its friction is a force."""
@@ -289,11 +286,11 @@ class Scene:
     def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, Camera]:
         """Draws cameras until one can see and work `part`; returns (workable share, camera), else the best one met."""
         view = self.view
-        best = (-math.inf,)
+        ranges = (view.azimuth_deg, view.elevation_deg, view.distance, view.roll_deg, view.shift, view.shift)
         points = self._points_of(part, view.part_points, rng)
-        sign = self.sense(part)
+        sense = self.sense(part)
+        found = []
         for _ in range(view.tries):
-            ranges = (view.azimuth_deg, view.elevation_deg, view.distance, view.roll_deg, view.shift, view.shift)
             camera = Camera(*(rng.uniform(*limits) for limits in ranges))
             self.look(camera)
             pixels = self.project(points) / self.image_size
@@ -303,14 +300,14 @@ class Scene:
                 link, hit, normal = self.rays(self.eye, self.eye + 1.3 * (points - self.eye))
                 direction, lever = self.motion(hit, part)
                 along = (normal * direction).sum(1)
-                along = np.abs(along) if sign == 0 else sign * along
+                along = sense * along if sense else np.abs(along)
                 facing = (normal * unit(self.eye - hit)).sum(1)
                 workable = (link == part) & inside & (along > view.min_alignment)
                 score = (workable & (lever > view.min_lever) & (facing > view.min_facing)).mean()
-            best = max(best, (score, camera), key=lambda found: found[0])
+            found.append((score, camera))
             if score >= view.min_workable:
                 break
-        return best
+        return max(found, key=lambda one: one[0])
 
     def look(self, camera: Camera):
         """Puts the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
@@ -438,8 +435,8 @@ class Scene:
         enough = touching.sum() >= (physics.cup_rays_push if push else physics.cup_rays_pull)
         return normal[0], int(link[0]), "" if enough else "no seal"
 
-    def interact(self, point, approach, target=None, on_frame=None, stop_at: float = math.inf) -> Outcome:
-        """Brings the gripper to `point` along `approach`, (3,) world, then pulls back (or pushes on) once, straight.
+    def act(self, u: float, v: float, approach, target: int | None = None, on_frame=None, stop_at=math.inf) -> Outcome:
+        """Brings the gripper to pixel (u, v) along `approach` (3,), CAMERA frame, then pulls back (or pushes on) once.
 
         Each step F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact), clipped at the arm's force, is
         split along the CURRENT surface normal, compared with the seal's limits, and applied to the link.
@@ -449,10 +446,15 @@ class Scene:
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
             stop_at: end early once the target has moved this much (rad or m); enough where only a threshold counts.
         """
+        if not np.isfinite([u, v, *approach]).all():
+            return Outcome(0.0, False, False, "not a number")
+        point = self.backproject(u, v)
+        if point is None:
+            return Outcome(0.0, False, False, "off object")
         physics = self.physics
         target = self.target if target is None else target
         push = self.spec.parts[target].primitive == "push"
-        approach = unit(approach)
+        approach = unit(self.camera_rotation.T @ np.asarray(approach, float))
         normal, link, reason = self.seal(point, approach, push)
         if reason:
             return Outcome(0.0, False, False, reason)
@@ -518,20 +520,6 @@ class Scene:
         pull = 1 if self.spec.parts[part].primitive == "pull" else -1
         return 0 if self.spec.parts[part].both_ways else pull
 
-    def act(self, u: float, v: float, approach: np.ndarray, target: int | None = None, **options) -> Outcome:
-        """`interact` at the pixel (u, v) with `approach` (3,) in the CAMERA frame; "off object" where nothing is."""
-        finite = bool(np.isfinite([u, v, *approach]).all())
-        point = self.backproject(u, v) if finite else None
-        if point is None:
-            return Outcome(0.0, False, False, "off object" if finite else "not a number")
-        return self.interact(point, self.camera_rotation.T @ np.asarray(approach, float), target, **options)
-
-
-def _about(axis: np.ndarray, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`vector` along `axis`, away from it and across both: turned by t it is along + away cos t + across sin t."""
-    along = axis * (axis @ vector)
-    return along, vector - along, np.cross(axis, vector)
-
 
 def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
     """How a contact moves with its part: a function q -> (contact (3,), d contact / d q (3,), normal (3,))."""
@@ -539,13 +527,15 @@ def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
     origin = np.array(part.origin, float)
     if part.joint == "prismatic":
         return lambda q: (point + axis * (q - q0), axis, normal)
-    arm_along, arm_away, arm_across = _about(axis, point - origin)
-    normal_along, normal_away, normal_across = _about(axis, normal)
-    centre = origin + arm_along
+    # Rodrigues' formula: a vector turned by t about the axis is along + away cos t + across sin t.
+    vectors = np.array([point - origin, normal])
+    along = np.array([axis * (axis @ vector) for vector in vectors])
+    away, across = vectors - along, np.cross(axis, vectors)
+    along[0] += origin  # the contact is a place, the normal a direction
 
     def place(q):
         c, s = math.cos(q - q0), math.sin(q - q0)
-        turned = normal_along + c * normal_away + s * normal_across
-        return centre + c * arm_away + s * arm_across, c * arm_across - s * arm_away, turned
+        contact, turned = along + c * away + s * across
+        return contact, c * across[0] - s * away[0], turned
 
     return place

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.scripts import run_main
 from data.tokenizer import load_encoding, train_ranks, write_ranks
 from robomamba import HeadConfig, LMConfig, RoboMamba, RoboMambaConfig, VisionConfig
 
@@ -55,6 +56,30 @@ def mini(encoding):
     """A random model of some thousand parameters on 32-pixel pictures."""
     torch.manual_seed(0)
     return RoboMamba(mini_config(encoding.n_vocab), encoding).eval()
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """(module of a script, flags ..) -> exit code and what it printed (.out, .err), as from the shell."""
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            run_main(script.main, getattr(script, "GOES_ON", ""))
+        return stopped.value.code, capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(shell):
+    """The same for bad input: exit code 2 and one line, which holds `message`."""
+
+    def run(message, script, *flags):
+        code, said = shell(script, *flags)
+        assert code == 2 and message in said.err and said.err.count("\n") == 1, said.err
+
+    return run
 
 
 @pytest.fixture

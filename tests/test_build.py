@@ -1,7 +1,6 @@
 """data/build.py: refused settings, resuming, what a kill leaves behind, which objects a split shows, every label."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.scripts import run_main
 from data import build as build_module
 from data.build import UNTOLD, BuildConfig, build, check, draw_from, draw_points, remove_parts, scene_kind
 from data.depth import read_depth
@@ -115,17 +113,14 @@ def test_a_build_goes_on_and_a_finished_one_is_left_alone(tmp_path, inline, monk
         build(cfg)
 
 
-def test_stopping_it_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_stopping_it_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, shell):
     def stopped(function, jobs, workers):
         yield jobs[0], 100
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build_module, "parallel", stopped)
-    monkeypatch.setattr(sys, "argv", ["build", "--scenes", "300", "--split", "val", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit:
-        run_main(build_module.main, build_module.GOES_ON)
-    assert exit.value.code == 130
-    assert capsys.readouterr().err.strip() == "stopped; nothing is lost: the same command goes on"
+    code, said = shell(build_module, "--scenes", 300, "--split", "val", "--out", tmp_path)
+    assert code == 130 and said.err.strip() == "stopped; nothing is lost: the same command goes on"
     assert json.loads((tmp_path / "parts/config.json").read_text())["scenes"] == 300
 
 

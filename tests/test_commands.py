@@ -251,7 +251,7 @@ def tree(tmp_path_factory):
 def test_make_quick_ends_with_a_policy_beside_its_baselines(tree):
     make(tree, "quick")
     results = json.loads((tree / "runs/quick/eval/results.json").read_text())
-    assert {"model", "model-depth", "random-backbone", "blind"} <= set(results["policies"])
+    assert {"model", "model-depth", "random-backbone-depth", "blind"} <= set(results["policies"])
     assert (tree / "runs/quick/vision/curves.png").exists()
 
 

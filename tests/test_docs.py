@@ -12,13 +12,15 @@ import pytest
 from test_commands import commands, execute
 
 from common import results
+from data.depth import read_depth
 from data.prompts import contact_question
 from robomamba import RoboMamba, count
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data/pretrained/robomamba-tiny"
 EXAMPLES = ROOT / "data/figures/examples"
-DOCUMENTS = ("README.md", "RESULTS.md", "LOG.md", "data/pretrained/robomamba-tiny/README.md")
+CARDS = ("data/pretrained/robomamba-tiny/README.md", "data/pretrained/robomamba-tiny-rgbd/README.md")
+DOCUMENTS = ("README.md", "RESULTS.md", "LOG.md", *CARDS)
 
 
 def read(name: str) -> str:
@@ -93,11 +95,12 @@ def test_a_policy_that_was_not_evaluated_is_a_dash_in_the_readme():
         results.with_table("no marks")
 
 
-def test_the_readme_counts_lines_parameters_and_questions_right(model):
+def test_the_readme_counts_lines_parameters_and_questions_right():
+    model = RoboMamba.from_pretrained(ROOT / results.RGBD)
     text = " ".join(read("README.md").split())
     scripts = ("selective_scan", "robomamba", "train", "finetune_policy", "sim_eval")
     lines = sum(len(read(f"{name}.py").splitlines()) for name in scripts)
-    data = json.loads((TINY / "data.json").read_text())
+    data = json.loads(read(f"{results.RGBD}/data.json"))
     assert abs(int(re.search(r"about ([\d,]+) lines to read", text)[1].replace(",", "")) / lines - 1) < 0.05, lines
     assert f"{count(model) / 1e6:.1f} million parameters" in text and f"the head of {count(model.head):,d} para" in text
     assert f"ViT of {count(model.vision) / 1e6:.1f} M" in text
@@ -107,7 +110,7 @@ def test_the_readme_counts_lines_parameters_and_questions_right(model):
 def test_the_table_of_make_quick_is_that_of_its_file():
     policies = json.loads((ROOT / "data/results/quick.json").read_text())["policies"]
     rows = re.findall(r"^([\w-]+) +(\d+/\d+) +(\d+/\d+) +(\d+/\d+) +(\d+/\d+) ", read("README.md"), re.M)
-    assert {"model", "model-depth", "blind", "random-backbone"} <= {name for name, *_ in rows}
+    assert {"model", "model-depth", "blind", "random-backbone-depth"} <= {name for name, *_ in rows}
     for name, *said in rows:
         splits = policies[name]["splits"]
         rates = [splits[split][key] for split in ("seen", "unseen") for key in ("initial", "long")]
@@ -115,7 +118,8 @@ def test_the_table_of_make_quick_is_that_of_its_file():
 
 
 def test_minutes_of_training_are_those_of_the_committed_metrics():
-    made = dict(re.findall(r"^\| (\w+) \| \d* \| ([\d.]+) \|$", results.stages(), re.M))
+    stages = results.stages(json.loads(read(f"{results.RGBD}/data.json")))
+    made = dict(re.findall(r"^\| (\w+) \| \d* \| ([\d.]+) \|$", stages, re.M))
     said = dict(re.findall(r"^\| (\w+) \| `python [^`]*` \|.*\| ([\d.]+) \|$", read("README.md"), re.M))
     assert said == {stage: made[stage] for stage in ("data", "vision", "align", "cotrain", "policy")}
 
@@ -128,9 +132,7 @@ def numbers_in(path: Path) -> list[float]:
     return [abs(float(n)) for n in re.findall(r"\d+\.?\d*(?:e[-+]?\d+)?", path.read_text())]
 
 
-@pytest.mark.parametrize(
-    ("document", "at_least"), [("README.md", 15), ("LOG.md", 60), ("data/pretrained/robomamba-tiny/README.md", 10)]
-)
+@pytest.mark.parametrize(("document", "at_least"), [("README.md", 15), ("LOG.md", 60), *((card, 8) for card in CARDS)])
 def test_every_number_in_a_paragraph_stands_in_the_files_that_it_names(document, at_least):
     """Decimals (also as percent) and k/n, rounded as they are written, outside of tables and code blocks.
 
@@ -177,6 +179,20 @@ def test_the_model_card_names_what_the_checkpoint_has(model):
     assert f"{count(model):,d} parameters" in card and f"{count(model.head):,d}" in card
     data = json.loads((TINY / "data.json").read_text())
     assert f"{data['pictures']:,d} images" in card and f"{data['turns']:,d} questions" in card
+
+
+def test_the_rgbd_checkpoint_and_its_card():
+    folder = ROOT / results.RGBD
+    rgbd = RoboMamba.from_pretrained(folder)
+    card, data = read(f"{results.RGBD}/README.md"), json.loads((folder / "data.json").read_text())
+    assert count(rgbd.head) / count(rgbd) <= 0.001 and count(rgbd.point) / count(rgbd) <= 0.01
+    assert sum((path / "model.safetensors").stat().st_size for path in (TINY, folder)) <= 14e6
+    for number in (count(rgbd), count(rgbd.head), count(rgbd.point), data["pictures"], data["turns"]):
+        assert f"{number:,d}" in card
+    image, depth = (ROOT / f"data/figures/examples/{name}.png" for name in ("microwave", "microwave-depth"))
+    camera = (read_depth(depth), (175.839, 175.839, 64, 63))
+    ours, papers = (rgbd.predict_action(image, "open the door", *camera, point=point) for point in (True, False))
+    assert (ours.u, ours.v) != (papers.u, papers.v) and np.hypot(ours.u - papers.u, ours.v - papers.v) < 25
 
 
 def test_the_multi_part_share_is_as_promised():

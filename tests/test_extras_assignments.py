@@ -406,13 +406,9 @@ def test_a_broken_tree_is_a_result(tmp_path):
         (["--grade", ".", "--seconds", "0"], "--seconds 0"),
     ],
 )
-def test_bad_flags_are_one_line_and_exit_code_2(flags, said, monkeypatch, capsys):
+def test_bad_flags_are_one_line_and_exit_code_2(flags, said, monkeypatch, refused):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["assignments", *flags])
-    with pytest.raises(SystemExit) as stop:
-        assignments.run_main(assignments.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+    refused(said, assignments, *flags)
 
 
 def test_some_exercises_only(tmp_path):

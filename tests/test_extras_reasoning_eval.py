@@ -167,24 +167,13 @@ def folders(tmp_path):
     return {s: write_folder(tmp_path / s, s, i) for i, s in enumerate(("train", "test-seen", "test-unseen"))}
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["reasoning_eval", *map(str, flags)])
-    torch.set_num_threads(1)
-    reasoning_eval.main()
-
-
-def run_as_script(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["reasoning_eval", *map(str, flags)])
-    reasoning_eval.run_main(reasoning_eval.main)
-
-
-def test_a_whole_run_answers_by_decoding(mini, folders, tmp_path, monkeypatch, capsys):
+def test_a_whole_run_answers_by_decoding(mini, folders, tmp_path, shell):
     mini.lm.lm_head.weight.data *= 20  # far from a tie between two tokens
     mini.save_pretrained(tmp_path / "m")
     out, data = tmp_path / "out", f"{folders['test-seen']},{folders['test-unseen']}"
     base = ("--checkpoint", tmp_path / "m", "--train", folders["train"], "--device", "cpu", "--batch-size", 3)
-    run(monkeypatch, *base, "--data", data, "--out", out)
-    printed = capsys.readouterr().out
+    torch.set_num_threads(1)
+    printed = shell(reasoning_eval, *base, "--data", data, "--out", out)[1].out
     assert "batches of 3 pictures 2/2" in printed and "s left" in printed
     results = json.loads((out / "reasoning.json").read_text())
     assert {"command", "commit", "versions", "hardware", "seconds", "checkpoint"} <= set(results)
@@ -226,15 +215,11 @@ def test_the_paper_s_table_is_whole_and_labelled():
         ("manifest.json", lambda t: "{}", "manifest.json: not what data.build writes"),
     ],
 )
-def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys, file, text, message):
+def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, refused, file, text, message):
     path = folders["test-seen"] / file
     path.write_text(text(path.read_text())) if text else path.unlink()
-    with pytest.raises(SystemExit) as stopped:
-        run_as_script(
-            monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out"
-        )
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    flags = ("--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out")
+    refused(message, reasoning_eval, *flags)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +232,6 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch
         (("--data", "{train},{train}"), "two folders of the same split"),
     ],
 )
-def test_bad_flags_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys, flags, message):
-    flags = [str(flag).format(**folders) for flag in flags]
-    with pytest.raises(SystemExit) as stopped:
-        run_as_script(
-            monkeypatch, "--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "o", *flags
-        )
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+def test_bad_flags_are_one_line_and_exit_code_2(folders, tmp_path, refused, flags, message):
+    base = ("--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out")
+    refused(message, reasoning_eval, *base, *(str(flag).format(**folders) for flag in flags))

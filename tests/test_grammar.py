@@ -3,15 +3,13 @@
 The grammar of training objects: every archetype builds, moves as its words say, and is solved by the expert.
 """
 
-import itertools
-
 import numpy as np
 import pytest
 from test_objects import corners, place
 
 from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
 from sim.grammar import ARCHETYPES, NEAR, PREFIX, STRICT
-from sim.objects import PART_KINDS, body_colour, part_colour
+from sim.objects import PART_KINDS
 
 VERBS = {part.verb for c in SEEN for seed in range(20) for part in make_object(c, np.random.default_rng(seed)).parts}
 
@@ -28,22 +26,13 @@ def test_strict_leaves_out_what_comes_near_an_unseen_category():
 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
-def test_every_instance_is_well_formed(name):
+def test_words_are_those_of_the_seen_categories(name):
     for spec in instances(name):
-        labels = [part.label for part in spec.parts]
-        assert spec.category == PREFIX + name and 1 <= len(labels) == len(set(labels)) <= 6, labels
-        assert [part.name for part in spec.parts] == [f"part_{i}" for i in range(len(labels))]
+        assert len(spec.parts) <= 6
         for part in spec.parts:
             assert part.kind in PART_KINDS[1:] and part.verb in VERBS | {"turn", "swing out", "slide"}
             assert (part.primitive == "push") == (part.verb in ("press down", "push back"))
             assert part.both_ways == (part.verb == "turn")
-            assert abs(np.linalg.norm(part.axis) - 1) < 1e-9
-            assert part.lower <= part.start < part.start + 0.1 < part.upper
-        for shape in [*spec.base, *itertools.chain(*(part.shapes for part in spec.parts))]:
-            assert min(shape.size) > 0 and all(0 <= value <= 1 for value in shape.rgb)
-        everything = np.concatenate([corners(spec.base), *(place(p, corners(p.shapes), p.start) for p in spec.parts)])
-        assert 0.3 < np.ptp(everything, axis=0).max() < 1.5
-        assert body_colour(spec) and all(part_colour(part) for part in spec.parts)
 
 
 UP = ("lift", "pull up", "raise", "fold up")

@@ -17,7 +17,7 @@ from data.prompts import GENERAL_TYPES, ROBOT_TYPES, contact_question, parse_con
 from data.questions import ASK, PLAIN_KINDS, Turn, contact_answer, dialogue, instruction, number, to_llava, turns
 from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
 from sim.grammar import ARCHETYPES, PREFIX
-from sim.objects import PART_KINDS, Part, body_colour, part_colour
+from sim.objects import PART_KINDS, Part, main_colour
 
 SIZE = 128  # pixels
 GRAMMAR = tuple(PREFIX + name for name in ARCHETYPES)
@@ -34,7 +34,7 @@ def make_facts(rng, categories=(*SEEN, *GRAMMAR[:10]), opened=0.15, hidden=0.1, 
     for part in spec.parts:
         shown, (x, y), approach = rng.random() >= hidden, rng.uniform(20, 100, 2), rng.normal(size=3)
         fact = {key: getattr(part, key) for key in ("label", "kind", "verb", "primitive", "joint")}
-        fact |= {"colour": part_colour(part), "pixels": int(rng.integers(20, 900)) if shown else 3}
+        fact |= {"colour": main_colour(part.shapes), "pixels": int(rng.integers(20, 900)) if shown else 3}
         fact |= {"centre": [x, y] if shown else None, "contact": None}
         fact |= {"box": [int(x) - 8, int(y) - 5, int(x) + 9, int(y) + 6] if shown else None}
         fact["openness"] = rng.uniform(0.15, 0.8) if any_open and rng.random() < 0.7 else rng.uniform(0, 0.08)
@@ -52,7 +52,7 @@ def make_facts(rng, categories=(*SEEN, *GRAMMAR[:10]), opened=0.15, hidden=0.1, 
         for part in parts:
             part["contact"] = None
     facts["points"] = [[int(u), int(v), bool(i % 2)] for i, (u, v) in enumerate(rng.integers(0, SIZE, (6, 2)))]
-    return json.loads(json.dumps({**facts, "colour": body_colour(spec)}))
+    return json.loads(json.dumps({**facts, "colour": main_colour(spec.base)}))
 
 
 def scenes(n, seed=0, **kwargs):
@@ -141,7 +141,7 @@ def test_what_is_no_contact_is_none():
 
 def test_instruction_names_verb_and_part_and_half_of_the_time_the_object():
     rng = np.random.default_rng(0)
-    part = Part("part_0", "top drawer", "prismatic", (0, 0, 0), (1, 0, 0), 0, 0.3, [])
+    part = Part("top drawer", "prismatic", (0, 0, 0), (1, 0, 0), 0, 0.3, [])
     said = Counter(instruction(part, "cabinet", rng) for _ in range(4000))
     assert len(said) == 8 and all("open the top drawer" in s for s in said)
     assert abs(sum(n for s, n in said.items() if "cabinet" in s) / 4000 - 0.5) < 0.04  # 5 standard deviations

@@ -170,13 +170,9 @@ def test_a_flag_outside_its_range_is_refused_before_any_work(script, flags, tmp_
         ("--vision-weights x", "give both, or neither"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(data, start, tmp_path, monkeypatch, capsys, flags, message):
-    base = ["train.py", "--data", str(data / "train"), "--val", "", "--out", str(tmp_path / "o"), "--init", str(start)]
-    monkeypatch.setattr("sys.argv", [*base, "--stage", "cotrain", *flags.split()])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(train_module.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+def test_bad_input_is_one_line_and_exit_code_2(data, start, tmp_path, refused, flags, message):
+    base = ("--data", data / "train", "--val", "", "--out", tmp_path / "o", "--init", start, "--stage", "cotrain")
+    refused(message, train_module, *base, *flags.split())
     assert not (tmp_path / "o/model.safetensors").exists()
 
 
