@@ -295,9 +295,9 @@ class Vision(VisionTransformer):
 
     seen = 0
 
-    def forward(self, pictures, geometry=None):
+    def forward(self, pictures, geometry=None, fine=False):
         self.seen += len(pictures)
-        return super().forward(pictures, geometry)
+        return super().forward(pictures, geometry, fine=fine)
 
 
 @pytest.fixture
