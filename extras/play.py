@@ -19,15 +19,14 @@ from functools import partial
 
 import numpy as np
 
-from common.plots import as_image, new_figure
 from common.scripts import cli, flag, run_main
 from data.dataset import open_picture, read_picture
 from data.prompts import contact_question
-from extras import look
+from extras.look import draw_read
 from sim.catalogue import SEEN, UNSEEN
 from sim.expert import expert, why_unsolved
 from sim.pictures import BLUE, GREEN, RED, draw_contacts, play, save_gif
-from sim.scene import stream
+from sim.scene import Outcome, stream
 from sim_eval import Bench, EvalConfig, Job, attempt, observe, sentence
 
 LEAST_SIDE, MOST_CHARACTERS = 16, 300
@@ -79,7 +78,7 @@ def begin(bench: Bench, scene: tuple | None, picture: np.ndarray | None, text: s
 
 def ask(bench: Bench, scene: tuple | None, picture: np.ndarray | None, question: str) -> Answer:
     model, _, rgb, question = begin(bench, scene, picture, question)
-    return Answer(model.generate(rgb, question) or "(no words)", attention=draw_attention(model, rgb, question))
+    return Answer(model.generate(rgb, question) or "(no words)", attention=draw_read(model, rgb, question))
 
 
 def act(bench: Bench, scene: tuple | None, picture, instruction: str, use_depth: bool, do: bool = False) -> Answer:
@@ -92,7 +91,7 @@ def act(bench: Bench, scene: tuple | None, picture, instruction: str, use_depth:
     said = f"contact u {u:.1f}, v {v:.1f} of {len(rgb)} pixels\n"
     said += "approach x {:+.2f} right, y {:+.2f} down, z {:+.2f} away".format(*action.approach)
     contact = draw_contacts(rgb, [(BLUE, (u, v, *action.approach))])
-    answer = Answer(said, contact, draw_attention(model, rgb, contact_question(instruction)))
+    answer = Answer(said, contact, draw_read(model, rgb, contact_question(instruction)))
     return carry_out(bench, o, answer, "model-depth" if use_depth else "model") if do else answer
 
 
@@ -105,12 +104,9 @@ def carry_out(bench: Bench, o, answer: Answer, policy: str) -> Answer:
     table = f"| {part.label} | moved | at 0.01 | at {scene.long_threshold(o.part):.2g} |\n|---|---|---|---|\n"
     tried = [attempt(bench.policies[name], o, o.part) for name in (policy, "blind", "expert")]
     for (name, _), done in zip(ROWS, tried, strict=True):
-        if done is None:
-            table += f"| {name} | - | {why_unsolved(scene)} | no |\n"
-            continue
-        initial = "yes" if done.outcome.initial else f"no: {done.outcome.reason}"
-        long = "yes" if done.outcome.long else "no"
-        table += f"| {name} | {done.outcome.moved:.3f} {unit} | {initial} | {long} |\n"
+        outcome = done.outcome if done else Outcome(0.0, False, False, why_unsolved(scene))
+        initial = "yes" if outcome.initial else f"no: {outcome.reason}"
+        table += f"| {name} | {outcome.moved:.3f} {unit} | {initial} | {'yes' if outcome.long else 'no'} |\n"
     contact = draw_contacts(scene.rgb, [(row[1], t.action) for row, t in zip(ROWS, tried, strict=True) if t])
     (u, v, *approach), outcome, *_ = tried[0]
     record = {"category": scene.category, "seed": scene.seed, "u": u, "v": v, "approach": approach}
@@ -122,24 +118,13 @@ def carry_out(bench: Bench, o, answer: Answer, policy: str) -> Answer:
     return answer._replace(said=said, contact=contact, film=film, table=table)
 
 
-def locked(bench: Bench, lock: threading.Lock, function, others: int, *values) -> tuple:
-    """One call of `function` at a time; for bad input a sentence, after `others` outputs left empty."""
+def locked(bench: Bench, lock: threading.Lock, function, kept: tuple, *values) -> tuple:
+    """One call of `function` at a time; for bad input a sentence, after what the outputs before it are then."""
     with lock:
         try:
             return function(bench, *values)
         except ValueError as error:
-            return *(None,) * others, *Answer(f"{str(error)[:1].upper()}{str(error)[1:]}.")
-
-
-def draw_attention(model, rgb: np.ndarray, question: str):
-    """What the last state reads of each patch, four layers: the upper half of attention.png in extras/look.py."""
-    ids = model.prompt(question)
-    layers = look.read(model, rgb, ids)
-    figure = new_figure(4.8, 5)
-    for axes, i in zip(figure.subplots(2, 2).flat, look.shown(layers), strict=False):
-        look.over_picture(axes, rgb, look.log_ratio(look.mean_matrix(layers[i])[-1, : -len(ids)]))
-        axes.set_title(f"layer {i + 1}")
-    return as_image(figure)
+            return *kept, *Answer(f"{str(error)[:1].upper()}{str(error)[1:]}.")
 
 
 def page(bench: Bench):
@@ -149,7 +134,7 @@ def page(bench: Bench):
         import gradio as gr
     except ImportError:
         raise ValueError("the page needs gradio: pip install gradio") from None
-    run = partial(partial, locked, bench, threading.Lock())
+    run, kept = partial(partial, locked, bench, threading.Lock()), (gr.skip(),) * 4
     names = [(f"{name}, {'seen' if name in SEEN else 'unseen'}", name) for name in (*SEEN, *UNSEEN)]
     fixed = {"interactive": False, "format": "png", "buttons": []}
     with gr.Blocks(title="RoboMamba", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
@@ -165,12 +150,11 @@ def page(bench: Bench):
                 file = gr.File(label="or drop a picture of yours", height=120)
             with gr.Column(min_width=320):
                 question = gr.Textbox("What is this object?", label="question")
-                asking = gr.Button("Ask", variant="primary")
                 instruction = gr.Textbox(label="instruction")
                 use_depth = gr.Checkbox(label="use depth")
                 with gr.Row():
-                    acting = gr.Button("Act", variant="primary", min_width=120)
-                    doing = gr.Button("Do it", variant="primary", min_width=120)
+                    look = {"variant": "primary", "min_width": 90}
+                    asking, acting, doing = (gr.Button(word, **look) for word in ("Ask", "Act", "Do it"))
                 said = gr.Textbox(label="answer", lines=3, interactive=False)
                 table = gr.Markdown()
         with gr.Row():
@@ -180,22 +164,13 @@ def page(bench: Bench):
         answer = [said, contact, attention, film, table]
         shown = [scene, picture, seed, instruction, *answer]
         inputs = [scene, picture, instruction, use_depth]
-        gr.on([draw.click, category.input, blocks.load], run(new_scene, 4), category, shown, api_name="new_scene")
-        seed.submit(run(new_scene, 4), [category, seed], shown, api_name="show")
-        file.upload(run(own_picture, 4), file, shown, api_name="own_picture").then(lambda: None, None, file)
-        gr.on([asking.click, question.submit], run(ask, 0), [scene, picture, question], answer, api_name="ask")
-        gr.on([acting.click, instruction.submit], run(act, 0), inputs, answer, api_name="act")
-        doing.click(run(partial(act, do=True), 0), inputs, answer, api_name="do_it")
+        gr.on([draw.click, category.input, blocks.load], run(new_scene, kept), category, shown, api_name="new_scene")
+        seed.submit(run(new_scene, kept), [category, seed], shown, api_name="show")
+        file.upload(run(own_picture, kept), file, shown, api_name="own_picture").then(lambda: None, None, file)
+        gr.on([asking.click, question.submit], run(ask, ()), [scene, picture, question], answer, api_name="ask")
+        gr.on([acting.click, instruction.submit], run(act, ()), inputs, answer, api_name="act")
+        doing.click(run(partial(act, do=True), ()), inputs, answer, api_name="do_it")
     return blocks
-
-
-def launch(blocks, port: int) -> None:
-    """Serves the page to this machine, in a thread. Raises: OSError where the port is taken."""
-    from gradio.themes import Default
-
-    theme = Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
-    options = {"server_name": "127.0.0.1", "server_port": port, "share": False, "ssr_mode": False, "quiet": True}
-    blocks.launch(theme=theme, prevent_thread_lock=True, footer_links=[], max_file_size="20mb", **options)
 
 
 @dataclass
@@ -207,7 +182,11 @@ class PlayConfig:
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PlayConfig, __doc__, argv)
     blocks = page(Bench(EvalConfig(policy="model,model-depth,blind,expert", checkpoint=cfg.checkpoint)))
-    launch(blocks, cfg.port)
+    from gradio.themes import Default  # after `page`, which asks for silence
+
+    theme = Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
+    here = {"server_name": "127.0.0.1", "server_port": cfg.port, "share": False, "ssr_mode": False, "quiet": True}
+    blocks.launch(**here, theme=theme, prevent_thread_lock=True, footer_links=[], max_file_size="20mb")
     print(f"http://127.0.0.1:{cfg.port}   Ctrl-C ends it", flush=True)
     blocks.block_thread()
 
