@@ -12,6 +12,7 @@ import base64
 import io
 import os
 import secrets
+import socket
 import threading
 from collections import namedtuple
 from dataclasses import dataclass
@@ -128,10 +129,11 @@ def locked(bench: Bench, lock: threading.Lock, function, kept: tuple, *values) -
 
 
 def page(bench: Bench):
-    """The gradio.Blocks. Raises: ValueError where gradio is not installed."""
+    """The page as a web application. Raises: ValueError where gradio is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read as it loads
     try:
         import gradio as gr
+        from fastapi import FastAPI
     except ImportError:
         raise ValueError("the page needs gradio: pip install gradio") from None
     run, kept = partial(partial, locked, bench, threading.Lock()), (gr.skip(),) * 4
@@ -170,7 +172,9 @@ def page(bench: Bench):
         gr.on([asking.click, question.submit], run(ask, ()), [scene, picture, question], answer, api_name="ask")
         gr.on([acting.click, instruction.submit], run(act, ()), inputs, answer, api_name="act")
         doing.click(run(partial(act, do=True), ()), inputs, answer, api_name="do_it")
-    return blocks
+    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
+    options = {"show_error": False, "ssr_mode": False, "footer_links": [], "max_file_size": "20mb"}
+    return gr.mount_gradio_app(FastAPI(), blocks, "/", theme=theme, **options)
 
 
 @dataclass
@@ -181,14 +185,12 @@ class PlayConfig:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PlayConfig, __doc__, argv)
-    blocks = page(Bench(EvalConfig(policy="model,model-depth,blind,expert", checkpoint=cfg.checkpoint)))
-    from gradio.themes import Default  # after `page`, which asks for silence
+    place = socket.create_server(("127.0.0.1", cfg.port))  # a port that is taken ends it here
+    app = page(Bench(EvalConfig(policy="model,model-depth,blind,expert", checkpoint=cfg.checkpoint)))
+    import uvicorn  # comes with gradio
 
-    theme = Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
-    here = {"server_name": "127.0.0.1", "server_port": cfg.port, "share": False, "ssr_mode": False, "quiet": True}
-    blocks.launch(**here, theme=theme, prevent_thread_lock=True, footer_links=[], max_file_size="20mb")
     print(f"http://127.0.0.1:{cfg.port}   Ctrl-C ends it", flush=True)
-    blocks.block_thread()
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[place])
 
 
 if __name__ == "__main__":
