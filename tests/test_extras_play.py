@@ -203,10 +203,15 @@ def test_own_pictures(bench, tmp_path):
 # ---- the page
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        return place.getsockname()[1]
+
+
 def test_without_gradio_it_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as stopped:
-        play.run_main(partial(play.main, []))
+        play.run_main(partial(play.main, ["--port", str(free_port())]))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "the page needs gradio: pip install gradio\n"
 
@@ -215,14 +220,19 @@ needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, re
 
 
 @needs_gradio
-def test_the_page_is_offline(bench):
-    blocks = play.page(bench)
-    config = blocks.get_config_file()
+def test_the_page_has_its_parts_and_loads_nothing_from_elsewhere(bench):
+    from fastapi.testclient import TestClient
+
+    with TestClient(play.page(bench)) as client:
+        config = client.get("/config").json()
+        text = client.get("/").text + client.get("/theme.css").text
     labels = {component["props"].get("label") for component in config["components"]}
     assert {"category", "question", "instruction", "use depth", "answer", "contact and approach"} <= labels
-    assert config["analytics_enabled"] is False
-    names = {call["api_name"] for call in config["dependencies"]}
-    assert {"new_scene", "show", "own_picture", "ask", "act", "do_it"} <= names
+    assert {"new_scene", "show", "own_picture", "ask", "act", "do_it"} <= {
+        c["api_name"] for c in config["dependencies"]
+    }
+    assert config["analytics_enabled"] is False and "system-ui" in text
+    assert not re.search(r"(href|src)=\"https?:|@import|googleapis", text)
 
 
 @needs_gradio
@@ -230,9 +240,7 @@ def test_two_visitors_over_http(bench, tmp_path):
     """The real command in a process of its own: two clients take turns; nonsense; then the port is taken."""
     from gradio_client import Client, handle_file
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "extras.play", "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
