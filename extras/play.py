@@ -32,6 +32,8 @@ from sim_eval import Bench, EvalConfig, Job, attempt, observe, sentence
 
 LEAST_SIDE, MOST_CHARACTERS = 16, 300
 ROWS = ("the model (blue)", BLUE), ("vision-free baseline (red)", RED), ("oracle (green)", GREEN)
+CSS = """label[data-testid=block-label] {position: static; width: fit-content} #film img {width: 100%}
+.prose th, .prose td {padding: 4px 8px !important; word-break: normal} #seen img {height: 340px; object-fit: contain}"""
 
 # What a click brings: text; two pictures; the stroke as HTML; a table in Markdown
 Answer = namedtuple("Answer", "said contact attention film table", defaults=(None, None, "", ""))
@@ -148,7 +150,7 @@ def page(bench: Bench):
                     category = gr.Dropdown(names, value=SEEN[0], label="category", min_width=150)
                     seed = gr.Number(label="seed (Enter draws it)", precision=0, min_width=150)
                 draw = gr.Button("New scene")
-                picture = gr.Image(label="what the model sees", height=384, **fixed)
+                picture = gr.Image(label="what the model sees", elem_id="seen", **fixed)
                 file = gr.File(label="or drop a picture of yours", height=120)
             with gr.Column(min_width=320):
                 question = gr.Textbox("What is this object?", label="question")
@@ -162,7 +164,8 @@ def page(bench: Bench):
         with gr.Row():
             contact = gr.Image(label="contact and approach", min_width=300, **fixed)
             attention = gr.Image(label="what the last state reads, more (red) or less", min_width=300, **fixed)
-            film = gr.HTML(label="the stroke", min_width=300)
+            with gr.Column(min_width=300):
+                film = gr.HTML(label="the stroke", show_label=True, container=True, elem_id="film")
         answer = [said, contact, attention, film, table]
         shown = [scene, picture, seed, instruction, *answer]
         inputs = [scene, picture, instruction, use_depth]
@@ -173,7 +176,7 @@ def page(bench: Bench):
         gr.on([acting.click, instruction.submit], run(act, ()), inputs, answer, api_name="act")
         doing.click(run(partial(act, do=True), ()), inputs, answer, api_name="do_it")
     theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
-    options = {"show_error": False, "ssr_mode": False, "footer_links": [], "max_file_size": "20mb"}
+    options = {"show_error": False, "ssr_mode": False, "footer_links": [], "max_file_size": "20mb", "css": CSS}
     return gr.mount_gradio_app(FastAPI(), blocks, "/", theme=theme, **options)
 
 

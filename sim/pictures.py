@@ -26,7 +26,7 @@ EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
 NEEDLE = 0.24  # of the side, where the approach lies in the picture's plane
-GIF_COLOURS, SHEET_COLOURS = 64, 128  # of episode.gif and strips.png
+GIF_COLOURS, SHEET_COLOURS = 256, 128  # of episode.gif, with fewer the thin arrows turn grey; of strips.png
 GIF_MS, GIF_HOLD = 60, 8  # a frame; frames that the first and the last picture stay
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
