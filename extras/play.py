@@ -32,8 +32,8 @@ from sim_eval import Bench, EvalConfig, Job, attempt, observe, sentence
 
 LEAST_SIDE, MOST_CHARACTERS = 16, 300
 ROWS = ("the model (blue)", BLUE), ("vision-free baseline (red)", RED), ("oracle (green)", GREEN)
-CSS = """label[data-testid=block-label] {position: static; width: fit-content} #film img {width: 100%}
-.prose th, .prose td {padding: 4px 8px !important; word-break: normal} #seen img {height: 340px; object-fit: contain}"""
+CSS = """[data-testid=block-label] {position: static} #seen img {height: 340px; object-fit: contain}
+.prose th, .prose td {padding: 4px 8px !important; overflow-wrap: normal; word-break: normal} #film img {width: 100%}"""
 
 # What a click brings: text; two pictures; the stroke as HTML; a table in Markdown
 Answer = namedtuple("Answer", "said contact attention film table", defaults=(None, None, "", ""))
