@@ -4,8 +4,7 @@
     python -m extras.play         # then open http://127.0.0.1:7860; also --checkpoint DIR, --port N
 
 `page` is what one sees; the functions before it need no gradio. Of a visitor the page keeps (category, seed), and every
-click spawns that scene again, under the lock around this process's one Scene: visitors cannot mix. Nothing leaves this
-machine: no telemetry, no fonts from elsewhere, no public link.
+click spawns that scene again, under the lock around this process's one Scene: visitors cannot mix. It works offline.
 """
 
 import base64
@@ -30,7 +29,7 @@ from sim.pictures import BLUE, GREEN, RED, draw_contacts, play, save_gif
 from sim.scene import Outcome, stream
 from sim_eval import Bench, EvalConfig, Job, attempt, observe, sentence
 
-LEAST_SIDE, MOST_CHARACTERS = 16, 300
+LEAST_SIDE, MOST_CHARACTERS, MOST_SEED = 16, 300, 2**31 - 1
 ROWS = ("the model (blue)", BLUE), ("vision-free baseline (red)", RED), ("oracle (green)", GREEN)
 CSS = """[data-testid=block-label] {position: static} #seen img {height: 340px; object-fit: contain}
 .prose th, .prose td {padding: 4px 8px !important; overflow-wrap: normal; word-break: normal} #film img {width: 100%}"""
@@ -42,11 +41,12 @@ Answer = namedtuple("Answer", "said contact attention film table", defaults=(Non
 def new_scene(bench: Bench, category: str, seed: int | None = None) -> tuple:
     """((category, seed), picture, seed, instruction, *Answer); seed None: a validation scene that the oracle solves."""
     if seed is None:
-        bench.find(Job("val", category, secrets.randbelow(2**31), 0))
+        bench.find(Job("val", category, secrets.randbelow(MOST_SEED), 0))
         seed = bench.scene.seed
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"the seed must be a number from 0 to {MOST_SEED:,d}")
     scene = bench.open().spawn(category, seed)
-    said = f"A new scene; {category} is {'a seen' if category in SEEN else 'an unseen'} category."
-    return (category, seed), scene.render(), seed, sentence(scene, scene.target), *Answer(said)
+    return (category, seed), scene.render(), seed, sentence(scene, scene.target), *Answer("A new scene.")
 
 
 def own_picture(bench: Bench, path: str) -> tuple:
@@ -65,7 +65,7 @@ def begin(bench: Bench, scene: tuple | None, picture: np.ndarray | None, text: s
     """(model, Observation of the scene or None, picture, text); the target is the part that the text names, if any."""
     text = (text or "").strip()
     if not 0 < len(text) <= MOST_CHARACTERS:
-        raise ValueError(f"type a few words, at most {MOST_CHARACTERS} characters; here are {len(text):,d}")
+        raise ValueError(f"type a few words, {MOST_CHARACTERS} characters at most (not {len(text):,d})")
     if scene is None and picture is None:
         raise ValueError("there is no picture yet: draw a scene or drop a picture")
     (model,) = bench.models.values()

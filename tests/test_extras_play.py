@@ -60,7 +60,7 @@ def test_a_scene_is_its_category_and_seed(bench):
 def test_a_new_scene_is_one_of_validation_that_the_oracle_solves(bench):
     (category, seed), picture, number, instruction, *answer = play.new_scene(bench, "Faucet")
     assert category == "Faucet" and seed == number and 10_000_000 <= seed < 20_000_000
-    assert "unseen" in play.Answer(*answer).said and len(instruction.split()) >= 3
+    assert play.Answer(*answer).said == "A new scene." and len(instruction.split()) >= 3
     assert play.expert(bench.scene, stream(category, seed, "expert")) is not None
 
 
@@ -154,7 +154,7 @@ PICTURE = np.zeros((128, 128, 3), np.uint8)
 NONSENSE = [
     (play.ask, (CABINET, None, ""), "type a few words"),
     (play.ask, (CABINET, None, None), "type a few words"),
-    (play.ask, (CABINET, None, LONG), "300 characters; here are 11,199"),
+    (play.ask, (CABINET, None, LONG), "300 characters at most (not 11,199)"),
     (play.ask, (None, None, "What is this?"), "no picture yet"),
     (play.act, (CABINET, None, " \n ", False), "type a few words"),
     (play.act, (None, None, "open the door", False), "no picture yet"),
@@ -164,7 +164,8 @@ NONSENSE = [
     (play.act, (CABINET, None, "!?.", False), "the instruction is empty"),
     (play.new_scene, ("Spaceship", 1), "unknown category"),
     (play.new_scene, (None,), "unknown category"),
-    (play.new_scene, ("Safe", -1), "must be >= 0"),
+    (play.new_scene, ("Safe", -1), "the seed must be a number from 0 to 2,147,483,647"),
+    (play.new_scene, ("Safe", 10**20), "the seed must be a number from 0 to 2,147,483,647"),
     (play.own_picture, ("nowhere.png",), "cannot be read as a picture"),
 ]
 
