@@ -169,7 +169,7 @@ def page(bench: Bench):
         answer = [said, contact, attention, film, table]
         shown = [scene, picture, seed, instruction, *answer]
         inputs = [scene, picture, instruction, use_depth]
-        gr.on([draw.click, category.input, blocks.load], run(new_scene, kept), category, shown, api_name="new_scene")
+        gr.on([draw.click, category.select, blocks.load], run(new_scene, kept), category, shown, api_name="new_scene")
         seed.submit(run(new_scene, kept), [category, seed], shown, api_name="show")
         file.upload(run(own_picture, kept), file, shown, api_name="own_picture").then(lambda: None, None, file)
         gr.on([asking.click, question.submit], run(ask, ()), [scene, picture, question], answer, api_name="ask")
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     import uvicorn  # comes with gradio
 
     print(f"http://127.0.0.1:{cfg.port}   Ctrl-C ends it", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[place])
+    uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)).run(sockets=[place])
 
 
 if __name__ == "__main__":

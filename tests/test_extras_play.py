@@ -252,7 +252,7 @@ def test_two_visitors_over_http(bench, tmp_path):
         for client, which, (_, seed, instruction, *_) in zip(visitors, SEEDS, shown, strict=True):
             wanted = play.act(bench, which, None, instruction, True, do=True)
             said, contact, _, film, table = client.predict(None, instruction, True, api_name="/do_it")
-            assert seed == which[1] and (said, film, table) == (wanted.said, wanted.film, wanted.table)
+            assert seed == which[1] and (said, film, table) == (wanted.said, wanted.film, wanted.table.strip())
             assert np.array_equal(np.asarray(Image.open(contact)), np.asarray(wanted.contact))
         (tmp_path / "words.png").write_text("hello")
         *_, said, _, _, _, _ = visitors[0].predict(handle_file(tmp_path / "words.png"), api_name="/own_picture")
