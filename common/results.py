@@ -216,7 +216,7 @@ On another machine: data and scenes are bit-equal on Linux x86_64 with the pinne
 agree to float rounding, so a success count differs by a few scenes of 550; times are only comparable within a table."""
 PAGE = """## A page to click in
 
-`python -m extras.play`: a new drawer unit, an instruction, and what the model, the vision-free baseline and the oracle do.
+`python -m extras.play`: a drawer unit, an instruction, and what the model, the vision-free baseline and the oracle do.
 
 ![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
 TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."

@@ -182,7 +182,7 @@ def page(bench: Bench):
 
 @dataclass
 class PlayConfig:
-    checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder written by save_pretrained")
+    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder written by save_pretrained")
     port: int = flag(7860, "of http://127.0.0.1", low=1, high=65535)
 
 
