@@ -711,7 +711,7 @@ def count(module: nn.Module) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask RoboMamba about an image, or where to take hold.")
-    shipped = Path(__file__).parent / "data/pretrained/robomamba-tiny"
+    shipped = Path(__file__).parent / "data/pretrained/robomamba-tiny-rgbd"
     parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
     parser.add_argument("--image", required=True, help="image file")
     what = parser.add_mutually_exclusive_group(required=True)

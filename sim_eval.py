@@ -78,13 +78,13 @@ TABLES = ("blind", "mean-action")
 NAMES = (*MODELS, *TABLES, *policies.SCRIPTED, "random-depth", "direction-DEGREES", "pixel-PIXELS", "NAME=FOLDER")
 PHYSICS = "expert,expert-jittered,random,random-normal,part-pixel-normal,hinge-pixel"  # on validation scenes
 PHYSICS += "".join(f",direction-{n}" for n in (10, 20, 30, 45, 60)) + "".join(f",pixel-{n}" for n in (2, 4, 8, 16))
-DEMO = {"policy": "model,expert,random,random-normal,mean-action,blind", "split": "both", "episodes": 32, "strips": 6}
+DEMO = {"policy": "model-depth,model,expert,random,random-normal,blind", "split": "both", "episodes": 32, "strips": 6}
 
 
 @dataclass
 class EvalConfig:
     policy: str = flag("model", "separated by commas, the first is drawn; x lists the names; physics: a set of them")
-    checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder of the policy `model`")
+    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the policy `model`")
     blind_table: str = flag("data/pretrained/blind_table.json", "what `mean-action` and `blind` know")
     split: str = flag("", "which scenes; both where nothing else is asked for, val for physics", choices=("", *SPLITS))
     objects: str = flag("", "folder of objects of your own: one more split, alone where there is no --split")

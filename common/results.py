@@ -214,6 +214,11 @@ made. One training seed unless a row says otherwise; intervals are binomial and 
 
 On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; training and predictions
 agree to float rounding, so a success count differs by a few scenes of 550; times are only comparable within a table."""
+PAGE = """## A page to click in
+
+`python -m extras.play`: a drawer unit, an instruction, and what the model, the vision-free baseline and the oracle do.
+
+![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
 TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."
 KEPT = "data/results"
 SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
@@ -247,7 +252,7 @@ def document() -> str:
         lines += ["", f"## {title}", "", f"From {source}."]
         for part in (*made, *parts):
             lines += ["", (part if isinstance(part, str) else part(found)).strip()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", PAGE]) + "\n"
 
 
 def anchor(title: str) -> str:

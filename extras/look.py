@@ -185,6 +185,17 @@ def draw_attention(rgb: np.ndarray, words: list[str], layers: list[Layer]):
     return figure
 
 
+def draw_read(model, rgb: np.ndarray, question: str) -> Image.Image:
+    """What the last token of a prompt reads of each patch, alone: the upper row of attention.png, two layers a row."""
+    ids = model.prompt(question)
+    layers = read(model, rgb, ids)
+    figure = new_figure(4.8, 5)
+    for axes, i in zip(figure.subplots(2, SHOWN // 2).flat, shown(layers), strict=False):
+        over_picture(axes, rgb, log_ratio(mean_matrix(layers[i])[-1, : -len(ids)]))
+        axes.set_title(f"layer {i + 1}", fontsize="small")
+    return as_image(figure)
+
+
 def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]):
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
     figure = new_figure(12, 1.8 * len(chosen) + 1)

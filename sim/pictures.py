@@ -25,7 +25,8 @@ CAPTION_PX = 16
 EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
-GIF_COLOURS, SHEET_COLOURS = 64, 128  # of episode.gif and strips.png
+NEEDLE = 0.24  # of the side, where the approach lies in the picture's plane
+GIF_COLOURS, SHEET_COLOURS = 256, 128  # of episode.gif, with fewer the thin arrows turn grey; of strips.png
 GIF_MS, GIF_HOLD = 60, 8  # a frame; frames that the first and the last picture stay
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
@@ -37,6 +38,20 @@ def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Im
     pen = ImageDraw.Draw(picture)
     pen.line([*tail, *head], fill=colour, width=3)
     pen.ellipse([*(head - 4), *(head + 4)], outline=colour, width=3)
+    return picture
+
+
+def draw_contacts(rgb: np.ndarray, grips: list[tuple], side: int = 384) -> Image.Image:
+    """The picture at `side` pixels; for each (colour, (u, v, x, y, z)) a dot at the contact, and a needle along the
+    approach as seen from far away: it needs no depth. The first lies on top."""
+    picture = Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    for colour, (u, v, x, y, _) in reversed(grips):
+        head = (np.array([u, v]) + 0.5) * side / len(rgb)
+        tail = head - NEEDLE * side * np.array([x, y])
+        wide = NEEDLE / 12 * side * np.array([-y, x])
+        pen.polygon([*head, *(tail + wide), *(tail - wide)], fill=colour, outline="white")
+        pen.ellipse([*(head - 6), *(head + 6)], fill=colour, outline="white", width=2)
     return picture
 
 
@@ -52,9 +67,12 @@ def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0)
     return sheet
 
 
-def play(scene: Scene, record: dict) -> tuple[list[Image.Image], str]:
-    """Plays an episode again: [the picture with the prediction, then frames of what happened], and the caption."""
+def play(scene: Scene, record: dict, part: int | None = None) -> tuple[list[Image.Image], str]:
+    """Plays an episode again: [the picture with the prediction, then frames of what happened], and the caption.
+
+    part: whose joint counts; None: the scene's target."""
     scene.spawn(record.get("object", record["category"]), record["seed"]).render()
+    scene.target = scene.target if part is None else part
     u, v, approach = record["u"], record["v"], record["approach"]
     if None in (u, v, *approach):
         return [Image.fromarray(scene.rgb).resize((ZOOM * scene.image_size,) * 2)], f"failed: {record['reason']}"
@@ -85,10 +103,10 @@ def choose(records: list[dict], count: int) -> list[dict]:
     return [*good[: count - n_bad], *bad[:n_bad]]
 
 
-def save_gif(path: Path, frames: list[Image.Image]) -> None:
-    """A looping GIF of few colours; the first and the last frame stay a while."""
+def save_gif(path, frames: list[Image.Image]) -> None:
+    """A looping GIF of few colours in a file (its path, or open); the first and the last frame stay a while."""
     few = [frame.quantize(GIF_COLOURS) for frame in [*frames[:1] * GIF_HOLD, *frames[1:], *frames[-1:] * GIF_HOLD]]
-    few[0].save(path, save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
+    few[0].save(path, "GIF", save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
 
 
 def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
