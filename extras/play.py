@@ -115,7 +115,7 @@ def carry_out(bench: Bench, o, answer: Answer, policy: str) -> Answer:
     record = {"category": scene.category, "seed": scene.seed, "u": u, "v": v, "approach": approach}
     frames, _ = play(scene, record | vars(outcome) | {"instruction": o.instruction}, o.part)
     file = io.BytesIO()
-    save_gif(file, [frames[0], *frames[1::2]])
+    save_gif(file, [frames[0], *frames[1::2]], colours=256)  # with fewer the thin arrows turn grey
     film = f'<img alt="the stroke" src="data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}">'
     said = f"the {part.label} moved {outcome.moved:.3f} {unit}: {outcome.reason}\n{answer.said}"
     return answer._replace(said=said, contact=contact, film=film, table=table)

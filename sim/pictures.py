@@ -26,7 +26,7 @@ EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
 NEEDLE = 0.24  # of the side, where the approach lies in the picture's plane
-GIF_COLOURS, SHEET_COLOURS = 256, 128  # of episode.gif, with fewer the thin arrows turn grey; of strips.png
+GIF_COLOURS, SHEET_COLOURS = 64, 128  # of episode.gif and strips.png
 GIF_MS, GIF_HOLD = 60, 8  # a frame; frames that the first and the last picture stay
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
@@ -103,9 +103,9 @@ def choose(records: list[dict], count: int) -> list[dict]:
     return [*good[: count - n_bad], *bad[:n_bad]]
 
 
-def save_gif(path, frames: list[Image.Image]) -> None:
+def save_gif(path, frames: list[Image.Image], colours: int = GIF_COLOURS) -> None:
     """A looping GIF of few colours in a file (its path, or open); the first and the last frame stay a while."""
-    few = [frame.quantize(GIF_COLOURS) for frame in [*frames[:1] * GIF_HOLD, *frames[1:], *frames[-1:] * GIF_HOLD]]
+    few = [frame.quantize(colours) for frame in [*frames[:1] * GIF_HOLD, *frames[1:], *frames[-1:] * GIF_HOLD]]
     few[0].save(path, "GIF", save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
 
 

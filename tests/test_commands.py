@@ -262,8 +262,8 @@ def test_make_train_ships_a_checkpoint_and_makes_its_tables(tree):
     make(tree, "train", "ship")
     (tree / "away").rename(tree / "extras")
     make(tree, "evaluate")
-    shipped = tree / TINY
-    assert (shipped / "model.safetensors").read_bytes() != (ROOT / TINY / "model.safetensors").read_bytes()
+    shipped = tree / f"{TINY}-rgbd"
+    assert (shipped / "model.safetensors").read_bytes() != (ROOT / f"{TINY}-rgbd/model.safetensors").read_bytes()
     results = json.loads((shipped / "results.json").read_text())
     assert results["policies"]["model"]["splits"]["seen"]["n"] == 2
     assert "seen (2)" in (tree / "README.md").read_text()
