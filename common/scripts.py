@@ -127,10 +127,13 @@ def pin_to_core(index: int) -> None:
 
 def end_with_parent() -> None:
     """End this process when its parent does: a killed parent would leave its workers waiting or working for ever."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    launcher = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        if parent is not None:  # of multiprocessing: known to have ended even if it did so before this call
+            parent.join()
+        while parent is None and os.getppid() == launcher:  # of torchrun
             time.sleep(0.2)
         os._exit(1)
 

@@ -472,9 +472,34 @@ def test_a_rank_ends_with_its_launcher(tmp_path):
     said = {parent.stdout.readline().strip() for _ in range(2)}
     pid = int((said - {"up"}).pop())
     os.kill(pid, 0)  # alive
+    killed_and_gone(parent)
+
+
+def killed_and_gone(parent: subprocess.Popen) -> None:
+    """kill -9. The pipe closes when its last writer, the child, is gone, which would sleep for a minute."""
     parent.kill()
-    parent.wait()
-    assert parent.stdout.read() == ""  # the pipe closes when its last writer, the child, is gone
+    start = time.monotonic()
+    assert parent.stdout.read() == "" and time.monotonic() - start < 30
+
+
+def test_a_worker_that_starts_after_its_parent_was_killed_ends_too(tmp_path):
+    (tmp_path / "late.py").write_text("""
+import multiprocessing, time
+from common.scripts import end_with_parent
+def late():
+    print("up", flush=True)
+    time.sleep(1)
+    end_with_parent()
+    time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=late).start()
+    time.sleep(60)
+""")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, tmp_path / "late.py"]
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "up\n"
+    killed_and_gone(parent)
 
 
 def test_the_model_can_learn_a_handful_of_answers_by_heart(data, start, tmp_path):
