@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import VisionConfig
+
 SPREAD = 0.6  # standard deviation of the contact's Gaussian soft label, in cells
 
 
@@ -24,16 +26,16 @@ class FineMap(nn.Module):
     what the stem saw at that size and mixed by a convolution. Not in the paper.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: VisionConfig):
         super().__init__()
-        C = cfg.fine  # cfg: a common.config.VisionConfig
+        C = cfg.fine
         widths = (cfg.width, cfg.stem[-1], cfg.stem[-2])
         self.inputs = nn.ModuleList(nn.Conv2d(width, C, 1) for width in widths)
         self.mixes = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
         self.norms = nn.ModuleList(nn.GroupNorm(8, C) for _ in range(2))
 
     def forward(self, tokens: Tensor, seen: list[Tensor]) -> Tensor:
-        """tokens (B, P, W); seen: the stem's maps, each half the size of the one before."""
+        """tokens (B, P, W) and the stem's maps, each half the size of the one before -> (B, C, 4 sqrt P, 4 sqrt P)."""
         x = self.inputs[0](as_map(tokens))
         details = (seen[-1], seen[-2])
         for project, mix, norm, detail in zip(self.inputs[1:], self.mixes, self.norms, details, strict=True):
@@ -52,22 +54,22 @@ class PointingHead(nn.Module):
     """A state and a map -> for every cell of the map, whether it is the contact, and in which direction to grip there.
 
     The state scales and shifts the map's channels (FiLM, arXiv 1709.07871), before and after they are mixed. About 1 %
-    of the parameters. Not in the paper, whose head names one point: the mean of two good contacts lies between them.
+    of the parameters. Not in the paper.
     """
 
-    STATE = 64  # what is left of the state
+    NARROW = 64  # width of the layer through which the state passes
 
-    def __init__(self, d_state: int, channels: int, hidden: int, outputs: int = 4):
+    def __init__(self, d_model: int, channels: int, hidden: int, outputs: int = 4):
         super().__init__()
-        self.state = nn.Linear(d_state, self.STATE)
-        self.outer = nn.Linear(self.STATE, 2 * channels)
-        self.inner = nn.Linear(self.STATE, 2 * hidden)
+        self.state = nn.Linear(d_model, self.NARROW)
+        self.outer = nn.Linear(self.NARROW, 2 * channels)
+        self.inner = nn.Linear(self.NARROW, 2 * hidden)
         self.mix = nn.Conv2d(channels, hidden, 1)
         self.norm = nn.GroupNorm(8, hidden)
         self.out = nn.Conv2d(hidden, outputs, 1)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
-        """(n, d_state), (n, C, H, H) -> (n, outputs, H, H): logit of the contact, direction in the camera frame."""
+        """(n, d_model), (n, C, H, H) -> (n, outputs, H, H): logit of the contact, direction in the camera frame."""
         state = F.silu(self.state(state))
         scale, shift = self.outer(state)[..., None, None].chunk(2, 1)
         x = F.silu(x * (1 + scale) + shift)
@@ -92,9 +94,9 @@ def peak(heat: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pointing_losses(heat: Tensor, way: Tensor, contact: Tensor, approach: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of heat (n, H, H) against a Gaussian about the contact, and the error of way (n, 3, H, H) there.
+    """Cross-entropy (nats) of heat (n, H, H) against a Gaussian about the contact; error of way (n, 3, H, H) there.
 
-    contact: (n, 2) column and row in cells; approach: (n, 3), unit, camera frame.
+    contact: (n, 2) column and row in cells; approach: (n, 3), unit, camera frame. The error is L1 plus 1 - cosine.
     """
     H = heat.shape[-1]
     here = contact.round().long().clamp(0, H - 1)

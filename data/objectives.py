@@ -21,6 +21,7 @@ class DenseObjective(nn.Module):
     The mean of the tokens predicts category and colour of the object; where a folder tells of named parts, `NamedPart`
     asks for them. All read-outs are auxiliary heads and thrown away after the stage.
     Args: teacher: "dense", "captions" (CLIP's contrastive loss alone) or "both". named: the data tell of named parts.
+    Raises: ValueError for patches that do not share out the cells of the labels.
     """
 
     def __init__(self, model: nn.Module, teacher: str = "dense", named: bool = False):
@@ -30,6 +31,10 @@ class DenseObjective(nn.Module):
         self.contrast_weight = 0.0 if teacher == "dense" else 1.0
         W = model.config.vision.width
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
+        if GRID % self.side or (model.config.vision.fine and FINE % (4 * self.side)):
+            raise ValueError(
+                f"vision: {self.side} x {self.side} patches do not divide the labels, {GRID} x {GRID} cells"
+            )
         self.cells = GRID // self.side  # cells along one side of a patch
         self.dense = nn.Linear(W, self.cells**2 * (7 + N_KINDS))
         self.category = nn.Linear(W, N_CATEGORIES)
@@ -44,17 +49,16 @@ class DenseObjective(nn.Module):
 
     def predict(self, b: DenseBatch) -> tuple[list[Tensor], Cells, Tensor, Tensor]:
         """-> maps (B, channels, side, side): tokens and perhaps fine; predicted Cells, category and colour logits."""
-        maps = []
+        fine = []
         if self.vision.cfg.fine:
-            x, fine = self.vision(b.pictures, b.geometry, fine=True)
-            maps = [as_map(x), fine]
+            x, *fine = self.vision(b.pictures, b.geometry, fine=True)
         else:
             x = self.vision(b.pictures, b.geometry)
-            maps = [as_map(x)]
         B, s, c = len(x), self.side, self.cells
         out = self.dense(x).view(B, s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, s * c, s * c, -1)
         geometry, rest, kind = out.split([4, 3, N_KINDS], -1)
-        return maps, Cells(geometry, *rest.unbind(-1), kind), self.category(x.mean(1)), self.colour(x.mean(1))
+        cells = Cells(geometry, *rest.unbind(-1), kind)
+        return [as_map(x), *fine], cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts. All but the mask is averaged over the object's cells; background teaches little."""
@@ -140,6 +144,10 @@ class NamedPart(nn.Module):
 
 
 def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
+    """The terms of `NamedPart` for out (M, 6, 32, 32): cross-entropies in nats, the rest without unit.
+
+    Motion and arm are means over the part's cells; dice is that of arXiv 1606.04797, for parts of few cells.
+    """
     heat, mask, way, arm = out.split(NamedPart.CHANNELS, 1)
     away = way - named.act.permute(0, 3, 1, 2)
     mask, arm, size = mask[:, 0], arm[:, 0], named.mask.sum().clamp(min=1)

@@ -5,6 +5,7 @@ pytest tests/test_dense.py
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from toy import SIDE, write_data
 
 from common.pointing import peak, soft_label
 from common.training import Processes
-from data.dataset import fine_maps, read_geometry, read_picture, visual_tokens
+from data.dataset import read_geometry, read_picture, tokens_and_maps, visual_tokens
 from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
 from data.depth import read_depth
 from data.objectives import DenseObjective
@@ -142,8 +143,17 @@ def test_the_fine_map_stands_beside_the_same_tokens(folder, rgbd):
         difference = (rgbd.vision(changed, batch.geometry, fine=True)[1] - fine).abs().amax(1)
     assert difference[:, 0, 0].min() > 3 * difference[:, 8:, 8:].max(), "detail stays where it is"
     names = [f"images/{row}.png" for row in range(3)]
-    stored = fine_maps(rgbd.vision, folder, names, Processes("cpu"), depth=True)
-    assert stored.dtype == torch.float16 and torch.allclose(stored.float(), fine, atol=1e-2)
+    kept = tokens_and_maps(rgbd.vision, folder, names, Processes("cpu"), depth=True)
+    for stored, direct in zip(kept, (tokens, fine), strict=True):
+        assert stored.dtype == np.float16 and np.allclose(stored, direct, atol=1e-2)
+
+
+def test_patches_that_do_not_divide_the_labels_are_refused(rgbd):
+    for patches, fine in ((24, 0), (16, 16)):  # the fine map would have 64 x 64 cells
+        config = dataclasses.replace(rgbd.config.vision, image_size=patches * 8, fine=fine)
+        model = SimpleNamespace(vision=rgbd.vision, config=SimpleNamespace(vision=config, lm=rgbd.config.lm))
+        with pytest.raises(ValueError, match=f"{patches} x {patches} patches do not divide"):
+            DenseObjective(model, named=True)
 
 
 def test_the_peak_of_a_map():
