@@ -37,7 +37,7 @@ from common.optim import set_lr
 from common.pointing import PointingHead, peak, pointing_losses
 from common.scripts import cli, flag, progress, run_main
 from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, order_of_pass, stop_on_nan
-from data.dataset import fine_maps, load_manipulation, pack, pad, read_picture, to_tensor, visual_tokens, ways
+from data.dataset import load_manipulation, pack, pad, read_picture, to_tensor, tokens_and_maps, visual_tokens, ways
 from data.prompts import contact_question
 from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
 
@@ -70,7 +70,7 @@ class PolicyConfig:
     hidden: int = flag(8, "hidden width of the new head", low=1)
     pool: str = flag("last", "what the head reads of the text states", choices=("last", "first_last", "mean"))
     keep_head: bool = flag(False, "go on with the checkpoint's head instead of a new one")
-    random_backbone: bool = flag(False, "draw vision, projector and language model anew: a baseline")
+    random_backbone: bool = flag(False, "new random vision, projector and language model: a baseline")
     unfreeze: bool = flag(False, "train all parameters on the samples (upper reference; the paper freezes them)")
     half: bool = flag(False, "save weight matrices in float16")
 
@@ -145,19 +145,13 @@ def text_states(model: RoboMamba, images: Tensor, samples: list[dict], owners: T
 
 
 @torch.no_grad()
-def pooled_states(
-    model: RoboMamba, folder: str, samples: list[dict], processes: Processes, batch=64, cache="", out="", depth=False
-) -> Tensor:
-    """(n, D): the state the head reads for each sample. Several samples of one picture share its encoding."""
-    names = list(dict.fromkeys(s["image"] for s in samples))
-    tokens = visual_tokens(model.vision, folder, names, processes, cache, out, depth)
-    where = {name: i for i, name in enumerate(names)}
+def pooled_states(model: RoboMamba, tokens: np.ndarray, samples: list[dict], owners: np.ndarray, batch=64) -> Tensor:
+    """(n, D): the state the head reads for each sample, whose picture's visual tokens are tokens[owners]."""
     states = []
     for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        shown, owners = np.unique([where[s["image"]] for s in part], return_inverse=True)
+        shown, mine = np.unique(owners[start : start + batch], return_inverse=True)
         images = torch.from_numpy(tokens[shown]).float()
-        states.append(text_states(model, images, part, torch.from_numpy(owners)))
+        states.append(text_states(model, images, samples[start : start + batch], torch.from_numpy(mine)))
     return torch.cat(states)
 
 
@@ -185,14 +179,20 @@ def prepare(
     pixel, rotation = targets(samples * len(shown), processes.device)
     if cfg.unfreeze:
         return Samples(lambda rows: read_states(model, folder, samples, rows), pixel, rotation)
-    place = dict(cache=cfg.cache, out=cfg.out)
-    states = torch.cat([pooled_states(model, folder, samples, processes, depth=way, **place) for way in shown])
-    if model.point is None:
-        return Samples(lambda rows: states[rows], pixel, rotation)
     names, owners = np.unique([s["image"] for s in samples], return_inverse=True)
-    maps = [fine_maps(model.vision, folder, list(names), processes, way) for way in shown]
-    at = torch.cat([torch.from_numpy(owners) + k * len(names) for k in range(len(shown))])
+    states, maps = [], []
+    for way in shown:
+        if model.point is None:
+            tokens = visual_tokens(model.vision, folder, list(names), processes, cfg.cache, cfg.out, way)
+        else:
+            tokens, found = tokens_and_maps(model.vision, folder, list(names), processes, way)
+            maps.append(torch.from_numpy(found))
+        states.append(pooled_states(model, tokens, samples, owners))
+    states = torch.cat(states)
+    if not maps:
+        return Samples(lambda rows: states[rows], pixel, rotation)
     maps = torch.cat(maps)
+    at = torch.cat([torch.from_numpy(owners) + k * len(names) for k in range(len(shown))])
     return Samples(lambda rows: states[rows], pixel, rotation, lambda rows: maps[at[rows]].to(states))
 
 

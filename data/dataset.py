@@ -441,7 +441,7 @@ def visual_tokens(
     if not cache and out and not path.exists() and not os.access(folder, os.W_OK):
         path = Path(out) / file
     if processes.first_says(not _is_whole(path, shape)):
-        blocks = _encode(vision, folder, names, processes, depth)
+        blocks = (tokens for (tokens,) in _encode(vision, folder, names, processes, depth))
         if processes.first:
             write_atomically(path, lambda temporary: _write_tokens(temporary, shape, blocks))
         else:
@@ -452,9 +452,13 @@ def visual_tokens(
 
 
 @torch.no_grad()
-def fine_maps(vision, folder, names: list[str], processes, depth: bool = False) -> Tensor:
-    """Fine maps (n, C, H, H) float16 of picture files, in memory: 100 kB each in the preset tiny-rgbd."""
-    return torch.cat([torch.from_numpy(x) for x in _encode(vision, folder, names, processes, depth, fine=True)])
+def tokens_and_maps(vision, folder, names: list[str], processes, depth: bool = False) -> list[np.ndarray]:
+    """Visual tokens (n, P, W) and fine maps (n, C, H, H) of picture files, float16, in memory.
+
+    A map of the preset tiny-rgbd takes 100 kB. depth: as in `visual_tokens`.
+    """
+    blocks = _encode(vision, folder, names, processes, depth, fine=True)
+    return [np.concatenate(kind) for kind in zip(*blocks, strict=True)]
 
 
 def _pictures_digest(vision, folder, names: list[str]) -> str:
@@ -468,8 +472,11 @@ def _pictures_digest(vision, folder, names: list[str]) -> str:
 
 def _encode(
     vision, folder, names: list[str], processes, depth: bool, batch: int = 64, fine: bool = False
-) -> Iterator[np.ndarray]:
-    """Blocks of visual tokens, or fine maps, in the order of `names`; every process encodes its part of each block."""
+) -> Iterator[list[np.ndarray]]:
+    """Blocks of [visual tokens], with `fine` of [tokens, maps], in the order of `names`.
+
+    Every process encodes its part of each block.
+    """
     size = vision.cfg.image_size
     step = batch * processes.size
     for start in range(0, len(names), step):
@@ -485,8 +492,8 @@ def _encode(
             channels += [blank] * (len(images) - len(part))
             channels = torch.from_numpy(np.stack(channels)).to(processes.device)
         out = vision(to_tensor(images).to(processes.device), channels, fine=fine)
-        out = processes.gather((out[1] if fine else out).half())
-        yield out[: len(names) - start].cpu().numpy()
+        kinds = [processes.gather(kind.half()) for kind in (out if fine else (out,))]
+        yield [kind[: len(names) - start].cpu().numpy() for kind in kinds]
 
 
 def _write_tokens(path: str, shape: tuple, blocks: Iterator[np.ndarray]) -> None:

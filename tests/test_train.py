@@ -29,7 +29,7 @@ from common import plots, training
 from common.optim import Muon, parameter_groups
 from common.scripts import cli, end_with_parent, run_main
 from common.training import Processes, Run, cosine, rows_of_step, stop_on_nan
-from data.dataset import IGNORE, Conversations, load_manipulation
+from data.dataset import IGNORE, Conversations, load_manipulation, visual_tokens
 from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
@@ -668,9 +668,9 @@ def test_states_are_the_same_in_batches_of_any_size(data, start):
     model = RoboMamba.from_pretrained(start)
     samples = load_manipulation(data / "train/manipulation.jsonl")[:6]
     samples += [samples[0] | {"instruction": "open the very long and heavy drawer"}]
-    many, few, one = (
-        finetune_policy.pooled_states(model, str(data / "train"), samples, Processes("cpu"), batch=n) for n in (7, 2, 1)
-    )
+    names, owners = np.unique([s["image"] for s in samples], return_inverse=True)
+    tokens = visual_tokens(model.vision, data / "train", list(names), Processes("cpu"))
+    many, few, one = (finetune_policy.pooled_states(model, tokens, samples, owners, batch=n) for n in (7, 2, 1))
     direct = finetune_policy.read_states(model, str(data / "train"), samples, torch.arange(7))
     assert many.shape == (7, 32) and not torch.allclose(many[0], many[6], atol=1e-3)
     scale = many.abs().max()
