@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PY = .venv/bin/python
 PROCESSES ?= 2
 TINY = data/pretrained/robomamba-tiny
-SHIPPED = data/pretrained/robomamba-tiny-rgbd
+RGBD = data/pretrained/robomamba-tiny-rgbd
 # One thread a process: on few cores several one-thread processes are faster than one process of several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
 RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
@@ -89,26 +89,26 @@ train: simulator
 
 # What is committed of a training: weights, curves, what the data were.
 ship: .venv/ready
-	mkdir -p $(SHIPPED)
-	cp $(addprefix runs/policy/,model.safetensors config.json vocab.tiktoken policy.json) $(SHIPPED)/
-	cp data/cache/train/manifest.json $(SHIPPED)/data.json
-	echo stage,step,seconds,name,value > $(SHIPPED)/metrics.csv
-	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(SHIPPED)/metrics.csv
+	mkdir -p $(RGBD)
+	cp $(addprefix runs/policy/,model.safetensors config.json vocab.tiktoken policy.json) $(RGBD)/
+	cp data/cache/train/manifest.json $(RGBD)/data.json
+	echo stage,step,seconds,name,value > $(RGBD)/metrics.csv
+	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(RGBD)/metrics.csv
 
 # The tables: test scenes of the robot beside the baselines and the RGB checkpoint, then test questions in words.
 OURS = model,model-point,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw,rgb=$(TINY),rgb-depth=$(TINY)
 POLICIES = $(OURS),random-backbone-depth=runs/random,random-depth,blind,random-normal,expert
-EVALUATE = $(PY) sim_eval.py --checkpoint $(SHIPPED) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
+EVALUATE = $(PY) sim_eval.py --checkpoint $(RGBD) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
 evaluate: simulator runs/random/model.safetensors
 	$(EVALUATE) --policy $(POLICIES) --seed 7 --out runs/eval
-	$(PY) -m common.report runs/eval/results.json --out $(SHIPPED)/results.json
+	$(PY) -m common.report runs/eval/results.json --out $(RGBD)/results.json
 	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
 	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)
-	$(ONE) -m extras.reasoning_eval --checkpoint $(SHIPPED) --train data/cache/train \
+	$(ONE) -m extras.reasoning_eval --checkpoint $(RGBD) --train data/cache/train \
 	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
-	cp runs/reasoning/reasoning.json $(SHIPPED)/
+	cp runs/reasoning/reasoning.json $(RGBD)/
 	$(PY) -m common.results
 
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything

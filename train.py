@@ -197,7 +197,7 @@ def after_step(cfg: TrainConfig, run: Run, done: int, loss, parts: dict, objecti
             run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
         run.processes.barrier()
         objective.train()
-    between = any(done == schedule.start for schedule in schedules(cfg))  # the next one's optimizer starts anew
+    between = any(done == schedule.start for schedule in schedules(cfg))  # the next one has a new optimizer
     if done % SAVE_EVERY == 0 and not last and not between:
         run.save(done, [objective], optimizer)
     return result

@@ -15,7 +15,7 @@ from common.report import grid
 from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = "data/pretrained/robomamba-tiny"  # RGB
+TINY = "data/pretrained/robomamba-tiny"
 RGBD = "data/pretrained/robomamba-tiny-rgbd"
 DEPTH = "data/results/depth.json"  # model-depth beside its baselines
 PAGES = ("README.md", f"{RGBD}/README.md")
@@ -223,16 +223,16 @@ TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json 
 KEPT = "data/results"
 SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
     "Manipulation with depth": (f"{RGBD}/results.json", WITH_DEPTH, report.report, report.details),
-    "Manipulation": (f"{SHIPPED}/results.json", GLOSSARY, report.report),
-    "How the attempts ended": (f"{SHIPPED}/results.json", report.details),
-    "Per category, beside the paper": (f"{SHIPPED}/results.json", report.categories),
+    "Manipulation": (f"{TINY}/results.json", GLOSSARY, report.report),
+    "How the attempts ended": (f"{TINY}/results.json", report.details),
+    "Per category, beside the paper": (f"{TINY}/results.json", report.categories),
     "The RGB checkpoint with a depth image": (DEPTH, report.table),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
     "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
-    "Reasoning": (f"{SHIPPED}/reasoning.json", report.reasoning_report),
+    "Reasoning": (f"{TINY}/reasoning.json", report.reasoning_report),
     "Reasoning of robomamba-tiny-rgbd": (f"{RGBD}/reasoning.json", report.reasoning_report),
-    "Reasoning, beside the paper": (f"{SHIPPED}/reasoning.json", report.paper_table1),
+    "Reasoning, beside the paper": (f"{TINY}/reasoning.json", report.paper_table1),
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
     "What the physics forgives": (f"{KEPT}/physics.json", physics),
     "Scan": (f"{KEPT}/scan.json", scan),

@@ -66,8 +66,8 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         raise ValueError(f"size={size}: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}")
     pieces = [*(bytes([b]) for b in range(NUMBER_BASE)), *(b"%02d" % n for n in range(NUMBERS))]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    # Each different word is kept once, with its count (some hundred words make all the questions and answers of
-    # data.build, so that all pairs can be counted anew for every merge). Numbers stay out: they have their ranks.
+    # Each different word is kept once, with its count. All texts of data.build are made of some hundred words, so it
+    # is cheap to count all pairs again after every merge. Numbers stay out: they have their ranks.
     found = (word for text in texts for word in regex.findall(PATTERN, text))
     counts = collections.Counter(word for word in found if not word.isdecimal())
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}

@@ -14,7 +14,7 @@
     env.close()
 
 observation  "picture" (S, S, 3) uint8; "depth" (S, S) metres, of an imperfect camera, 0 = not measured; "intrinsics"
-             fx, fy, cx, cy; "sentence"; its "tokens" of data/vocab.tiktoken, padded with the end token; their "length"
+             fx, fy, cx, cy; "sentence"; its "tokens" (default checkpoint's), padded with the end token; their "length"
 action       (5,): pixel u, v in 0..S; direction of the gripper, camera frame (x right, y down, z forward), any length
 reward       how far this grip moved the named part, rad or m, in the instructed sense (sim/scene.py)
 terminated   since the reset the part has moved by 0.01 (threshold="initial"), by 0.1 or half of its way ("long")
@@ -75,7 +75,7 @@ class RoboMambaEnv(gymnasium.Env):
             raise ValueError(f"grips {grips}: must be at least 1")
         self.split, self.categories, self.grips = split, categories, grips
         self.threshold, self.image_size, self.render_mode = threshold, image_size, render_mode
-        self.encoding = load_encoding(ROOT / "data/vocab.tiktoken")
+        self.encoding = load_encoding(ROOT / EvalConfig.checkpoint / "vocab.tiktoken")
         self.joints = None  # of all parts, as they now stand
         S = image_size
         self.action_space = spaces.Box(np.float32([0, 0, -1, -1, -1]), np.float32([S, S, 1, 1, 1]))

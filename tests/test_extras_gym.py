@@ -299,7 +299,7 @@ def test_vectorised_runs_give_what_single_ones_give(make, mode, options):
             assert equal(observation, {key: values[i] for key, values in observations.items()})
             assert infos["scene_seed"][i] == info["scene_seed"] and rewards[i] == reward and terminated[i] == won
         assert terminated.all() and not truncated.any()
-        again, _, _, _, infos = many.step(many.action_space.sample())  # ended ones begin anew
+        again, _, _, _, infos = many.step(many.action_space.sample())  # an episode that has ended is reset first
         assert (infos["scene_seed"] > 0).all() and again["picture"].shape == (2, 128, 128, 3)
         assert clients() == (mode == "sync")
     finally:

@@ -177,7 +177,7 @@ def test_a_new_draw_for_the_camera_leaves_the_object_alone(scene):
     assert objects.to_urdf(scene.spec) == urdf and scene.joints == joints and scene.camera != camera
 
 
-def test_a_rewritten_file_of_the_same_name_is_loaded_anew(scene, monkeypatch, tmp_path):
+def test_a_rewritten_file_of_the_same_name_is_loaded_again(scene, monkeypatch, tmp_path):
     path = str(tmp_path / "same_name.urdf")
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda *_, **__: open(path, "w"))
     colours = {}
