@@ -1,6 +1,7 @@
 # make demo     the environment, then ten seconds: a dialogue, a robot, a table, pictures in demo/
 # make test     the environment, then the whole suite
 # make quick    a policy of one's own in a quarter of an hour: data, stages, heads, evaluation (runs/quick)
+# make short    the same for all categories in less than 45 minutes; SEED=1, ARCHETYPES=strict or a number
 # make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
 # make results  RESULTS.md and the README's table again, from the committed JSON
 #
@@ -16,13 +17,18 @@ TINY = data/pretrained/robomamba-tiny
 RGBD = data/pretrained/robomamba-tiny-rgbd
 # One thread a process: on few cores several one-thread processes are faster than one process of several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
+ifdef GPU
+RUN = $(PY)
+READ = --workers $(PROCESSES)
+else
 RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+endif
 BUILD = $(PY) -m data.build --workers $(PROCESSES)
 DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 
-.PHONY: simulator demo test lint quick train ship evaluate ablations encoders results clean
+.PHONY: simulator demo test lint quick short train ship evaluate ablations encoders results clean
 
 # ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
@@ -67,25 +73,40 @@ QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
 quick: simulator
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
-	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
-	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision --max-steps $(QUICK_COTRAIN_STEPS) \
-	  --out $(QUICK)/cotrain --resume
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/random --random-backbone
+	$(RUN) train.py --stage vision $(QUICK_DATA) $(READ) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage cotrain $(QUICK_DATA) $(READ) --init $(QUICK)/vision \
+	  --max-steps $(QUICK_COTRAIN_STEPS) --out $(QUICK)/cotrain --resume
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/policy
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/random --random-backbone
 	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
 	$(PY) sim_eval.py --policy model,model-depth,random-backbone-depth=$(QUICK)/random,blind,random-normal,expert \
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
+
+# ---- all the stages in less than 45 minutes: for seeds, the strict variant, the variety curve and ablations
+
+SEED ?= 0
+ARCHETYPES ?= all
+SHORT ?= runs/short-$(ARCHETYPES)-$(SEED)
+SHORT_DATA = --data $(SHORT)/data --val $(SHORT)/val --seed $(SEED) --resume $(READ)
+SHORT_STEPS ?= 1800 60 800
+short: simulator
+	$(BUILD) --scenes 8000 --archetypes $(ARCHETYPES) --out $(SHORT)/data $(DATA_FLAGS)
+	$(BUILD) --scenes 200 --split val --out $(SHORT)/val
+	$(RUN) train.py --stage vision $(SHORT_DATA) --max-steps $(word 1,$(SHORT_STEPS)) --out $(SHORT)/vision
+	$(RUN) train.py --stage align $(SHORT_DATA) --max-steps $(word 2,$(SHORT_STEPS)) --init $(SHORT)/vision --out $(SHORT)/align
+	$(RUN) train.py --stage cotrain $(SHORT_DATA) --max-steps $(word 3,$(SHORT_STEPS)) --init $(SHORT)/align --out $(SHORT)/cotrain
+	$(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 --half --checkpoint $(SHORT)/cotrain --out $(SHORT)/policy
 
 # ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
 
 train: simulator
 	$(BUILD) --scenes 30000 --out data/cache/train $(DATA_FLAGS)
 	$(BUILD) --scenes 600 --split val --out data/cache/val $(DATA_FLAGS)
-	$(RUN) train.py --stage vision --resume $(TRAIN_FLAGS)
-	$(RUN) train.py --stage align --resume $(TRAIN_FLAGS)
-	$(RUN) train.py --stage cotrain --resume $(TRAIN_FLAGS)
-	$(PY) finetune_policy.py --half --resume
+	$(RUN) train.py --stage vision --resume $(READ) $(TRAIN_FLAGS)
+	$(RUN) train.py --stage align --resume $(READ) $(TRAIN_FLAGS)
+	$(RUN) train.py --stage cotrain --resume $(READ) $(TRAIN_FLAGS)
+	$(PY) finetune_policy.py --half --resume $(READ)
 
 # What is committed of a training: weights, curves, what the data were.
 ship: .venv/ready

@@ -57,6 +57,7 @@ class PolicyConfig:
     cache: str = flag("", "folder of cached visual tokens (default: the data folder; OUT where that is read-only)")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, bit for bit")
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    workers: int = flag(0, "further processes that read pictures in advance, for a GPU", low=0)
     seed: int = flag(0, "of the new head, and of the order of the samples", low=0)
     samples: int = flag(10_000, "manipulation samples used (the paper's 10K)", low=1)
     epochs: int = flag(60, "passes over the samples", low=1)
@@ -280,7 +281,7 @@ def finetune(cfg: PolicyConfig) -> dict:
     if cfg.resume and finished(out, "policy.json"):
         return {}
     start = time.monotonic()
-    processes = Processes(cfg.device)
+    processes = Processes(cfg.device, cfg.workers)
     samples = load_manipulation(Path(cfg.data) / "manipulation.jsonl")[: cfg.samples]
     val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl") if cfg.val else []
     model = start_model(cfg, processes)

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
 from common.training import Processes, Run, check_frozen, cosine, finished, freeze, parts_of, rows_of_step, stop_on_nan
-from data.dataset import IGNORE, Conversations, visual_tokens, ways
-from data.dense import DensePictures
+from data.dataset import IGNORE, Batch, Conversations, visual_tokens, ways
+from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
@@ -83,6 +83,7 @@ class TrainConfig:
     cache: str = flag("", "folder of cached visual tokens (default: the data folder; OUT where that is read-only)")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, bit for bit")
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    workers: int = flag(0, "further processes that make batches in advance, for a GPU", low=0)
     seed: int = flag(0, "of weights, order of the data, augmentation", low=0)
     max_steps: tuple = flag(RECIPE["vision"]["max_steps"], "a schedule each, one after the other", low=1)
     batch_size: int = flag(32, "pictures a step, over all processes", low=1, high=65536)
@@ -144,7 +145,7 @@ def conversation_file(data: str) -> Path:
 
 def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     """The model with its parts frozen or not, the digests of the frozen ones, and the run."""
-    processes = Processes(cfg.device)
+    processes = Processes(cfg.device, cfg.workers)
     if cfg.batch_size % processes.size:
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {processes.size} processes")
     vocabulary = conversation_file(cfg.data).parent / "vocab.tiktoken"
@@ -226,13 +227,15 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         def validate(done: int, objective=objective) -> dict:
             return evaluate_dense(objective, val, processes.device)
 
-        for step in range(max(first - schedule.start, 0), schedule.steps):
-            set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
+        def batch_of_step(step: int) -> DenseBatch:
             everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
-            rows = everyone[processes.rank :: processes.size]
-            batch = data.batch(rows, [cfg.seed, step]).to(processes.device)
+            return data.batch(everyone[processes.rank :: processes.size], [cfg.seed, step])
+
+        steps = range(max(first - schedule.start, 0), schedule.steps)
+        for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+            set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
             with autocast(processes):
-                loss, parts = parallel(batch)
+                loss, parts = parallel(batch.to(processes.device))
             done = schedule.start + step + 1
             descend(loss, objective, optimizer, done - 1)
             result = after_step(cfg, run, done, loss, parts, objective, optimizer, validate) or result
@@ -266,24 +269,27 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         run.add_answers(done, show_answers(model, shown))
         return numbers
 
+    def batch_of_step(step: int) -> tuple[Tensor, Batch]:
+        everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
+        rng = np.random.default_rng([cfg.seed, step])
+        drawn = data.draw(everyone, rng, questions, *NUMERIC[cfg.stage])  # every process draws for all of them
+        mine = range(processes.rank, len(everyone), processes.size)
+        rows = everyone[mine]
+        if cached is None:
+            images = data.pictures(rows)
+        else:  # an RGB-D encoder: half of the steps without depth
+            images = torch.from_numpy(cached[step % len(cached)][rows]).float()
+        return images, data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
+
     for schedule in schedules(cfg):
         if first >= schedule.start + schedule.steps:
             continue
         torch.manual_seed(cfg.seed + 1)  # the auxiliary head
         objective = AnswerObjective(model, *weights)
         parallel, optimizer = prepare(cfg, run, objective, schedule.lr)
-        for step in range(max(first - schedule.start, 0), schedule.steps):
+        steps = range(max(first - schedule.start, 0), schedule.steps)
+        for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
             set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
-            everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
-            rng = np.random.default_rng([cfg.seed, step])
-            drawn = data.draw(everyone, rng, questions, *NUMERIC[cfg.stage])  # every process draws for all of them
-            mine = range(processes.rank, len(everyone), processes.size)
-            rows = everyone[mine]
-            b = data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
-            if cached is None:
-                images = data.pictures(rows)
-            else:  # an RGB-D encoder: half of the steps without depth
-                images = torch.from_numpy(cached[step % len(cached)][rows]).float()
             counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
             counts = [max(n, 1) for n in processes.mean(counts)]
             inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)

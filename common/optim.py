@@ -20,26 +20,35 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if group["orthogonal"] and p.grad is not None:
-                    self.orthogonal_step(p, group["lr"], group["weight_decay"])
-                    p.grad = None  # AdamW passes over it
+            if group["orthogonal"]:
+                alike: dict = {}  # by shape on a GPU, which takes them in one product; a CPU is faster one by one
+                for p in group["params"]:
+                    if p.grad is not None:
+                        alike.setdefault(p if p.device.type == "cpu" else p.shape, []).append(p)
+                for matrices in alike.values():
+                    self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def orthogonal_step(self, p: nn.Parameter, lr: float, weight_decay: float) -> None:
-        if not self.state[p]:  # AdamW looks for a step in every state that it loads
-            self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-        momentum = self.state[p]["momentum"].mul_(self.MOMENTUM).add_(p.grad)
-        step = self.orthogonal(p.grad + self.MOMENTUM * momentum) * 0.2 * max(p.shape) ** 0.5
-        p.mul_(1 - lr * weight_decay).sub_(lr * step)
+    def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """A step of matrices of one shape."""
+        steps = []
+        for p in matrices:
+            if not self.state[p]:  # AdamW looks for a step in every state that it loads
+                self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+            momentum = self.state[p]["momentum"].mul_(self.MOMENTUM).add_(p.grad)
+            steps.append(p.grad + self.MOMENTUM * momentum)
+            p.grad = None  # AdamW passes over it
+        steps = self.orthogonal(torch.stack(steps)) * 0.2 * max(p.shape) ** 0.5
+        for p, step in zip(matrices, steps, strict=True):
+            p.mul_(1 - lr * weight_decay).sub_(lr * step)
 
     @staticmethod
     def orthogonal(M: Tensor) -> Tensor:
-        """Brings every singular value of M to about 1 (0.7 to 1.2); its singular vectors stay."""
-        X = M / (M.norm() + 1e-7)  # all singular values at most 1
-        tall = X.shape[0] > X.shape[1]
+        """Brings every singular value of matrices M (.., m, n) to about 1 (0.7 to 1.2); the singular vectors stay."""
+        X = M / (M.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # all singular values at most 1
+        tall = X.shape[-2] > X.shape[-1]
         for _ in range(5):
-            square = X.T @ X if tall else X @ X.T  # the smaller of the two
+            square = X.mT @ X if tall else X @ X.mT  # the smaller of the two
             poly = -4.7750 * square + 2.0315 * square @ square
             X = 3.4445 * X + (X @ poly if tall else poly @ X)  # odd polynomial: acts on the singular values alone
         return X

@@ -1,6 +1,7 @@
 """What training scripts share: processes, freezing, checkpoints and metrics of a run, and what to do about a NaN.
 
     processes = Processes(cfg.device)       one process, or one of several under torchrun
+    for batch in processes.ahead(make, range(n)):   make(0), make(1), ..; with --workers made in advance
     frozen = freeze(model, ("projector",))  .. check_frozen(model, frozen): not a bit of the other parts may have moved
     with Run(cfg, processes, total) as run: OUT is ours alone
         first = run.begin()                 run.json, metrics.csv; with --resume the step to go on from
@@ -21,7 +22,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +44,8 @@ PARTS = ("vision", "projector", "lm", "head", "point")  # of RoboMamba; what a s
 class Processes:
     """This process among its peers. Alone unless started by torchrun; then gloo on CPUs, nccl on GPUs."""
 
-    def __init__(self, device: str = "auto"):
+    def __init__(self, device: str = "auto", workers: int = 0):
+        self.workers = workers
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -86,6 +90,15 @@ class Processes:
         torch.distributed.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def ahead(self, make: Callable[[int], Any], numbers: range) -> Iterable:
+        """make(n) of each number in order. With workers, so many further processes make the next ones meanwhile."""
+        if not self.workers or len(numbers) < 2:
+            return map(make, numbers)
+        items = torch.utils.data.DataLoader(
+            _Items(make, numbers), batch_size=None, num_workers=self.workers, collate_fn=_unchanged
+        )
+        return map(_raised, items)
+
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
@@ -93,6 +106,33 @@ class Processes:
     def close(self) -> None:
         if self.size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class _Items(torch.utils.data.Dataset):
+    """What `Processes.ahead` iterates over."""
+
+    def __init__(self, make: Callable[[int], Any], numbers: range):
+        self.make = make
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int):
+        try:
+            return self.make(self.numbers[place])
+        except Exception as error:  # DataLoader would hide its one line in a traceback
+            return error
+
+
+def _unchanged(item):
+    return item
+
+
+def _raised(item):
+    if isinstance(item, Exception):
+        raise item
+    return item
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -185,7 +225,7 @@ class Run:
     Raises: ValueError when another run holds OUT, or OUT cannot be written.
     """
 
-    FREE = ("out", "resume", "device", "cache")  # settings that a resumed run may change
+    FREE = ("out", "resume", "device", "workers", "cache")  # settings that a resumed run may change
 
     def __init__(self, cfg, processes: Processes, total: int, log_every: int = 20):
         self.cfg = cfg

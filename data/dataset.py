@@ -479,7 +479,8 @@ def _encode(
     """
     size = vision.cfg.image_size
     step = batch * processes.size
-    for start in range(0, len(names), step):
+
+    def read(start: int) -> tuple[Tensor, Tensor | None]:
         first = start + processes.rank * batch
         part = names[first : first + batch]
         images = [read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part]
@@ -490,8 +491,13 @@ def _encode(
             blank = np.zeros((4, size, size), np.float32)
             channels = [read_geometry(folder, name, size) if name else blank for name in part]
             channels += [blank] * (len(images) - len(part))
-            channels = torch.from_numpy(np.stack(channels)).to(processes.device)
-        out = vision(to_tensor(images).to(processes.device), channels, fine=fine)
+            channels = torch.from_numpy(np.stack(channels))
+        return to_tensor(images), channels
+
+    starts = range(0, len(names), step)
+    for start, (images, channels) in zip(starts, processes.ahead(read, starts), strict=True):
+        channels = channels if channels is None else channels.to(processes.device)
+        out = vision(images.to(processes.device), channels, fine=fine)
         kinds = [processes.gather(kind.half()) for kind in (out if fine else (out,))]
         yield [kind[: len(names) - start].cpu().numpy() for kind in kinds]
 

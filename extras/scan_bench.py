@@ -1,6 +1,7 @@
 """The scans side by side: error against float64, time, memory; and the two classic failures.
 
     python -m extras.scan_bench [--quick] [--out FILE]     # six shapes with one and two threads; --quick: one, 20 s
+    python -m extras.scan_bench --device cuda              # the shapes on a GPU, and a larger one
     python -m extras.scan_bench --figure FILE.png          # what is local to a chunk, and what is carried
 
 Times of the methods are taken in turns, round after round, because the speed of a machine drifts; a ratio is formed
@@ -25,6 +26,7 @@ from selective_scan import DT_RANGE, LARGE_DT_RANGE, example_inputs, scan_chunke
 
 SHAPES = [(4, 256, 512, 16), (8, 128, 512, 16), (1, 1024, 1024, 16), (1, 4096, 256, 16)]  # (B, L, E, N)
 TRAINING_SHAPES = [(64, 65, 384, 8), (256, 24, 384, 8)]  # those of this project's own training
+GPU_SHAPES = [(8, 2048, 2048, 16)]  # a layer of a Mamba of 790 million parameters
 QUICK_SHAPES = [(2, 128, 256, 16)]
 INDEXED = "Classic failure: indexing inside the loop is quadratic; (1, L, 128, 16), forward + backward"
 
@@ -34,6 +36,7 @@ class Config:
     quick: bool = flag(False, "one small shape, one thread, few rounds")
     rounds: int = flag(5, "how often each method is timed", low=2, high=1000)
     shapes: int = flag(6, "how many of the six shapes", low=1, high=6)
+    device: str = flag("cpu", "where to compute", choices=("cpu", "cuda"))
     out: str = flag("", "write the numbers to this JSON file")
     figure: str = flag("", "only draw chunk boundaries to this PNG file")
 
@@ -82,7 +85,12 @@ def forward(scan, inputs):
 
 
 def peak_mib(function, *args):
-    """Most bytes that tensors made by the call held at once, from the allocations that PyTorch's profiler records."""
+    """Most bytes that tensors made by the call held at once: as CUDA's allocator or PyTorch's profiler recorded."""
+    if args[-1][0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*args)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's notes out of the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function(*args)
@@ -104,14 +112,16 @@ def take_turns(call, scans, inputs, rounds):
         for name, scan in scans.items():
             start = time.perf_counter()
             call(scan, inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: ms[1:] for name, ms in times.items()}
 
 
-def ladder(shape, methods, threads, rounds):
+def ladder(shape, methods, threads, rounds, device="cpu"):
     """{shape, threads, methods: one row each}. `times`: how often chunked goes into this method's time, least, most."""
     torch.set_num_threads(threads)
-    inputs = example_inputs(*shape)
+    inputs = [x.detach().to(device).requires_grad_() for x in example_inputs(*shape)]
     inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)  # mambapy cannot start anywhere else
     exact = train(scan_reference, [x.detach().double().requires_grad_() for x in inputs])
     alone = take_turns(forward, methods, inputs, rounds)
@@ -201,21 +211,26 @@ def main(short=False):
     if importlib.util.find_spec("mambapy"):
         result["versions"]["mambapy"] = importlib.metadata.version("mambapy")
         methods["mambapy"] = scan_mambapy
+    if cfg.device == "cuda":
+        result["hardware"] = f"{torch.cuda.get_device_name()}; {result['hardware']}"
     print(f"{result['hardware']}; torch {result['versions']['torch']}, float32; medians of {cfg.rounds} rounds")
     print("forward_ms; train_ms: forward + backward, times: least and most it took of chunked's in the same round;")
     print("peak_mib: tensors made by forward + backward; errors: against the definition in float64")
     shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
-    threads = (1,) if cfg.quick else (1, 2)
+    if cfg.device == "cuda":
+        shapes = shapes + GPU_SHAPES
+    threads = (1,) if cfg.quick or cfg.device == "cuda" else (1, 2)
     before = torch.get_num_threads()
-    result["shapes"] = [ladder(shape, methods, n, cfg.rounds) for shape in shapes for n in threads]
+    result["shapes"] = [ladder(shape, methods, n, cfg.rounds, cfg.device) for shape in shapes for n in threads]
     torch.set_num_threads(before)
-    most = 2 if cfg.quick else 4  # of the lengths
-    result["linear"] = [linear(L, cfg.rounds) for L in (256, 1024, 4096, 16384)[:most]]
-    print_rows("Linear in L: chunked at (1, L, 256, 16)", result["linear"])
-    result["indexed"] = [indexed(L) for L in (64, 256, 1024)[:most]]
-    print_rows(INDEXED, result["indexed"])
-    result["cumprod"] = [cumprod(L) for L in (16, 64, 256, 1024)]
-    print_rows("Classic failure: dividing by the cumulative product; share of y inf or nan", result["cumprod"])
+    if cfg.device == "cpu":
+        most = 2 if cfg.quick else 4  # of the lengths
+        result["linear"] = [linear(L, cfg.rounds) for L in (256, 1024, 4096, 16384)[:most]]
+        print_rows("Linear in L: chunked at (1, L, 256, 16)", result["linear"])
+        result["indexed"] = [indexed(L) for L in (64, 256, 1024)[:most]]
+        print_rows(INDEXED, result["indexed"])
+        result["cumprod"] = [cumprod(L) for L in (16, 64, 256, 1024)]
+        print_rows("Classic failure: dividing by the cumulative product; share of y inf or nan", result["cumprod"])
     if cfg.out:
         write_json(cfg.out, result)
 

@@ -409,6 +409,25 @@ def test_a_stopped_run_resumes_bit_for_bit(data, start, tmp_path, monkeypatch, s
     assert same(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_batches_made_in_advance_are_the_same(data, start, tmp_path):
+    for stage in ("vision", "cotrain"):
+        for workers in (0, 2):
+            out = tmp_path / f"{stage}{workers}"
+            cache = tmp_path / f"cache{workers}"  # the visual tokens are read in advance too
+            cache.mkdir(exist_ok=True)
+            train(config(data, start, out, stage, val=str(data / "val"), workers=workers, cache=str(cache)))
+        assert same(tmp_path / f"{stage}0", tmp_path / f"{stage}2")
+        assert rows(tmp_path / f"{stage}0") == rows(tmp_path / f"{stage}2")
+
+
+def test_a_batch_that_fails_in_a_worker_is_one_error():
+    def fail(n):
+        raise ValueError(f"{n}.png: cannot be read")
+
+    with pytest.raises(ValueError, match="^0.png: cannot be read$"):
+        list(Processes("cpu", workers=2).ahead(fail, range(3)))
+
+
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(data, start, tmp_path, monkeypatch):
     """SIGKILL three times, at a random step plus a random delay: in a step, a validation, a save, wherever it hits."""
     for name, value in {"SAVE_EVERY": 5, "EVAL_EVERY": 7, "LOG_EVERY": 2}.items():
