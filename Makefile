@@ -135,15 +135,15 @@ evaluate: simulator runs/random/model.safetensors
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
 # fine-tuned; half of the action from the oracle.
 ABLATION_STEPS ?= 400
-SHORT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
+CUT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
 GENERAL = presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0
 HEAD = $(PY) finetune_policy.py
 HALVES = model,model-pixel,model-direction,head-seed-1=runs/policy-1,head-seed-2=runs/policy-2
 SHORTENED = all-fine-tuned=runs/full,all-questions=runs/short-policy,general-only=runs/general-policy,untrained-encoder=runs/no-vision-policy
 ablations: .venv/ready
-	$(SHORT) --out runs/short
-	$(SHORT) --more $(GENERAL) --out runs/general
-	$(SHORT) --init "" --out runs/no-vision
+	$(CUT) --out runs/short
+	$(CUT) --more $(GENERAL) --out runs/general
+	$(CUT) --init "" --out runs/no-vision
 	$(HEAD) --checkpoint runs/short --out runs/short-policy
 	$(HEAD) --checkpoint runs/general --out runs/general-policy
 	$(HEAD) --checkpoint runs/no-vision --out runs/no-vision-policy
