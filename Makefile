@@ -28,7 +28,7 @@ DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 
-.PHONY: simulator demo test lint quick short train ship evaluate ablations encoders results clean
+.PHONY: simulator demo test lint quick short train ship evaluate questions ablations encoders results clean
 
 # ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
@@ -83,15 +83,17 @@ quick: simulator
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
 
-# ---- all the stages in less than 45 minutes: for seeds, the strict variant, the variety curve and ablations
+# ---- all the stages in less than 45 minutes: for seeds, the strict variant, questions left out, and the variety curve
+# (make short ARCHETYPES=6 SHORT=runs/variety-6 SHORT_SCENES=3500 SHORT_STEPS="800 40 350")
 
 SEED ?= 0
 ARCHETYPES ?= all
 SHORT ?= runs/short-$(ARCHETYPES)-$(SEED)
 SHORT_DATA = --data $(SHORT)/data --val $(SHORT)/val --seed $(SEED) --resume $(READ)
+SHORT_SCENES ?= 8000
 SHORT_STEPS ?= 1800 60 800
 short: simulator
-	$(BUILD) --scenes 8000 --archetypes $(ARCHETYPES) --out $(SHORT)/data $(DATA_FLAGS)
+	$(BUILD) --scenes $(SHORT_SCENES) --archetypes $(ARCHETYPES) --out $(SHORT)/data $(DATA_FLAGS)
 	$(BUILD) --scenes 200 --split val --out $(SHORT)/val
 	$(RUN) train.py --stage vision $(SHORT_DATA) --max-steps $(word 1,$(SHORT_STEPS)) --out $(SHORT)/vision
 	$(RUN) train.py --stage align $(SHORT_DATA) --max-steps $(word 2,$(SHORT_STEPS)) --init $(SHORT)/vision --out $(SHORT)/align
@@ -131,6 +133,18 @@ evaluate: simulator runs/random/model.safetensors
 	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 	cp runs/reasoning/reasoning.json $(RGBD)/
 	$(PY) -m common.results
+
+# Which robot questions help: short co-trainings after the first two stages of make short, and heads on each.
+BASE = presence=3,count=2,parts=2,state=3
+PLANS = plan=0,possible=0,success=0,past=0,future=0,movable=0
+WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) --init $(SHORT)/align --max-steps $(ABLATION_STEPS)
+questions: .venv/ready
+	$(WITH) --out $(SHORT)/with-all
+	$(WITH) --more $(BASE),$(PLANS) --out $(SHORT)/with-contacts
+	$(WITH) --more $(BASE),possible=4,success=4,past=4,contact=0 --out $(SHORT)/with-plans
+	$(WITH) --more $(BASE),$(PLANS),contact=0 --out $(SHORT)/with-neither
+	for q in all contacts plans neither; do $(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 \
+	  --checkpoint $(SHORT)/with-$$q --out $(SHORT)/with-$$q-policy || exit 1; done
 
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
 # fine-tuned; half of the action from the oracle.

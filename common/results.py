@@ -7,10 +7,12 @@ few below it are read from JSON as they are.
 """
 
 import csv
+import re
 from pathlib import Path
 
 from common import report
-from common.files import read_json, read_text, write_text
+from common.files import read_json, read_text, write_atomically, write_text
+from common.plots import draw_lines
 from common.report import grid
 from common.scripts import run_main
 
@@ -76,6 +78,18 @@ SCAN_TABLES = {  # what the tables of scan.json say, by key
     "indexed": "Indexing a tensor inside an autograd loop is quadratic in L; `unbind` once is not:",
     "cumprod": "Share of outputs that are inf or nan when one divides by the cumulative product of decays:",
 }
+TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads.
+
+| row | what was trained |
+| --- | --- |
+| `seed-0`, `seed-1`, `seed-2` | the same pictures; other weights, order and augmentation |
+| `strict` | `ARCHETYPES=strict`: without the archetypes that come near an unseen category; seed 0 |
+| `0-archetypes` .. `24-archetypes` | 3,500 pictures each, 40 % of them of so many archetypes; 800 + 40 + 350 steps |
+| `-depth` | shown depth too: the pointing head, refined; without it RGB alone and the paper's head |
+
+seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). Nothing
+was chosen by these numbers."""
+VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
 CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
 instead of reading the prompt again; it gained nothing and is no longer in the code."""
 
@@ -164,6 +178,37 @@ def records(items: list[dict]) -> str:
     return grid(items[0], rows)
 
 
+def trainings(results: dict) -> str:
+    """A row a training, then mean and range of the seeds."""
+    columns = [(split, goal) for split in results["splits"] for goal in report.GOALS]
+    rows, seeds = [], {}
+    for name, policy in results["policies"].items():
+        cells = [policy["splits"][split][goal] for split, goal in columns]
+        rows.append([f"`{name}`", *map(report.percent, cells)])
+        if name.startswith("seed-"):
+            seeds.setdefault("seeds" + name[len("seed-0") :], []).append([cell["rate"] for cell in cells])
+    for name, rates in seeds.items():
+        ranges = (f"{sum(x) / len(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in zip(*rates, strict=True))
+        rows.append([f"mean of {len(rates)} `{name}`, range", *ranges])
+    return grid(["training", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
+
+
+def variety(results: dict) -> dict:
+    """The curves over the number of archetypes, as `draw_lines` takes them."""
+    panels = {f"{split}, >= 0.1": {"RGB": [], "RGB-D": []} for split in results["splits"]}
+    for name, policy in results["policies"].items():
+        if found := re.fullmatch(r"(\d+)-archetypes(-depth)?", name):
+            for split, scores in policy["splits"].items():
+                line = panels[f"{split}, >= 0.1"]["RGB-D" if found[2] else "RGB"]
+                line.append((int(found[1]), scores["long"]["rate"]))
+    return {title: {name: sorted(line) for name, line in lines.items()} for title, lines in panels.items()}
+
+
+def gpu(results: dict) -> str:
+    """Seconds of each stage of `make short`, on a GPU and on two cores, and the last losses."""
+    return f"{results['what']}\n\n{records(results['runs'])}"
+
+
 def mistakes(results: dict) -> str:
     """Eight planted mistakes: what the shipped model does with each, and the test that catches it."""
     command = f"`python -m extras.mistakes`, {results['scenes']} validation scenes"
@@ -228,6 +273,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Per category, beside the paper": (f"{TINY}/results.json", report.categories),
     "The RGB checkpoint with a depth image": (DEPTH, report.table),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
+    "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
     "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
     "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
     "Reasoning": (f"{TINY}/reasoning.json", report.reasoning_report),
@@ -236,6 +282,8 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
     "What the physics forgives": (f"{KEPT}/physics.json", physics),
     "Scan": (f"{KEPT}/scan.json", scan),
+    "Scan on a GPU": (f"{KEPT}/scan_gpu.json", scan),
+    "On a GPU": (f"{KEPT}/gpu.json", gpu),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
@@ -264,6 +312,8 @@ def main() -> None:
     for name in PAGES:
         write_text(ROOT / name, with_table(read_text(ROOT / name), name))
     write_text(ROOT / "RESULTS.md", document())
+    curves = draw_lines(variety(read_json(ROOT / KEPT / "trainings.json", dict)), log_x=False)
+    write_atomically(ROOT / "data/figures/variety.png", lambda temporary: curves.save(temporary, "PNG"))
     print("wrote RESULTS.md and the table of", " and ".join(PAGES))
 
 
