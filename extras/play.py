@@ -1,6 +1,6 @@
 """A page to click in: scenes and pictures, questions and instructions, and a robot that does what the model says.
 
-    pip install ".[sim,play]"     # without constraints.txt: gradio wants an older Pillow
+    pip install -c constraints.txt ".[sim,play]"
     python -m extras.play         # then open http://127.0.0.1:7860; also --checkpoint DIR, --port N
 
 `page` is what one sees; the functions before it need no gradio. Of a visitor the page keeps (category, seed), and every
