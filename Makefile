@@ -1,7 +1,7 @@
 # make demo     the environment, then ten seconds: a dialogue, a robot, a table, pictures in demo/
 # make test     the environment, then the whole suite
 # make quick    a policy of one's own in a quarter of an hour: data, stages, heads, evaluation (runs/quick)
-# make short    the same for all categories in less than 45 minutes; SEED=1, ARCHETYPES=strict or a number
+# make short    the same for all categories, in half an hour; SEED=1, ARCHETYPES=strict or a number
 # make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
 # make results  RESULTS.md and the README's table again, from the committed JSON
 #
@@ -84,7 +84,7 @@ quick: simulator
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
 
-# ---- all the stages in less than 45 minutes: for seeds, the strict variant, questions left out, and the variety curve
+# ---- all the stages in half an hour on two quiet cores: for seeds, the strict variant, questions left out, and the variety curve
 # (make short ARCHETYPES=6 SHORT=runs/variety-6 SHORT_SCENES=3500 SHORT_STEPS="800 40 350")
 
 SEED ?= 0
@@ -96,9 +96,11 @@ SHORT_STEPS ?= 1800 60 800
 short: simulator
 	$(BUILD) --scenes $(SHORT_SCENES) --archetypes $(ARCHETYPES) --out $(SHORT)/data $(DATA_FLAGS)
 	$(BUILD) --scenes 200 --split val --out $(SHORT)/val
-	$(RUN) train.py --stage vision $(SHORT_DATA) --max-steps $(word 1,$(SHORT_STEPS)) --out $(SHORT)/vision
-	$(RUN) train.py --stage align $(SHORT_DATA) --max-steps $(word 2,$(SHORT_STEPS)) --init $(SHORT)/vision --out $(SHORT)/align
-	$(RUN) train.py --stage cotrain $(SHORT_DATA) --max-steps $(word 3,$(SHORT_STEPS)) --init $(SHORT)/align --out $(SHORT)/cotrain
+	$(RUN) train.py --stage vision $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 1,$(SHORT_STEPS)) --out $(SHORT)/vision
+	$(RUN) train.py --stage align $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 2,$(SHORT_STEPS)) \
+	  --init $(SHORT)/vision --out $(SHORT)/align
+	$(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 3,$(SHORT_STEPS)) \
+	  --init $(SHORT)/align --out $(SHORT)/cotrain
 	$(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 --half --checkpoint $(SHORT)/cotrain --out $(SHORT)/policy
 
 # ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
@@ -138,14 +140,17 @@ evaluate: simulator runs/random/model.safetensors
 # Which robot questions help: short co-trainings after the first two stages of make short, and heads on each.
 BASE = presence=3,count=2,parts=2,state=3
 PLANS = plan=0,possible=0,success=0,past=0,future=0,movable=0
-WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) --init $(SHORT)/align --max-steps $(ABLATION_STEPS)
+WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --init $(SHORT)/align --max-steps $(ABLATION_STEPS)
+WITH_HEADS = $(PY) finetune_policy.py $(SHORT_DATA) --epochs 20
 questions: .venv/ready
 	$(WITH) --out $(SHORT)/with-all
 	$(WITH) --more $(BASE),$(PLANS) --out $(SHORT)/with-contacts
 	$(WITH) --more $(BASE),possible=4,success=4,past=4,contact=0 --out $(SHORT)/with-plans
 	$(WITH) --more $(BASE),$(PLANS),contact=0 --out $(SHORT)/with-neither
-	for q in all contacts plans neither; do $(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 \
-	  --checkpoint $(SHORT)/with-$$q --out $(SHORT)/with-$$q-policy || exit 1; done
+	$(WITH_HEADS) --checkpoint $(SHORT)/with-all --out $(SHORT)/with-all-policy
+	$(WITH_HEADS) --checkpoint $(SHORT)/with-contacts --out $(SHORT)/with-contacts-policy
+	$(WITH_HEADS) --checkpoint $(SHORT)/with-plans --out $(SHORT)/with-plans-policy
+	$(WITH_HEADS) --checkpoint $(SHORT)/with-neither --out $(SHORT)/with-neither-policy
 
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
 # fine-tuned; half of the action from the oracle.

@@ -71,6 +71,7 @@ ABLATIONS = """| row | what changed |
 | `all-questions` | stage 1.2 cut to 400 steps, all questions |
 | `general-only` | the same without the robot's questions (plan, possible, success, past, future, contact) |
 | `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
+CHUNKS = "![local states of a chunk, what is carried into it, and their sum](data/figures/chunks.png)"
 SCAN = """Forward and backward, float32: least and most time of all rounds, peak memory on top of the inputs, and
 least and most of the time as a multiple of chunked's in the same round."""
 SCAN_TABLES = {  # what the tables of scan.json say, by key
@@ -281,7 +282,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Reasoning, beside the paper": (f"{TINY}/reasoning.json", report.paper_table1),
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
     "What the physics forgives": (f"{KEPT}/physics.json", physics),
-    "Scan": (f"{KEPT}/scan.json", scan),
+    "Scan": (f"{KEPT}/scan.json", CHUNKS, scan),
     "Scan on a GPU": (f"{KEPT}/scan_gpu.json", scan),
     "On a GPU": (f"{KEPT}/gpu.json", gpu),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),

@@ -269,14 +269,14 @@ def test_make_train_ships_a_checkpoint_and_makes_its_tables(tree):
     assert "seen (2)" in (tree / "README.md").read_text()
 
 
-def test_ablations_and_encoders_start_from_what_is_there_with_flags_that_exist(tree, monkeypatch):
+def test_short_runs_and_ablations_start_from_what_is_there_with_flags_that_exist(tree, monkeypatch):
     """They train for an hour what the targets above train too; here their flags are read, and what they start from."""
     monkeypatch.chdir(ROOT)
     made = {"runs/align", "runs/cotrain", "runs/policy"}  # of make train
     helps: dict[str, str] = {}
-    lines = recipe(tree, "ablations", "encoders").replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))[1:] for line in lines]
-    assert len(commands) >= 18
+    lines = recipe(tree, "short", "questions", "ablations", "encoders", "GPU=1").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))[1:] for line in lines if " --" in line]
+    assert len(commands) >= 32
     for words in commands:
         script = words[1] if words[0] == "-m" else words[0]
         if script not in helps:
