@@ -165,7 +165,7 @@ def scan(results: dict) -> str:
             low, high = found[name]["train_range_ms"]
             least, most = found[name]["times"]
             cell = f"{low:.0f} to {high:.0f} ms, {found[name]['peak_mib']:.0f} MiB"
-            rows[-1].append(cell if name == "chunked" else f"{cell}, {least:.1f} to {most:.1f}x")
+            rows[-1].append(cell if name == "chunked" else f"{cell}, {least:.2g} to {most:.2g}x")
     lines = [grid(["(B, L, E, N)", "threads", *names], rows), "", SCAN, ""]
     for key, text in SCAN_TABLES.items():
         if key in results:
