@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -45,6 +46,8 @@ class Processes:
     """This process among its peers. Alone unless started by torchrun; then gloo on CPUs, nccl on GPUs."""
 
     def __init__(self, device: str = "auto", workers: int = 0):
+        if workers and "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError(f"--workers {workers}: this system does not fork processes; leave it at 0")
         self.workers = workers
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -94,10 +97,8 @@ class Processes:
         """make(n) of each number in order. With workers, so many further processes make the next ones meanwhile."""
         if not self.workers or len(numbers) < 2:
             return map(make, numbers)
-        items = torch.utils.data.DataLoader(
-            _Items(make, numbers), batch_size=None, num_workers=self.workers, collate_fn=_unchanged
-        )
-        return map(_raised, items)
+        how = dict(batch_size=None, num_workers=self.workers, collate_fn=_unchanged, multiprocessing_context="fork")
+        return map(_raised, torch.utils.data.DataLoader(_Items(make, numbers), **how))
 
     def barrier(self) -> None:
         if self.size > 1:

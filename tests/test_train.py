@@ -420,6 +420,12 @@ def test_batches_made_in_advance_are_the_same(data, start, tmp_path):
         assert rows(tmp_path / f"{stage}0") == rows(tmp_path / f"{stage}2")
 
 
+def test_workers_are_refused_where_processes_do_not_fork(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ValueError, match="--workers 2: this system does not fork"):
+        Processes("cpu", workers=2)
+
+
 def test_a_batch_that_fails_in_a_worker_is_one_error():
     def fail(n):
         raise ValueError(f"{n}.png: cannot be read")
