@@ -285,6 +285,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Scan": (f"{KEPT}/scan.json", CHUNKS, scan),
     "Scan on a GPU": (f"{KEPT}/scan_gpu.json", scan),
     "On a GPU": (f"{KEPT}/gpu.json", gpu),
+    "Your own policy": (f"{KEPT}/example_policy.json", "`example` is extras/example_policy.py.", report.table),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
