@@ -45,7 +45,8 @@ try:
     import gymnasium
     from gymnasium import spaces
 except ImportError:
-    raise ImportError("the environment needs Gymnasium: `pip install gymnasium` (the extra [gym])") from None
+    missing = "the environment needs Gymnasium: `pip install gymnasium` (the extra [gym])"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(missing) from None
 
 CATEGORIES = {"train": SPLITS["val"]["val"], **SPLITS["val"], **SPLITS["both"]}  # of each split
 LONGEST, TOKENS = 64, 16  # of a sentence: characters, tokens; the catalogue's have up to 50 and 10

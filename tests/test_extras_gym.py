@@ -359,8 +359,13 @@ def test_the_command_prints_both_rates(capsys):
     assert "18/550 0.03 [0.02, 0.05]" in committed and "data/pretrained/robomamba-tiny/results.json" in committed
 
 
-def test_a_missing_gymnasium_is_one_sentence():
-    code = "import sys; sys.modules['gymnasium'] = None; import extras.gym_env"
+@pytest.mark.parametrize(
+    "use, lines",
+    [("import extras.gym_env", 99), ("import runpy; runpy.run_module('extras.gym_env', {}, '__main__')", 1)],
+)
+def test_a_missing_gymnasium_is_one_sentence(use, lines):
+    code = f"import sys; sys.modules['gymnasium'] = None; {use}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]
+    assert len(done.stderr.strip().splitlines()) <= lines, done.stderr
     assert done.returncode and "the environment needs Gymnasium: `pip install gymnasium`" in last, done.stderr[-1500:]
