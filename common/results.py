@@ -90,6 +90,14 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 
 seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). Nothing
 was chosen by these numbers."""
+QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages of seed-0, then heads; `-depth` as above.
+
+| row | questions of stage 1.2, beside the general ones |
+| --- | --- |
+| `with-all` | plans, affordances (possible, movable), success, past, future; contacts in words |
+| `with-contacts` | contacts in words only |
+| `with-plans` | the same as `with-all` without contacts in words |
+| `with-neither` | none |"""
 VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
 CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
 instead of reading the prompt again; it gained nothing and is no longer in the code."""
@@ -275,6 +283,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "The RGB checkpoint with a depth image": (DEPTH, report.table),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
+    "Which robot questions help": (f"{KEPT}/questions.json", QUESTIONS, trainings),
     "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
     "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
     "Reasoning": (f"{TINY}/reasoning.json", report.reasoning_report),
