@@ -76,8 +76,8 @@ quick: simulator
 	$(RUN) train.py --stage vision $(QUICK_DATA) $(READ) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
 	$(RUN) train.py --stage cotrain $(QUICK_DATA) $(READ) --init $(QUICK)/vision \
 	  --max-steps $(QUICK_COTRAIN_STEPS) --out $(QUICK)/cotrain --resume
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --epochs 30 --out $(QUICK)/policy
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --epochs 30 --out $(QUICK)/random \
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/policy
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/random \
 	  --random-backbone
 	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
 	$(PY) sim_eval.py --policy model,model-depth,random-backbone-depth=$(QUICK)/random,blind,random-normal,expert \
