@@ -45,6 +45,7 @@ HEADS = ("head", "point")  # what is trained
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # largest gradient norm, --unfreeze
 EVAL_EVERY = 5  # epochs
+CENTRED = 512  # samples whose mean state a new head starts at
 POINTED = 16  # samples of each batch that the pointing head learns from
 
 
@@ -229,6 +230,19 @@ def start_model(cfg: PolicyConfig, processes: Processes) -> RoboMamba:
     return model.to(processes.device).train()
 
 
+@torch.no_grad()
+def centre(head: PolicyHead, data: Samples) -> None:
+    """Start the hidden units of a new head at the mean state, where about half of the samples pass each ReLU.
+
+    The states' mean is longer than their spread: with biases of 0 most units pass all samples or none, and a head of 8
+    units, too many of which pass none, never learns directions (LOG.md).
+    """
+    n = len(data.pixel)
+    mean = data.states(torch.linspace(0, n - 1, min(n, CENTRED)).long()).mean(0)
+    for mlp in head.mlps:
+        mlp[0].bias.copy_(-mlp[0].weight @ mean)
+
+
 def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Samples | None) -> dict[str, float]:
     """Epoch after epoch; logged, validated and saved between them. Returns the last validation errors."""
     learners = [model] if cfg.unfreeze else [getattr(model, name) for name in HEADS if getattr(model, name)]
@@ -294,6 +308,8 @@ def finetune(cfg: PolicyConfig) -> dict:
         run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; {rest}")
         data = prepare(cfg, model, cfg.data, samples, processes, shown)
         val = prepare(cfg, model, cfg.val, val_samples, processes, shown[-1:]) if cfg.val else None
+        if not cfg.keep_head:
+            centre(model.head, data)
         read_seconds = time.monotonic() - start
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)

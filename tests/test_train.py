@@ -34,7 +34,7 @@ from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictur
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
 from finetune_policy import PolicyConfig, finetune, geodesic
-from robomamba import PRESETS, RoboMamba, rotation_from_6d
+from robomamba import PRESETS, HeadConfig, PolicyHead, RoboMamba, rotation_from_6d
 from tests.toy import write_data
 from train import RECIPE, TrainConfig, recipe, train
 
@@ -677,6 +677,17 @@ def test_stage_2_resumes_bit_for_bit(data, start, tmp_path, monkeypatch, unfreez
     assert result["pixel_px"] == whole["pixel_px"]
     assert moved(start, tmp_path / "cut") == ({"vision", "projector", "lm", "head"} if unfreeze else {"head"})
     assert finetune(policy(data, start, tmp_path / "cut", **changes, resume=True)) == {}
+
+
+def test_a_new_head_starts_at_the_mean_of_the_states():
+    """Far from the origin, as the states are, every hidden unit still passes some samples and not others."""
+    torch.manual_seed(0)
+    states = torch.randn(200, 16) + 3
+    head = PolicyHead(HeadConfig(hidden=(8,)), 16)
+    finetune_policy.centre(head, finetune_policy.Samples(lambda rows: states[rows], torch.zeros(200, 2), None))
+    for mlp in head.mlps:
+        passed = (mlp[0](states) > 0).float().mean(0)
+        assert ((0.2 < passed) & (passed < 0.8)).all(), passed
 
 
 def test_stage_2_goes_on_with_the_old_head_or_another_backbone(data, start, tmp_path):
