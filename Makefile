@@ -1,6 +1,6 @@
 # make demo     the environment, then ten seconds: a dialogue, a robot, a table, pictures in demo/
 # make test     the environment, then the whole suite
-# make quick    a policy of one's own in a quarter of an hour: data, stages, heads, evaluation (runs/quick)
+# make quick    a policy of one's own in ten minutes: data, stages, heads, evaluation (runs/quick)
 # make short    the same for all categories, in half an hour; SEED=1, ARCHETYPES=strict or a number
 # make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
 # make results  RESULTS.md and the README's table again, from the committed JSON
@@ -60,7 +60,7 @@ test: .venv/ready
 lint: .venv/ready
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-# ---- a quarter of an hour: drawers and doors only, every stage short
+# ---- ten minutes: drawers and doors only, every stage short
 
 QUICK = runs/quick
 QUICK_CATEGORIES ?= drawer-door
