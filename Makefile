@@ -156,7 +156,7 @@ questions: .venv/ready
 # fine-tuned; half of the action from the oracle.
 ABLATION_STEPS ?= 400
 CUT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
-GENERAL = presence=3,count=2,parts=2,state=3,plan=0,possible=0,success=0,past=0,future=0,contact=0
+GENERAL = $(BASE),$(PLANS),contact=0
 HEAD = $(PY) finetune_policy.py
 HALVES = model,model-pixel,model-direction,head-seed-1=runs/policy-1,head-seed-2=runs/policy-2
 SHORTENED = all-fine-tuned=runs/full,all-questions=runs/short-policy,general-only=runs/general-policy,untrained-encoder=runs/no-vision-policy

@@ -235,7 +235,7 @@ def centre(head: PolicyHead, data: Samples) -> None:
     """Start the hidden units of a new head at the mean state, where about half of the samples pass each ReLU.
 
     The states' mean is longer than their spread: with biases of 0 most units pass all samples or none, and a head of 8
-    units, too many of which pass none, never learns directions (LOG.md).
+    units, too many of which pass none, never learns directions (LOG.md). The paper tells no initial values.
     """
     n = len(data.pixel)
     mean = data.states(torch.linspace(0, n - 1, min(n, CENTRED)).long()).mean(0)

@@ -94,11 +94,14 @@ class Processes:
         return torch.cat(parts)
 
     def ahead(self, make: Callable[[int], Any], numbers: range) -> Iterable:
-        """make(n) of each number in order. With workers, so many further processes make the next ones meanwhile."""
+        """make(n) of each number in order; with workers so many further processes make the next ones meanwhile.
+
+        Raises: what `make` raises, in its turn. What it returns is tensors, or tuples of them.
+        """
         if not self.workers or len(numbers) < 2:
             return map(make, numbers)
-        how = dict(batch_size=None, num_workers=self.workers, collate_fn=_unchanged, multiprocessing_context="fork")
-        return map(_raised, torch.utils.data.DataLoader(_Items(make, numbers), **how))
+        how = dict(batch_size=None, num_workers=self.workers, multiprocessing_context="fork")
+        return map(_raised, torch.utils.data.DataLoader(numbers, collate_fn=functools.partial(_caught, make), **how))
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -109,25 +112,12 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
-class _Items(torch.utils.data.Dataset):
-    """What `Processes.ahead` iterates over."""
-
-    def __init__(self, make: Callable[[int], Any], numbers: range):
-        self.make = make
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int):
-        try:
-            return self.make(self.numbers[place])
-        except Exception as error:  # DataLoader would hide its one line in a traceback
-            return error
-
-
-def _unchanged(item):
-    return item
+def _caught(make: Callable[[int], Any], n: int):
+    """make(n), or the error it raised, which DataLoader would hide in a traceback."""
+    try:
+        return make(n)
+    except Exception as error:
+        return error
 
 
 def _raised(item):
