@@ -22,6 +22,7 @@ import torch
 from common.files import write_json
 from common.plots import new_figure
 from common.scripts import cli, environment, flag, run_main
+from common.training import Processes
 from selective_scan import DT_RANGE, LARGE_DT_RANGE, example_inputs, scan_chunked, scan_parallel, scan_reference
 
 SHAPES = [(4, 256, 512, 16), (8, 128, 512, 16), (1, 1024, 1024, 16), (1, 4096, 256, 16)]  # (B, L, E, N)
@@ -206,24 +207,25 @@ def main(short=False):
     cfg = Config(quick=True) if short else cli(Config, __doc__)
     if cfg.figure:
         return figure(cfg.figure)
+    device = Processes(cfg.device).device
     methods = {"reference": scan_reference, "chunked": scan_chunked, "parallel": scan_parallel}
     result = {"command": " ".join(["python -m extras.scan_bench", *sys.argv[1:]])} | environment()
     if importlib.util.find_spec("mambapy"):
         result["versions"]["mambapy"] = importlib.metadata.version("mambapy")
         methods["mambapy"] = scan_mambapy
-    if cfg.device == "cuda":
+    if device.type == "cuda":
         result["hardware"] = f"{torch.cuda.get_device_name()}; {result['hardware']}"
     print(f"{result['hardware']}; torch {result['versions']['torch']}, float32; medians of {cfg.rounds} rounds")
     print("forward_ms; train_ms: forward + backward, times: least and most it took of chunked's in the same round;")
     print("peak_mib: tensors made by forward + backward; errors: against the definition in float64")
     shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
-    if cfg.device == "cuda":
+    if device.type == "cuda":
         shapes = shapes + GPU_SHAPES
-    threads = (1,) if cfg.quick or cfg.device == "cuda" else (1, 2)
+    threads = (1,) if cfg.quick or device.type == "cuda" else (1, 2)
     before = torch.get_num_threads()
-    result["shapes"] = [ladder(shape, methods, n, cfg.rounds, cfg.device) for shape in shapes for n in threads]
+    result["shapes"] = [ladder(shape, methods, n, cfg.rounds, device) for shape in shapes for n in threads]
     torch.set_num_threads(before)
-    if cfg.device == "cpu":
+    if device.type == "cpu":
         most = 2 if cfg.quick else 4  # of the lengths
         result["linear"] = [linear(L, cfg.rounds) for L in (256, 1024, 4096, 16384)[:most]]
         print_rows("Linear in L: chunked at (1, L, 256, 16)", result["linear"])

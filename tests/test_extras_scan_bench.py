@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from test_scan import check_definition, check_finite, check_linear
 
@@ -45,6 +46,11 @@ def test_peak_memory_of_the_definition_is_all_states():
     shape = (1, 64, 64, 16)
     states_mib = 4 * math.prod(shape) / 2**20
     assert scan_bench.peak_mib(scan_bench.train, scan_bench.scan_reference, example_inputs(*shape)) >= 2 * states_mib
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(refused):
+    refused("--device cuda: this machine has no GPU", scan_bench, "--device", "cuda")
 
 
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
