@@ -13,7 +13,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c "$(NEW)" 2>/dev/null && { echo "$$p"; break; }; done)
 PY = .venv/bin/python
 PROCESSES ?= 2
-TINY = data/pretrained/robomamba-tiny
 RGBD = data/pretrained/robomamba-tiny-rgbd
 # One thread a process: on few cores several one-thread processes are faster than one process of several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
@@ -121,9 +120,10 @@ ship: .venv/ready
 	echo stage,step,seconds,name,value > $(RGBD)/metrics.csv
 	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(RGBD)/metrics.csv
 
-# The tables: test scenes of the robot beside the baselines and the RGB checkpoint, then test questions in words.
-OURS = model,model-point,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw,rgb=$(TINY),rgb-depth=$(TINY)
-POLICIES = $(OURS),random-backbone-depth=runs/random,random-depth,blind,random-normal,expert
+# The tables: test scenes of the robot beside the baselines, then test questions in words.
+OURS = model,model-point,model-text,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw
+BASELINES = random-backbone-depth=runs/random,random-depth,blind,part-pixel-normal,random-normal,random
+POLICIES = $(OURS),$(BASELINES),expert
 EVALUATE = $(PY) sim_eval.py --checkpoint $(RGBD) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random

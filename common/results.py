@@ -17,9 +17,7 @@ from common.report import grid
 from common.scripts import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "data/pretrained/robomamba-tiny"
 RGBD = "data/pretrained/robomamba-tiny-rgbd"
-DEPTH = "data/results/depth.json"  # model-depth beside its baselines
 PAGES = ("README.md", f"{RGBD}/README.md")
 BEGIN = "<!-- made by python -m common.results -->"
 END = "<!-- end -->"
@@ -34,13 +32,16 @@ README_ROWS = {  # name in the results of RGBD -> what the row is
 }
 GLOSSARY = """| row | what it is |
 | --- | --- |
-| `model` | the checkpoint named by `--checkpoint`: image and instruction, one forward pass, policy head |
-| `model-depth` | the same + a depth read-out (imperfect camera): pixel snapped to the part, normal from depth |
-| `model-text` | the same weights answer in words ("64 33 69 25 89": quantised coordinates), no policy head |
-| `random-backbone` | random frozen backbone + head: a network that was never trained, with a head trained like ours |
-| `random-depth` | random pixel of the object with the same depth read-out: what depth alone gives |
+| `model` | image and instruction, one forward pass, the paper's head of 3,152 parameters; RGB alone |
+| `model-point` | the same by the pointing head (27,476 parameters, common/pointing.py) |
+| `model-text` | the same weights answer in words ("64 33 69 25 89": quantised coordinates), no head; RGB alone |
+| `model-depth-head-raw` | depth and normals as input too; the paper's head |
+| `model-depth-head` | the same, then the contact refined on the depth image (data/depth.py) |
+| `model-depth-raw` | depth as input, the pointing head, not refined |
+| `model-depth` | depth as input, the pointing head, refined: chosen on validation scenes by the rate at 0.1 |
+| `random-backbone-depth` | a network of the same shapes that was never trained; both heads trained as ours; refined |
+| `random-depth` | random pixel of the object with the same refinement: what depth alone gives |
 | `blind` | vision-free baseline: median training label of each (category, part); it never sees the image |
-| `mean-action` | the mean training label for everything |
 | `part-pixel-normal` | privileged baseline: random pixel of the *named part*, true surface normal |
 | `random-normal` | privileged baseline: random pixel of the *object*, true surface normal |
 | `random` | random pixel of the object, random direction |
@@ -49,21 +50,11 @@ GLOSSARY = """| row | what it is |
 
 Success: the *named* part moved by at least 0.01 rad or m ("initial") or 0.1 (the paper's threshold). Cells: k/n, rate,
 [95 % Wilson interval]. Category mean: mean over categories of the rates at 0.01 / 0.1. px / deg off: median distance to
-the oracle's contact. Every policy acts on the same scenes with the same sentences."""
-WITH_DEPTH = """| row | what it is |
-| --- | --- |
-| `model` | robomamba-tiny-rgbd shown RGB alone: the paper's head of 3,152 parameters |
-| `model-point` | the same by the pointing head (27,476 parameters, common/pointing.py) |
-| `model-depth-head-raw` | depth and normals as input too; the paper's head |
-| `model-depth-head` | the same, then the contact refined on the depth image (data/depth.py) |
-| `model-depth-raw` | depth as input, the pointing head, not refined |
-| `model-depth` | depth as input, the pointing head, refined: chosen on validation scenes by the rate at 0.1 |
-| `rgb`, `rgb-depth` | the checkpoint robomamba-tiny: RGB alone, and its contact refined on the depth image |
-| `random-backbone-depth` | a network of the same shapes that was never trained; both heads trained as ours; refined |
-| `random-depth` | random pixel of the object with the same refinement: what depth alone gives |
+the oracle's contact. Every policy acts on the same scenes with the same sentences. The depth image is that of an
+imperfect camera: noise, holes, ragged edges."""
+ABLATIONS = """On the third training (see "Earlier trainings"): RGB alone.
 
-The depth image is that of an imperfect camera: noise, holes, ragged edges. --seed 7 was used for nothing before."""
-ABLATIONS = """| row | what changed |
+| row | what changed |
 | --- | --- |
 | `model-pixel`, `model-direction` | half of the action is the model's, the other half the oracle's |
 | `head-seed-1`, `head-seed-2` | the shipped backbone, heads trained from other seeds |
@@ -99,8 +90,6 @@ QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages o
 | `with-plans` | the same as `with-all` without contacts in words |
 | `with-neither` | none |"""
 VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
-CLOSED = """Four grips, a new image and prediction for each. `model-carried` kept the recurrent state from grip to grip
-instead of reading the prompt again; it gained nothing and is no longer in the code."""
 
 
 def made_by(results: dict) -> str:
@@ -246,13 +235,16 @@ def stages(data: dict) -> str:
 
 
 def earlier(first: dict) -> str:
-    """The two trainings before the shipped one, on the same test scenes."""
-    trainings = {"first": first, "second": read_json(ROOT / KEPT / "second_training.json", dict)}
+    """The trainings before the shipped one; the first three on the same test scenes."""
+    trainings = {"first": first}
+    for name in ("second", "third", "fourth"):
+        trainings[name] = read_json(ROOT / KEPT / f"{name}_training.json", dict)
     columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
     rows = [
         [name, policy, *(report.percent(splits[split][goal]) for split, goal in columns)]
         for name, training in trainings.items()
         for policy, splits in training["policies"].items()
+        if policy.startswith("model")
     ]
     table = grid(["training", "policy", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
     return "\n".join([table, "", *(f"* {training['what']}" for training in trainings.values())])
@@ -276,19 +268,15 @@ PAGE = """## A page to click in
 TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."
 KEPT = "data/results"
 SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
-    "Manipulation with depth": (f"{RGBD}/results.json", WITH_DEPTH, report.report, report.details),
-    "Manipulation": (f"{TINY}/results.json", GLOSSARY, report.report),
-    "How the attempts ended": (f"{TINY}/results.json", report.details),
-    "Per category, beside the paper": (f"{TINY}/results.json", report.categories),
-    "The RGB checkpoint with a depth image": (DEPTH, report.table),
+    "Manipulation": (f"{RGBD}/results.json", GLOSSARY, report.report),
+    "How the attempts ended": (f"{RGBD}/results.json", report.details),
+    "Per category, beside the paper": (f"{RGBD}/results.json", report.categories),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
     "Which robot questions help": (f"{KEPT}/questions.json", QUESTIONS, trainings),
-    "Policy heads": (f"{KEPT}/heads.json", "Validation medians; 10,000 samples.", heads),
-    "Closed loop": (f"{KEPT}/closed_loop.json", CLOSED, report.report),
-    "Reasoning": (f"{TINY}/reasoning.json", report.reasoning_report),
-    "Reasoning of robomamba-tiny-rgbd": (f"{RGBD}/reasoning.json", report.reasoning_report),
-    "Reasoning, beside the paper": (f"{TINY}/reasoning.json", report.paper_table1),
+    "Policy heads": (f"{KEPT}/heads.json", "On the third training; validation medians, 10,000 samples.", heads),
+    "Reasoning": (f"{RGBD}/reasoning.json", report.reasoning_report),
+    "Reasoning, beside the paper": (f"{RGBD}/reasoning.json", report.paper_table1),
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
     "What the physics forgives": (f"{KEPT}/physics.json", physics),
     "Scan": (f"{KEPT}/scan.json", CHUNKS, scan),
@@ -298,7 +286,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
-    "Earlier trainings": (f"{KEPT}/first_training.json", f"The second: {KEPT}/second_training.json.", earlier),
+    "Earlier trainings": (f"{KEPT}/first_training.json", "The others stand beside it.", earlier),
 }
 
 

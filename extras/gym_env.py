@@ -50,7 +50,7 @@ except ImportError:
 
 CATEGORIES = {"train": SPLITS["val"]["val"], **SPLITS["val"], **SPLITS["both"]}  # of each split
 LONGEST, TOKENS = 64, 16  # of a sentence: characters, tokens; the catalogue's have up to 50 and 10
-RESULTS = ROOT / "data/pretrained/robomamba-tiny/results.json"
+RESULTS = ROOT / "data/results/random.json"  # sim_eval.py --policy random --split both --episodes 550
 BENCH = Bench(EvalConfig(policy="random"))  # the world of this process; reset opens it
 
 

@@ -39,7 +39,7 @@ from data.dataset import read_picture
 from data.prompts import contact_question
 from selective_scan import discretise
 
-SHIPPED = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
+SHIPPED = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny-rgbd"
 SHOWN, WORDS = 4, 40  # layers in a picture, words at an axis; of more these many, evenly spread
 SPAN = 0.05  # doublings: colours never show less than this as a difference
 EVERY = 12  # steps of the simulator a frame

@@ -254,7 +254,7 @@ def prove(table: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Classic mistakes and what they do to the shipped model.")
-    shipped = ROOT / "data/pretrained/robomamba-tiny"
+    shipped = ROOT / "data/pretrained/robomamba-tiny-rgbd"
     parser.add_argument("--checkpoint", default=shipped, help="folder written by save_pretrained")
     parser.add_argument("--out", help="folder for mistakes.json and mistakes.md")
     parser.add_argument("--prove", action="store_true", help="run the named tests with each mistake in place")

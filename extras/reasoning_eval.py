@@ -45,7 +45,7 @@ ANSWERERS = ("model", "image-blind", "majority", "copy")
 
 @dataclass
 class ReasoningConfig:
-    checkpoint: str = flag("data/pretrained/robomamba-tiny", "folder written by save_pretrained")
+    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder written by save_pretrained")
     data: str = flag("data/cache/test-seen,data/cache/test-unseen", "folders made by data.build, comma separated")
     train: str = flag("data/cache/train", "data.build folder of the majority baseline")
     out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")

@@ -39,7 +39,7 @@ from data.prompts import contact_question
 from extras.transformer import parameter_matched
 from robomamba import RoboMamba, count
 
-CHECKPOINT = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny"
+CHECKPOINT = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny-rgbd"
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
 SENTENCE = "open the top drawer"
 ANSWER = "37 52 05 71 93"

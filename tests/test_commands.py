@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = "data/pretrained/robomamba-tiny"
+SHIPPED = "data/pretrained/robomamba-tiny-rgbd"
 
 DATA = "python -m data.build --scenes 30000"
 ELSEWHERE = {  # command: the test that runs it
@@ -38,11 +38,11 @@ ELSEWHERE = {  # command: the test that runs it
 NAMES = (  # {place} is a folder with what a reader would bring
     (r"your\.json", r"{place}/\g<0>"),
     (r"--images folder", "--images {place}/pictures"),
-    (r"mine=DIR", f"mine={TINY}"),
+    (r"mine=DIR", f"mine={SHIPPED}"),
     (r"--objects DIR", "--objects {place}/objects"),
     (r"--(out|student) \S+", r"--\1 {out}"),
-    (r"^(python train.py --stage \w+)$", rf"\1 --data {{place}}/data --val '' --init {TINY}"),
-    (r"^python finetune_policy.py$", rf"\g<0> --data {{place}}/data --val '' --checkpoint {TINY}"),
+    (r"^(python train.py --stage \w+)$", rf"\1 --data {{place}}/data --val '' --init {SHIPPED}"),
+    (r"^python finetune_policy.py$", rf"\g<0> --data {{place}}/data --val '' --checkpoint {SHIPPED}"),
 )
 SIZES = {
     "data.build": "--scenes 4 --demos 2 --workers 1 --out {out}",
@@ -262,8 +262,8 @@ def test_make_train_ships_a_checkpoint_and_makes_its_tables(tree):
     make(tree, "train", "ship")
     (tree / "away").rename(tree / "extras")
     make(tree, "evaluate")
-    shipped = tree / f"{TINY}-rgbd"
-    assert (shipped / "model.safetensors").read_bytes() != (ROOT / f"{TINY}-rgbd/model.safetensors").read_bytes()
+    shipped = tree / SHIPPED
+    assert (shipped / "model.safetensors").read_bytes() != (ROOT / f"{SHIPPED}/model.safetensors").read_bytes()
     results = json.loads((shipped / "results.json").read_text())
     assert results["policies"]["model"]["splits"]["seen"]["n"] == 2
     assert "seen (2)" in (tree / "README.md").read_text()

@@ -140,7 +140,7 @@ def test_the_students_tree_has_all_but_the_solutions(student):
     ours = {path.relative_to(ROOT).as_posix() for room in rooms for path in ROOT.glob(f"{room}*.*") if path.is_file()}
     left_out = {file for file in ours if not (student / file).exists()}
     assert left_out == set(TEACHER_ONLY) & ours, "say in extras/assignments.py whose these are"
-    assert (student / "data/pretrained/robomamba-tiny/config.json").exists()
+    assert (student / "data/pretrained/robomamba-tiny-rgbd/config.json").exists()
     for file, text in code().items():
         if file in TEACHER_ONLY:
             continue

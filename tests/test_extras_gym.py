@@ -356,7 +356,7 @@ def test_the_command_prints_both_rates(capsys):
     gym_env.main(["--episodes", "2", "--split", "unseen", "--seed", "3"])
     ours, committed = capsys.readouterr().out.splitlines()
     assert "unseen" in ours and "/2 " in ours and "[" in ours
-    assert "18/550 0.03 [0.02, 0.05]" in committed and "data/pretrained/robomamba-tiny/results.json" in committed
+    assert "18/550 0.03 [0.02, 0.05]" in committed and "data/results/random.json" in committed
 
 
 @pytest.mark.parametrize(

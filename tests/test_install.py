@@ -145,7 +145,7 @@ BLOCKED = """
 import sys
 sys.modules["pybullet"] = None
 import robomamba, train, finetune_policy, data.dataset, data.depth
-model = robomamba.RoboMamba.from_pretrained("data/pretrained/robomamba-tiny")
+model = robomamba.RoboMamba.from_pretrained("data/pretrained/robomamba-tiny-rgbd")
 picture = "data/figures/examples/microwave.png"
 print(model.generate(picture, "What is this object?"), model.predict_action(picture, "open the door").u > 0)
 """
