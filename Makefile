@@ -23,11 +23,12 @@ else
 RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
 endif
 BUILD = $(PY) -m data.build --workers $(PROCESSES)
+, := ,
 DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 
-.PHONY: simulator demo test lint quick short train ship evaluate questions ablations encoders results clean
+.PHONY: simulator demo test lint quick short train ship evaluate questions targets ablations encoders results clean
 
 # ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
@@ -151,6 +152,28 @@ questions: .venv/ready
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-contacts --out $(SHORT)/with-contacts-policy
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-plans --out $(SHORT)/with-plans-policy
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-neither --out $(SHORT)/with-neither-policy
+
+# What each target of stage vision brings, on seen categories and archetypes that were trained without labels: the rows
+# of $(TARGETS)/*/policy/policy.json, trained without the loss's terms that name the row.
+TARGETS = runs/targets
+HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
+TARGET_DATA = --data $(TARGETS)/data --val $(TARGETS)/val --resume $(READ)
+define without
+	$(RUN) train.py --stage vision $(TARGET_DATA) --more "$(2)" --max-steps 800 --out $(TARGETS)/$(1)/vision
+	$(RUN) train.py --stage cotrain $(TARGET_DATA) --init $(TARGETS)/$(1)/vision --max-steps 350 --out $(TARGETS)/$(1)/cotrain
+	$(PY) finetune_policy.py $(TARGET_DATA) --epochs 20 --checkpoint $(TARGETS)/$(1)/cotrain --out $(TARGETS)/$(1)/policy
+endef
+targets: simulator
+	$(BUILD) $(HELD) --scenes 3500 --out $(TARGETS)/data
+	$(BUILD) $(HELD) --scenes 600 --split transfer --out $(TARGETS)/val
+	$(call without,nothing,)
+	$(call without,arm,arm=0)
+	$(call without,motion,motion=0)
+	$(call without,part,part=0$(,)dice=0)
+	$(call without,named,contact=0$(,)aim=0$(,)motion=0$(,)part=0$(,)dice=0$(,)arm=0)
+	$(call without,kinds,movable=0$(,)kinds=0$(,)openness=0)
+	$(call without,geometry,geometry=0$(,)mask=0)
+	$(call without,words,words=0)
 
 # Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
 # fine-tuned; half of the action from the oracle.

@@ -91,7 +91,7 @@ class TrainConfig:
     muon: bool = flag(RECIPE["vision"]["muon"], "wide matrices step orthogonally (Muon), the rest with AdamW")
     teacher: str = flag("dense", "vision: what teaches the encoder", choices=("dense", "captions", "both"))
     probe: bool = flag(False, "vision: linear probe: freeze the encoder, train the read-outs")
-    more: str = flag("", "question types drawn so many times as often, such as presence=4,plan=0; 0 leaves one out")
+    more: str = flag("", "question types drawn (vision: terms of the loss counted) so many times, as presence=4,plan=0")
     turns: str = flag("branch", "turns see the picture alone, or follow each other", choices=("branch", "pack"))
     soft_numbers: float = flag(1.9, "sd of a number's soft label in bins of 1/100; 0 = one-hot", low=0, high=50)
     number_weight: float = flag(3.0, "of the auxiliary head that predicts an answer's numbers; 0 = off", low=0)
@@ -221,7 +221,7 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         if first >= schedule.start + schedule.steps:
             continue
         torch.manual_seed(cfg.seed + 1)  # the read-outs
-        objective = DenseObjective(model, cfg.teacher, named=bool(data.parts))
+        objective = DenseObjective(model, cfg.teacher, bool(data.parts), cfg.more)
         parallel, optimizer = prepare(cfg, run, objective, schedule.lr)
 
         def validate(done: int, objective=objective) -> dict:

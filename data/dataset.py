@@ -295,21 +295,27 @@ def question_weights(records: list[dict], more: str) -> dict[str, float]:
     more: factors on top, "presence=4,plan=0"; 0 leaves a type out. Raises: ValueError for one that is not written so.
     """
     tally = Counter(kind for record in records for kind in record.get("families", ()))
-    known = {*tally, *QUESTION_TYPES}
-    weights = {kind: n**-0.5 for kind, n in tally.items()}
+    times = factors(more, {*tally, *QUESTION_TYPES}, "question type")
+    return {kind: n**-0.5 * times.get(kind, 1.0) for kind, n in tally.items()}
+
+
+def factors(more: str, known, what: str) -> dict[str, float]:
+    """--more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}.
+
+    Raises: ValueError for one that is not written so, and for a name that is not in `known`; what: what it names.
+    """
+    found = {}
     for pair in filter(None, more.split(",")):
-        kind, _, times = pair.partition("=")
+        name, _, times = pair.partition("=")
         try:
-            factor = float(times)
+            found[name] = float(times)
         except ValueError:
-            factor = -1.0
-        if not 0 <= factor < float("inf"):
-            raise ValueError(f"--more {more}: expected TYPE=TIMES, such as presence=4,plan=0")
-        if kind not in known:
-            raise ValueError(f"--more {more}: {kind!r} is no question type, only {sorted(known)}")
-        if kind in weights:
-            weights[kind] *= factor
-    return weights
+            found[name] = -1.0
+        if not 0 <= found[name] < float("inf"):
+            raise ValueError(f"--more {more}: expected NAME=TIMES, such as presence=4,plan=0")
+        if name not in known:
+            raise ValueError(f"--more {more}: {name!r} is no {what}, only {sorted(known)}")
+    return found
 
 
 class Conversations:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from common.config import VisionConfig
 from common.pointing import PointingHead, as_map, pointing_losses
-from data.dataset import N_NUMBERS
+from data.dataset import N_NUMBERS, factors
 from data.dense import FINE, GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, NamedParts
 from data.tokenizer import NUMBERS
+
+WEIGHTS = {"geometry": 2.0, "mask": 1.0, "movable": 1.0, "kinds": 0.3, "openness": 1.0, "words": 0.2}  # of a picture
+NAMED_WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}  # of a named part
 
 
 class DenseObjective(nn.Module):
@@ -21,12 +24,16 @@ class DenseObjective(nn.Module):
     The mean of the tokens predicts category and colour of the object; where a folder tells of named parts, `NamedPart`
     asks for them. All read-outs are auxiliary heads and thrown away after the stage.
     Args: teacher: "dense", "captions" (CLIP's contrastive loss alone) or "both". named: the data tell of named parts.
+        more: factors on terms of the loss, "arm=0,kinds=2".
     Raises: ValueError for patches that do not share out the cells of the labels.
     """
 
-    def __init__(self, model: nn.Module, teacher: str = "dense", named: bool = False):
+    def __init__(self, model: nn.Module, teacher: str = "dense", named: bool = False, more: str = ""):
         super().__init__()
         self.vision = model.vision
+        weights = WEIGHTS | NAMED_WEIGHTS
+        times = factors(more, weights, "term of the loss")
+        self.weights = {name: weight * times.get(name, 1.0) for name, weight in weights.items()}
         self.dense_weight = 0.0 if teacher == "captions" else 1.0
         self.contrast_weight = 0.0 if teacher == "dense" else 1.0
         W = model.config.vision.width
@@ -75,16 +82,15 @@ class DenseObjective(nn.Module):
             "openness": (said.openness - true.openness).abs()[on_part].sum() / max(on_part.sum(), 1),
             "words": F.cross_entropy(category, b.category) + F.cross_entropy(colour, b.colour),
         }
-        weights = {"geometry": 2.0, "mask": 1.0, "movable": 1.0, "kinds": 0.3, "openness": 1.0, "words": 0.2}
-        # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
-        loss = self.dense_weight * sum(weights[name] * part for name, part in parts.items())
+        terms = [parts]
         if self.named and b.named is not None:
-            named, more = self.named(maps, b.named)
-            loss = loss + self.dense_weight * named
-            parts |= more
-        else:  # a batch without any: its layers still have a gradient, as data parallel wants
+            terms += self.named(maps, b.named)  # a term a map
+        # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
+        loss = self.dense_weight * sum(self.weights[name] * part for term in terms for name, part in term.items())
+        if len(terms) == 1:
             unused = [*maps[1:], *(self.named.parameters() if self.named else ())]
             loss = loss + 0.0 * sum(x.sum() for x in unused)
+        parts = parts | terms[-1]
         if self.contrast_weight:
             parts["contrast"] = self.contrast(maps[0].flatten(2).mean(2), b.captions, b.caption_starts)
             loss = loss + self.contrast_weight * parts["contrast"]
@@ -113,7 +119,6 @@ class NamedPart(nn.Module):
 
     WORDS = 64  # width of the bag of words
     CHANNELS = (1, 1, 3, 1)  # logit of the contact, logit of the mask, direction, moment arm
-    WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}
 
     def __init__(self, vocab_size: int, vision: VisionConfig):
         super().__init__()
@@ -134,13 +139,9 @@ class NamedPart(nn.Module):
         out = [head(words, x[named.owners]) for head, x in zip(self.heads, maps, strict=True)]
         return [F.pixel_shuffle(x, FINE // x.shape[-1]) for x in out]
 
-    def forward(self, maps: list[Tensor], named: NamedParts) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its parts for the last map."""
-        loss = 0.0
-        for out in self.predict(maps, named):
-            parts = named_losses(out.float(), named)
-            loss = loss + sum(self.WEIGHTS[name] * part for name, part in parts.items())
-        return loss, parts
+    def forward(self, maps: list[Tensor], named: NamedParts) -> list[dict[str, Tensor]]:
+        """The terms of the loss for each map."""
+        return [named_losses(out.float(), named) for out in self.predict(maps, named)]
 
 
 def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def test_rare_types_are_drawn_more_often_and_those_left_out_never(folder, words)
         assert len(fewer) == len(kept) and not any(len(item.numbers) == 5 for item in fewer)
         for kind, item in zip(kept, fewer, strict=True):
             assert item.weight == pytest.approx(tally[kind] ** -0.5 * {"presence": 3, "colour": 0.5}.get(kind, 1))
-    for more, said in (("presence", "TYPE=TIMES"), ("plan=x", "TYPE=TIMES"), ("plan=-1", "TYPE"), ("pln=2", "'pln'")):
+    for more, said in (("presence", "NAME=TIMES"), ("plan=x", "NAME=TIMES"), ("plan=-1", "NAME"), ("pln=2", "'pln'")):
         with pytest.raises(ValueError, match=said):
             Conversations(file, words, 32, more=more)
 

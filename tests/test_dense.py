@@ -18,7 +18,7 @@ from common.training import Processes
 from data.dataset import read_geometry, read_picture, tokens_and_maps, visual_tokens
 from data.dense import DEPTH_DROPPED, Augmentation, DensePictures, moved, read_parts, swap_sides
 from data.depth import read_depth
-from data.objectives import DenseObjective
+from data.objectives import WEIGHTS, DenseObjective
 from data.tokenizer import load_encoding
 from data.validation import evaluate_dense
 from finetune_policy import PolicyConfig, finetune
@@ -104,6 +104,19 @@ def test_named_parts_are_learned(folder, rgbd):
     after = evaluate_dense(objective, data, "cpu")
     assert after["contact_px"] < 0.5 * before["contact_px"] and after["part_iou"] > 0.5
     assert objective(data.batch(np.arange(2))._replace(named=None))[0].isfinite()
+
+
+def test_a_term_of_the_loss_counts_as_often_as_asked(folder, rgbd):
+    batch = DensePictures(str(folder), SIDE, rgbd.encoding, depth=True).batch(np.arange(4))
+    losses = []
+    for more in ("", "words=0", "words=3"):
+        torch.manual_seed(0)
+        loss, parts = DenseObjective(rgbd, named=True, more=more)(batch)
+        losses.append(loss.item())
+    assert losses[0] - losses[1] == pytest.approx(WEIGHTS["words"] * parts["words"].item(), rel=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(2 * WEIGHTS["words"] * parts["words"].item(), rel=1e-4)
+    with pytest.raises(ValueError, match="--more presence=3: 'presence' is no term of the loss"):
+        DenseObjective(rgbd, more="presence=3")
 
 
 def test_geometry_changes_the_tokens_and_has_a_cache_of_its_own(folder, rgbd):
