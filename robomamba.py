@@ -626,10 +626,10 @@ class RoboMamba(nn.Module):
 
         def write(staging: Path) -> None:
             save_tensors(staging / "model.safetensors", self, half=half)
-            tokenizer.write_encoding(staging / "vocab.tiktoken", self.encoding)
+            tokenizer.write_encoding(staging, self.encoding)
             write_json(staging / "config.json", self.config.to_dict())
 
-        save_folder(path, write, (tokenizer.SPECIAL_FILE,))
+        save_folder(path, write, tokenizer.FILES)
 
     @classmethod
     def from_pretrained(cls, path, device: str = "cpu", dtype=torch.float32) -> "RoboMamba":
@@ -638,7 +638,7 @@ class RoboMamba(nn.Module):
         values = read_json(path / "config.json", dict, "save_pretrained writes one")
         config = RoboMambaConfig.from_dict(values, str(path / "config.json"))
         with torch.device("meta"):
-            model = cls(config, tokenizer.load_encoding(path / "vocab.tiktoken"))
+            model = cls(config, tokenizer.load_encoding(path / tokenizer.RANKS))
         load_tensors(model, [path / "model.safetensors"], dtype=dtype)
         model.lm.tie()
         return model.to(device).eval()
@@ -650,7 +650,7 @@ class RoboMamba(nn.Module):
         preset: whose projector, head, pooling and position code. tokenizer_file: default tokenizer.json in mamba_folder
         (the original folders have none). dtype: of the published parts; what is new, and to be trained, is float32.
         """
-        encoding = tokenizer.read_tokenizer_json(tokenizer_file or Path(mamba_folder) / "tokenizer.json")
+        encoding = tokenizer.PublishedEncoding(tokenizer_file or Path(mamba_folder) / tokenizer.PUBLISHED)
         vision = VisionTransformer.from_pretrained(vision_folder, dtype=dtype)
         lm = MambaLM.from_pretrained(mamba_folder, dtype)
         if preset not in PRESETS:

@@ -1,8 +1,7 @@
-"""Folders of other people: published Mamba and CLIP weights, and the tokenizer.json that comes with them.
+"""Folders of other people: published Mamba and CLIP weights (data/tokenizer.py reads the tokenizer.json of the former).
 
     cfg = LMConfig(**mamba_config(folder))                         # shapes, in our names
     lm = load(MambaLM, cfg, folder, mamba_name)                    # weights; no name needs a table
-    encoding = read_tokenizer_json(file, "<|endoftext|>", turns)   # GPT-NeoX's tokens as a tiktoken.Encoding
 
 config.json   Mamba's original (d_model, n_layer, ssm_cfg, ..) or -hf (hidden_size, ..); CLIP's, or its image tower's
 weights       model.safetensors or pytorch_model.bin, whole or in parts that an .index.json names
@@ -17,14 +16,11 @@ Sources: github.com/state-spaces/mamba (config and names), huggingface.co/docs/t
 import math
 import pickle
 import re
-import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
-import tiktoken
 import torch
 from torch import Tensor, nn
 
@@ -227,113 +223,3 @@ def save_clip(vision: nn.Module, folder) -> None:
         write_json(staging / "config.json", config)
 
     save_folder(folder, write)
-
-
-# ---- tokenizer.json --------------------------------------------------------------------------------------------------
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SETTINGS = {  # of tokenizer.json: (what a silent file means, the only value that PublishedEncoding knows)
-    "model": {"type": (None, "BPE"), "byte_fallback": (False, False), "ignore_merges": (False, False)},
-    "pre_tokenizer": {"type": (None, "ByteLevel"), "add_prefix_space": (True, False), "use_regex": (True, True)},
-    "normalizer": {"type": ("NFC", "NFC")},
-    "added_tokens": {"single_word": (False, False), "lstrip": (False, False), "rstrip": (False, False)},
-}
-UNUSED = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-SETTINGS["model"] |= {key: (None, None) for key in UNUSED}
-
-
-class PublishedEncoding(tiktoken.Encoding):
-    """The tokenizer of published Mamba weights (GPT-NeoX-20b's) as a tiktoken.Encoding.
-
-    Args: ranks: token -> id. special: name -> id, never made from typed text. added: text -> id, cut out of the text
-        before the merges (GPT-NeoX: runs of 2 .. 24 spaces), the longest first.
-    Text is put into Unicode's composed form (NFC) first, as the published models do (by Python's tables; marks younger
-    than the tables of the `tokenizers` package may be ordered otherwise there).
-    """
-
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], added: dict[str, int]):
-        self.special = special
-        self.added = added
-        longest_first = sorted(map(regex.escape, added), key=len, reverse=True)
-        self._cut = regex.compile(f"({'|'.join(longest_first)})" if added else r"(\b\B)")  # or what never matches
-        super().__init__("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special | added)
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self.encode(text, disallowed_special=())
-
-    def encode(self, text: str, **options) -> list[int]:
-        ids = []
-        for i, part in enumerate(self._cut.split(unicodedata.normalize("NFC", text))):
-            ids += [self.added[part]] if i % 2 else super().encode(part, **options)
-        return ids
-
-
-def alphabet() -> dict[str, int]:
-    """Character -> byte in tokenizer.json: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
-    printable = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-def merged(token: bytes, order: dict[tuple[bytes, bytes], int]) -> tuple[list[bytes], int]:
-    """Byte-pair encoding by a list of merges: the pieces of `token`, and the number of the last merge (-1: none)."""
-    pieces = [bytes([b]) for b in token]
-    last = -1
-    while found := [(order[p], i) for i, p in enumerate(zip(pieces, pieces[1:], strict=False)) if p in order]:
-        last, i = min(found)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces, last
-
-
-def read_tokenizer_json(path: str | Path, end: str, turns: tuple[str, ...]) -> PublishedEncoding:
-    """A published `tokenizer.json` (byte-level BPE, the layout of GPT-NeoX-20b) with its own ids.
-
-    Args: end: the special token that ends a text, which the file must hold. turns: further special tokens; they get
-        the first ids after the file's own (GPT-NeoX's 50,277 tokens leave 3 spare rows in the embedding of 50,280).
-    Raises: ValueError naming the file and what in it is missing, or would need another encoder.
-
-    Such a file lists which PAIRS may be joined, in which order; tiktoken joins any two neighbours whose SPELLING has an
-    id, lowest id first. Both cut every text alike if each token, encoded alone by the listed merges, comes out whole,
-    and if ids grow with the merge that completes their token. Both are checked here.
-    """
-    file = read_json(path, dict, "published Mamba -hf folders hold one")
-    try:
-        model, extra = file["model"], file["added_tokens"]
-        parts = [("model", model), ("pre_tokenizer", file["pre_tokenizer"])]
-        parts += [("normalizer", file.get("normalizer") or {}), *(("added_tokens", token) for token in extra)]
-        byte_of = alphabet()
-        names = {token["content"] for token in extra}
-        plain = {t: int(i) for t, i in model["vocab"].items() if t not in names and set(t) <= byte_of.keys()}
-        ids = {bytes(byte_of[c] for c in token): i for token, i in plain.items()}
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        order = {tuple(bytes(byte_of[c] for c in part) for part in pair): i for i, pair in enumerate(pairs)}
-        special = {t["content"]: int(t["id"]) for t in extra if t.get("special")}
-        added = {t["content"]: int(t["id"]) for t in extra if not t.get("special")}
-        found = [
-            (where, key, part.get(key, SETTINGS[where][key][0])) for where, part in parts for key in SETTINGS[where]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    for where, key, value in found:
-        wanted = SETTINGS[where][key][1]
-        if value != wanted and (value or wanted):  # "" and 0 stand for None
-            raise ValueError(f"{path}: {where}.{key} is {value!r}, this encoder knows {wanted!r} only")
-    if end not in special:
-        raise ValueError(f"{path}: no special token {end!r}, which ends every answer")
-    if not ids:
-        raise ValueError(f"{path}: model.vocab holds no token")
-    completed = {}  # token -> the merge that completes it
-    for token in ids:
-        pieces, completed[token] = merged(token, order)
-        if len(pieces) > 1:
-            raise ValueError(f"{path}: no merges make the token {token!r}")
-    learned = sorted((t for t in ids if len(t) > 1), key=ids.__getitem__)
-    for a, b in zip(learned, learned[1:], strict=False):
-        if completed[a] > completed[b]:
-            raise ValueError(f"{path}: the ids of {a!r} and {b!r} do not grow with their merges")
-    taken = [*ids.values(), *special.values(), *added.values()]
-    if len(set(taken)) != len(taken) or min(taken) < 0 or max(taken) >= 2**20:
-        raise ValueError(f"{path}: an id is used twice or lies outside 0 .. {2**20}")
-    for name in turns:
-        special.setdefault(name, max(*taken, *special.values()) + 1)
-    return PublishedEncoding(ids, special, added)

@@ -14,8 +14,8 @@ numbers fall into pairs from the left ("123" = "12" "3"). Text that people wrote
 `encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
 
 Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
-Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too large to learn on a laptop; published weights come with them
-(common/published.py), without the number tokens above.
+Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too large to learn on a laptop; published weights come with them, in a
+tokenizer.json (`PublishedEncoding`), without the number tokens above.
 """
 
 import base64
@@ -28,18 +28,15 @@ from pathlib import Path
 import regex  # comes with tiktoken, and reads \p{L} the way tiktoken does
 import tiktoken
 
-from common import published
-from common.files import read_json, write_json, write_text
-from common.published import PublishedEncoding
+from common.files import write_text
 
 # Two digits | a lone digit | a word or one mark, with the space before it | one white space. Every character falls into
 # some branch: tiktoken silently DROPS text that its pattern does not match.
 PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
 
 NUMBER_BASE, NUMBERS = 256, 100  # number n is id NUMBER_BASE + n
-MAX_ID = 2**20  # ids of any tokenizer lie below
 SPECIAL_TOKENS = END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"  # ids R, R+1, R+2
-SPECIAL_FILE = "special_tokens.json"  # beside a ranks file: the tokenizer is a published one (PublishedEncoding)
+FILES = RANKS, PUBLISHED = "vocab.tiktoken", "tokenizer.json"  # one of them lies in a checkpoint folder
 
 
 def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
@@ -90,8 +87,8 @@ def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     write_text(path, "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in in_order))
 
 
-def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
-    """Read and check a ranks file. `ours`: all 256 bytes and no gap are asked for (published files lack a few).
+def read_ranks(path: str | Path) -> dict[bytes, int]:
+    """Read and check a ranks file.
 
     Raises: FileNotFoundError; ValueError naming file and line where it is not "base64 rank" or repeats a token or rank,
     and naming the file for a byte without rank or a gap in the ranks.
@@ -109,8 +106,6 @@ def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
             raise ValueError(f"{path}, line {number}: token {token!r} is empty, or it or rank {rank} occurs twice")
         ranks[token] = rank
         seen.add(rank)
-    if not ours:
-        return ranks
     if missing := [b for b in range(NUMBER_BASE) if bytes([b]) not in ranks]:
         raise ValueError(f"{path}: no rank for byte {missing[0]:#04x} ({len(missing)} of 256 missing); cut or not ours")
     if seen != set(range(len(seen))):
@@ -118,48 +113,63 @@ def read_ranks(path: str | Path, ours: bool = True) -> dict[bytes, int]:
     return ranks
 
 
-def load_encoding(path: str | Path) -> tiktoken.Encoding:
-    """The tokenizer from a file written by `write_ranks` or `write_encoding`.
+class PublishedEncoding:
+    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`; behaves as a tiktoken.Encoding.
 
-    Returns tiktoken.Encoding: `n_vocab` is the size of the embedding, `eot_token` end and padding. Raises: as
-    `read_ranks`; ValueError naming a SPECIAL_FILE that is not as written here.
+    USER and ASSISTANT get the first ids behind the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
+    embedding of 50,280. Raises: ValueError naming the file and what is wrong with it, or the package where it lacks.
     """
-    extra = Path(path).with_name(SPECIAL_FILE)
-    ranks = read_ranks(path, ours=not extra.is_file())
-    if not extra.is_file():
-        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    tables = read_json(extra, dict)
-    taken = set(ranks.values())
-    for key in ("special", "added"):
-        if not isinstance(tables.get(key), dict):
-            raise ValueError(f"{extra}: {key!r} is not a table of tokens and ids")
-        for token, i in tables[key].items():
-            if type(i) is not int or not 0 <= i < MAX_ID or i in taken or not token:
-                raise ValueError(f"{extra}: {key} token {token!r} has the id {i!r}; expected a free one below {MAX_ID}")
-            taken.add(i)
-    if not ranks or not {*SPECIAL_TOKENS} <= {*tables["special"]}:
-        missing = ", ".join(sorted({*SPECIAL_TOKENS} - {*tables["special"]}))
-        raise ValueError(f"{extra}: no token {missing}, or no ranks in {Path(path).name}")
-    return PublishedEncoding(ranks, tables["special"], tables["added"])
+
+    def __init__(self, path: str | Path):
+        try:
+            from tokenizers import Tokenizer  # an optional extra: nothing but published weights needs it
+        except ModuleNotFoundError:
+            raise ValueError(f"{path}: read by the package tokenizers; `pip install tokenizers`") from None
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file; published Mamba -hf folders hold one")
+        try:
+            self.file = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more precise
+            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        if self.file.token_to_id(END) is None:
+            raise ValueError(f"{path}: no token {END!r}, which ends every answer")
+        self.file.add_special_tokens([USER, ASSISTANT])
+        self.file.encode_special_tokens = True  # typed "<|user|>" is plain text
+        self.n_vocab = self.file.get_vocab_size()
+        self.eot_token = self.file.token_to_id(END)
+
+    def encode_single_token(self, name: str) -> int:
+        return self.file.token_to_id(name)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.file.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.file.decode(ids, skip_special_tokens=False)
 
 
-def write_encoding(path: str | Path, encoding: tiktoken.Encoding) -> None:
-    """Write the ranks to `path` and, for a published tokenizer, the rest to SPECIAL_FILE beside it."""
-    extra = Path(path).with_name(SPECIAL_FILE)
+def load_encoding(path: str | Path) -> tiktoken.Encoding | PublishedEncoding:
+    """The tokenizer from a file written by `write_ranks`, or from a tokenizer.json in the same folder.
+
+    `n_vocab` is the size of the embedding, `eot_token` end and padding. Raises: as the two readers above.
+    """
+    published = Path(path).with_name(PUBLISHED)
+    if published.is_file():
+        return PublishedEncoding(published)
+    ranks = read_ranks(path)
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    return tiktoken.Encoding("robomamba", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def write_encoding(folder: Path, encoding: tiktoken.Encoding | PublishedEncoding) -> None:
+    """Write one of FILES into a folder."""
     if isinstance(encoding, PublishedEncoding):
-        write_json(extra, {"special": encoding.special, "added": encoding.added})
+        encoding.file.save(str(folder / PUBLISHED))
     else:
-        extra.unlink(missing_ok=True)  # of another model that lay here
-    write_ranks(path, encoding._mergeable_ranks)
+        write_ranks(folder / RANKS, encoding._mergeable_ranks)
 
 
-def read_tokenizer_json(path: str | Path) -> PublishedEncoding:
-    """A published model's tokenizer.json, with USER and ASSISTANT behind its own ids (common/published.py)."""
-    return published.read_tokenizer_json(path, END, (USER, ASSISTANT))
-
-
-def has_number_tokens(encoding: tiktoken.Encoding) -> bool:
+def has_number_tokens(encoding) -> bool:
     """Whether ids NUMBER_BASE .. NUMBER_BASE + 99 are the numbers 00 .. 99, as in our own vocabulary."""
     return not isinstance(encoding, PublishedEncoding)
 

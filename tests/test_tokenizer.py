@@ -2,8 +2,6 @@
 
 import base64
 import functools
-import json
-import re
 
 import numpy as np
 import pytest
@@ -151,26 +149,3 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_encoding(path)
         assert str(path) in str(error.value)
-
-
-def test_a_spoilt_special_tokens_file_is_named(tmp_path):
-    write_ranks(tmp_path / "vocab.tiktoken", train_ranks(TEXTS, 360))
-    named = {"<|endoftext|>": 360, "<|user|>": 361, "<|assistant|>": 362}
-    cases = {
-        "not valid JSON": "[" * 100_000,
-        "expected a JSON object": "[1]",
-        "'special' is not a table": "{}",
-        "'added' is not a table": json.dumps({"special": named}),
-        "no token <|user|>": json.dumps({"special": {"<|endoftext|>": 360, "<|assistant|>": 361}, "added": {}}),
-        "has the id 5": json.dumps({"special": named | {"<|user|>": 5}, "added": {}}),
-        "has the id 36": json.dumps({"special": named, "added": {" ": 362}}),
-        "has the id 10": json.dumps({"special": named, "added": {" ": 10**400}}),
-        "has the id '363'": json.dumps({"special": named, "added": {" ": "363"}}),
-    }
-    for message, text in cases.items():
-        (tmp_path / "special_tokens.json").write_text(text)
-        with pytest.raises(ValueError, match=f"special_tokens.json: .*{re.escape(message)}"):
-            load_encoding(tmp_path / "vocab.tiktoken")
-    good = json.dumps({"special": named, "added": {"  ": 363}})
-    (tmp_path / "special_tokens.json").write_text(good)
-    assert load_encoding(tmp_path / "vocab.tiktoken").encode_ordinary("a  b")[1] == 363
