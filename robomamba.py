@@ -10,7 +10,7 @@
 
 Read `selective_scan.py` first (the recurrence and the symbol key), then `common/config.py` (the shapes: dataclasses and
 presets), then this file top to bottom. Checkpoint files: `common/weights.py`; published Mamba and CLIP folders:
-`common/published.py`; the tokenizer: `data/tokenizer.py`.
+`extras/published.py`; the tokenizer: `data/tokenizer.py`.
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752; CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
@@ -31,7 +31,6 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import published
-from common.config import PRESETS, HeadConfig, LMConfig, RoboMambaConfig, VisionConfig, paper_config
+from common.config import HeadConfig, LMConfig, RoboMambaConfig, VisionConfig
 from common.files import read_json, write_json
 from common.pointing import FineMap, PointingHead, peak
 from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
@@ -124,17 +122,6 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(W)
         if cfg.fine:
             self.fine = FineMap(cfg)
-
-    @classmethod
-    def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
-        """Read a CLIP folder (whole CLIP, or the image tower); select_layer -2 is the paper's choice."""
-        values = published.clip_config(folder) | {"select_layer": select_layer}
-        cfg = RoboMambaConfig.from_dict({"vision": values}, str(folder)).vision  # checks the shapes
-        return published.load(cls, cfg, folder, published.clip_name, dtype=dtype)
-
-    def save_pretrained(self, folder) -> None:
-        """Write an image-tower folder that `transformers` reads."""
-        published.save_clip(self, folder)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> float, CLIP's mean and deviation."""
@@ -347,18 +334,6 @@ class MambaLM(nn.Module):
     def tie(self) -> None:
         self.lm_head.weight = self.backbone.embedding.weight
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32) -> "MambaLM":
-        """Read a published Mamba folder: original or -hf naming, .bin or safetensors, in parts or not."""
-        cfg = LMConfig(**published.mamba_config(folder))
-        lm = published.load(cls, cfg, folder, published.mamba_name, published.TIED, dtype)
-        lm.tie()
-        return lm
-
-    def save_pretrained(self, folder, naming: str = "hf") -> None:
-        """Write a folder that `transformers` (naming "hf") or mamba_ssm ("original") reads."""
-        published.save_mamba(self, folder, naming)
-
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L) int64 -> logits (B, L, V)."""
         return self.lm_head(self.backbone(self.backbone.embedding(tokens))[0])
@@ -410,8 +385,6 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
 
 
 # ---- whole model -----------------------------------------------------------------------------------------------------
-
-LENGTH_GROUPS = 4  # of the rows of a batch, on a CPU: a third of the work is saved
 
 
 class RoboMamba(nn.Module):
@@ -485,8 +458,8 @@ class RoboMamba(nn.Module):
 
         owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i speaks
         of image i, and image and words are read in one pass.
-        lengths: (n,) true lengths, with owners: rows of similar length are read together, up to the longest of them,
-        so that little padding is read. States of padding are not defined. None: no row has any.
+        lengths: (n,) true lengths, with owners: rows of similar length are read together, so that less padding is read
+        (a third of the work); its states are not defined. None: no row has any.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
@@ -494,7 +467,7 @@ class RoboMamba(nn.Module):
         lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths
         order = lengths.argsort()
         read = []
-        for rows in order.chunk(LENGTH_GROUPS if tokens.device.type == "cpu" else 1):  # a GPU wants large operations
+        for rows in order.chunk(4 if tokens.device.type == "cpu" else 1):  # a GPU wants large operations
             words = self.lm.backbone.embedding(tokens[rows, : lengths[rows].max()])
             states = [state._make(s[owners[rows]] for s in state) for state in prefix]
             states, _ = self.lm.backbone(words, states)
@@ -553,8 +526,7 @@ class RoboMamba(nn.Module):
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`. Many questions at
-        once: common/decoding.py.
+        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling. Many at once: common/decoding.py.
         """
         rng = torch.Generator().manual_seed(seed)
         device = self.lm.lm_head.weight.device
@@ -585,8 +557,7 @@ class RoboMamba(nn.Module):
         Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
             measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
             any model's contact is refined on the measured surface (data/depth.py), unless `refine` is False.
-            point: by the pointing head, where the model has one, or by the paper's; None: the first with depth, else
-            the second.
+            point: by the pointing head, if there is one, or by the paper's; None: by the first where depth is given.
         Raises: ValueError, also for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -603,9 +574,8 @@ class RoboMamba(nn.Module):
         point = self.point is not None and (depth is not None if point is None else point)
         if point:
             image, fine = self.vision(image, geometry, fine=True)
-        state = self.pool(
-            self.text_states(image, tokens, geometry=geometry), torch.tensor([tokens.shape[1]]).to(device)
-        )
+        states = self.text_states(image, tokens, geometry=geometry)
+        state = self.pool(states, torch.tensor([tokens.shape[1]], device=device))
         pixel, r6 = self.head(state)
         if point:
             heat, way = self.point(state, fine).float().split([1, 3], 1)
@@ -642,30 +612,6 @@ class RoboMamba(nn.Module):
         load_tensors(model, [path / "model.safetensors"], dtype=dtype)
         model.lm.tie()
         return model.to(device).eval()
-
-    @classmethod
-    def from_parts(cls, vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
-        """A model ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
-
-        preset: whose projector, head, pooling and position code. tokenizer_file: default tokenizer.json in mamba_folder
-        (the original folders have none). dtype: of the published parts; what is new, and to be trained, is float32.
-        """
-        encoding = tokenizer.PublishedEncoding(tokenizer_file or Path(mamba_folder) / tokenizer.PUBLISHED)
-        vision = VisionTransformer.from_pretrained(vision_folder, dtype=dtype)
-        lm = MambaLM.from_pretrained(mamba_folder, dtype)
-        if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-        config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
-        if preset not in ("tiny", "small"):
-            config = paper_config(vision.cfg, lm.cfg)  # its widths follow the language model's
-        if encoding.n_vocab > lm.cfg.vocab_size:
-            raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
-        with torch.device("meta"):
-            model = cls(config, encoding)
-        model.vision, model.lm = vision, lm
-        for part in (model.projector, model.head):
-            init_weights(part.to_empty(device="cpu"))
-        return model.eval()
 
 
 # ---- initial values --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config import PRESETS
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
 from common.training import Processes, Run, check_frozen, cosine, finished, freeze, parts_of, rows_of_step, stop_on_nan
@@ -47,7 +48,7 @@ from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
-from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count
+from robomamba import RoboMamba, RoboMambaConfig, count
 
 # The shipped runs: `--stage` alone means these. Several steps and rates: schedules, one after the other.
 MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"
@@ -128,7 +129,9 @@ def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
         raise ValueError("--vision-weights and --lm-weights: give both, or neither")
     torch.manual_seed(cfg.seed)
     if cfg.vision_weights:
-        return RoboMamba.from_parts(cfg.vision_weights, cfg.lm_weights, cfg.preset)
+        from extras.published import read_parts
+
+        return read_parts(cfg.vision_weights, cfg.lm_weights, cfg.preset)
     if cfg.init:
         return RoboMamba.from_pretrained(cfg.init)
     encoding = load_encoding(vocabulary)

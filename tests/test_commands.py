@@ -32,7 +32,7 @@ ELSEWHERE = {  # command: the test that runs it
     "python -m pytest": "test_exercises.py",
     "python sim_eval.py --demo": "test_eval.py",
     "python -m extras.assignments --grade": "test_extras_assignments.py",
-    "python train.py --stage align --vision-weights": "test_published.py",
+    "python train.py --stage align --vision-weights": "test_extras_published.py",
     "torchrun --nproc-per-node": "test_train.py",
 }
 NAMES = (  # {place} is a folder with what a reader would bring

@@ -5,8 +5,9 @@ pytest tests/test_extras_costs.py
 
 import torch
 
+from common.config import PRESETS
 from extras import costs
-from robomamba import PRESETS, RoboMamba
+from robomamba import RoboMamba
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.config import PRESETS
 from common.report import SPEED_ROWS, speed_table
 from extras import speed
 from extras.transformer import append, parameter_matched, transformer_blocks
-from robomamba import PRESETS, MambaLM, RoboMamba, count
+from robomamba import MambaLM, RoboMamba, count
 
 
 def close(a, b):

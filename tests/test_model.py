@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import robomamba
+from common.config import PRESETS
 from common.decoding import generate_batch, generate_ids
 from data import depth as depth_camera
 from data.depth import lift, read_depth
 from data.tokenizer import NUMBER_BASE
-from robomamba import PRESETS, RoboMamba, RoboMambaConfig, count, rotation_from_6d
+from robomamba import RoboMamba, RoboMambaConfig, count, rotation_from_6d
 
 ROOT = Path(__file__).parent.parent
 TIGHT = 1e-5  # float32: sums of some hundred terms of size one

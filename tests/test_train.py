@@ -26,6 +26,7 @@ from torch import nn
 import finetune_policy
 import train as train_module
 from common import plots, training
+from common.config import PRESETS
 from common.optim import Muon, parameter_groups
 from common.scripts import cli, end_with_parent, run_main
 from common.training import Processes, Run, cosine, rows_of_step, stop_on_nan
@@ -34,7 +35,7 @@ from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictur
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
 from finetune_policy import PolicyConfig, finetune, geodesic
-from robomamba import PRESETS, HeadConfig, PolicyHead, RoboMamba, rotation_from_6d
+from robomamba import HeadConfig, PolicyHead, RoboMamba, rotation_from_6d
 from tests.toy import write_data
 from train import RECIPE, TrainConfig, recipe, train
 

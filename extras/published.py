@@ -1,7 +1,9 @@
 """Folders of other people: published Mamba and CLIP weights (data/tokenizer.py reads the tokenizer.json of the former).
 
-    cfg = LMConfig(**mamba_config(folder))                         # shapes, in our names
-    lm = load(MambaLM, cfg, folder, mamba_name)                    # weights; no name needs a table
+    lm = read_mamba(folder)                        # a MambaLM
+    vision = read_clip(folder)                     # a VisionTransformer
+    model = read_parts(clip_folder, mamba_folder)  # a RoboMamba, ready for stage 1.1 (train.py --vision-weights)
+    save_mamba(lm, folder), save_clip(vision, folder)
 
 config.json   Mamba's original (d_model, n_layer, ssm_cfg, ..) or -hf (hidden_size, ..); CLIP's, or its image tower's
 weights       model.safetensors or pytorch_model.bin, whole or in parts that an .index.json names
@@ -19,13 +21,17 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from common.config import PRESETS, LMConfig, RoboMambaConfig, paper_config
 from common.files import read_json, write_atomically, write_json
 from common.weights import check_number, load_tensors, open_safetensors, save_folder, save_tensors
+from data.tokenizer import PUBLISHED, PublishedEncoding
+from robomamba import MambaLM, RoboMamba, VisionTransformer, init_weights
 
 TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other
 # Our names of shapes: theirs. What cannot vary here must be as it is in the second table, or be absent.
@@ -62,6 +68,31 @@ def read_shapes(file: Path, config: dict, names: dict, fixed: dict, what: str) -
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
+    """A RoboMamba ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
+
+    preset: "tiny" or "small" for their projector, head, pooling and position code; else the paper's. tokenizer_file:
+    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; what is new,
+    and to be trained, is float32.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    encoding = PublishedEncoding(tokenizer_file or Path(mamba_folder) / PUBLISHED)
+    vision = read_clip(vision_folder, dtype=dtype)
+    lm = read_mamba(mamba_folder, dtype)
+    config = paper_config(vision.cfg, lm.cfg)  # its widths follow the language model's
+    if preset in ("tiny", "small"):
+        config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
+    if encoding.n_vocab > lm.cfg.vocab_size:
+        raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
+    with torch.device("meta"):
+        model = RoboMamba(config, encoding)
+    model.vision, model.lm = vision, lm
+    for part in (model.projector, model.head):
+        init_weights(part.to_empty(device="cpu"))
+    return model.eval()
 
 
 def load(cls, cfg, folder, rename: Callable, tied: dict | None = None, dtype=torch.float32) -> nn.Module:
@@ -155,7 +186,14 @@ def mamba_config(folder) -> dict:
     return values | start | {"norm_eps": eps, "bc_norm": False}
 
 
-def save_mamba(lm: nn.Module, folder, naming: str = "hf") -> None:
+def read_mamba(folder, dtype=torch.float32) -> MambaLM:
+    """A published Mamba folder: original or -hf naming, .bin or safetensors, in parts or not."""
+    lm = load(MambaLM, LMConfig(**mamba_config(folder)), folder, mamba_name, TIED, dtype)
+    lm.tie()
+    return lm
+
+
+def save_mamba(lm: MambaLM, folder, naming: str = "hf") -> None:
     """Write a MambaLM as a folder that `transformers` ("hf") or mamba_ssm ("original") reads."""
     cfg = lm.cfg
     if naming not in ("hf", "original"):
@@ -209,7 +247,14 @@ def clip_config(folder) -> dict:
     return values | {"mlp_ratio": hidden // values["width"], "stem": (), "output_norm": False}
 
 
-def save_clip(vision: nn.Module, folder) -> None:
+def read_clip(folder, select_layer: int = -2, dtype=torch.float32) -> VisionTransformer:
+    """A CLIP folder (whole CLIP, or the image tower); select_layer -2 is the paper's choice."""
+    values = clip_config(folder) | {"select_layer": select_layer}
+    cfg = RoboMambaConfig.from_dict({"vision": values}, str(folder)).vision  # checks the shapes
+    return load(VisionTransformer, cfg, folder, clip_name, dtype=dtype)
+
+
+def save_clip(vision: VisionTransformer, folder) -> None:
     """Write a VisionTransformer as a CLIP image-tower folder that `transformers` reads."""
     cfg = vision.cfg
     if cfg.stem or cfg.depth:
