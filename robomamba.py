@@ -526,7 +526,7 @@ class RoboMamba(nn.Module):
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling. Many at once: common/decoding.py.
+        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling. Many at once: common.decoding
         """
         rng = torch.Generator().manual_seed(seed)
         device = self.lm.lm_head.weight.device
