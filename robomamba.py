@@ -149,8 +149,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
-        n = self.cfg.select_layer % (self.cfg.n_layer + 1)  # blocks to run
-        for block in self.encoder.layers[:n]:
+        for block in self.encoder.layers[: self.cfg.select_layer % (self.cfg.n_layer + 1)]:
             x = block(x)
         tokens = (self.post_layernorm(x) if self.cfg.output_norm else x)[:, 1:]
         return (tokens, self.fine(tokens, seen)) if fine else tokens
