@@ -123,6 +123,13 @@ class VisionTransformer(nn.Module):
         if cfg.fine:
             self.fine = FineMap(cfg)
 
+    @classmethod
+    def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
+        """A CLIP folder, see `read_clip` of extras/published.py."""
+        from extras.published import read_clip
+
+        return read_clip(folder, select_layer, dtype)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> float, CLIP's mean and deviation."""
         S = self.cfg.image_size
@@ -332,6 +339,13 @@ class MambaLM(nn.Module):
 
     def tie(self) -> None:
         self.lm_head.weight = self.backbone.embedding.weight
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32) -> "MambaLM":
+        """A published Mamba folder, see `read_mamba` of extras/published.py."""
+        from extras.published import read_mamba
+
+        return read_mamba(folder, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L) int64 -> logits (B, L, V)."""

@@ -204,7 +204,7 @@ def test_every_published_layout_loads_to_the_same_logits(their_mamba, tmp_path, 
 def test_mamba_weights_saved_here_load_there(our_mamba, tmp_path, naming):
     import transformers
 
-    lm = read_mamba(our_mamba)
+    lm = MambaLM.from_pretrained(our_mamba)
     save_mamba(lm, tmp_path / naming, naming)
     again = read_mamba(tmp_path / naming)
     tokens = torch.randint(0, VOCABULARY, (2, 13))
@@ -272,7 +272,7 @@ def test_clip_weights_saved_here_load_there(our_clip):
 
     theirs, report = transformers.CLIPVisionModel.from_pretrained(our_clip, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    vision = read_clip(our_clip)
+    vision = VisionTransformer.from_pretrained(our_clip)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     states = theirs.eval()(vision.normalise(images), output_hidden_states=True).hidden_states
     assert gap(vision(images), states[-2][:, 1:]) < PARITY
