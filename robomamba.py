@@ -599,7 +599,8 @@ class RoboMamba(nn.Module):
         if not (math.isfinite(u) and math.isfinite(v) and rotation.isfinite().all()):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
         if depth is not None and refine:
-            u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics)
+            turn = depth_camera.TURN if self.config.vision.depth else 180.0
+            u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics, turn)
             # The rotation follows its new approach; forward stays as near to the old one as that allows.
             rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))
         return Action(float(u), float(v), rotation.numpy())

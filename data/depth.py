@@ -11,6 +11,7 @@ z forward. Intrinsics are (fx, fy, cx, cy) in pixels, with pixel centres at whol
 1.425 mm x (z / 1 m)^2 for the first Kinect), whole millimetres, and at a jump in depth either side or nothing.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ NOISE = 0.0015  # camera_depth: standard deviation in metres at 1 m, grows with 
 HOLES, HOLE_SIDE = 4, 0.03  # at most so many blobs, each of radius up to this share of the side
 EDGE_MIXED, EDGE_LOST = 0.5, 0.2  # shares of the pixels beside a jump that see a random neighbour's depth, or nothing
 SIDE, SIGMA, FLAT_REACH, POWER = 128, 7.0, 4, 6  # refine, chosen on validation scenes; pixels of a picture of SIDE
+TURN = 20.0  # degrees, chosen so too: what a model that saw the depth itself lets refine change of its direction
 FLAT_M = 0.002  # so much off the plane, plus one standard deviation of the camera's noise there, is flat
 
 
@@ -148,13 +150,16 @@ def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.round(noisy * MM_PER_M) / MM_PER_M).astype(np.float32)
 
 
-def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics) -> tuple[float, float, np.ndarray | None]:
+def refine(
+    u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0
+) -> tuple[float, float, np.ndarray | None]:
     """A contact near the predicted one that suits a suction cup, by the depth picture alone: no training.
 
     The pixel of highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, flatness =
     share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new approach goes
     straight against the plane fitted to those pixels.
-    u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used.
+    u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used. turn: degrees; no
+    contact is taken whose approach is further than that from the predicted one.
     Returns (u, v, approach); the arguments where the depth picture has nothing to offer.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
@@ -181,4 +186,7 @@ def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics) -> tuple
     towards = normal[:, row, column]
     near = near[:, (near[2] > 0) & (np.abs(towards @ (near - cloud[:, row, column, None])) < tolerance[row, column])]
     across = np.linalg.svd(near - near.mean(1, keepdims=True))[0][:, 2]  # the direction in which they vary least
-    return float(column), float(row), across * np.sign(across @ -towards)
+    across *= np.sign(across @ -towards)
+    if approach is not None and across @ approach < math.cos(math.radians(turn)):
+        return u, v, approach
+    return float(column), float(row), across

@@ -100,6 +100,9 @@ def test_refine_leaves_the_edge_and_turns_to_the_surface():
     assert degrees(approach, -front) < 0.2
     without = refine(S // 2 + 0.6, 30.0, None, depth, K)
     assert without[0] < S // 2 - 1 and degrees(without[2], -front) < 0.2
+    given = (u, v, unit(0.0, 0.0, 1.0))
+    away = degrees(given[2], -front)
+    assert refine(*given, depth, K, away - 1) == given and refine(*given, depth, K, away + 1)[2] is not given[2]
 
 
 def test_refine_prefers_the_surface_that_faces_the_approach_and_may_find_nothing():

@@ -365,18 +365,19 @@ def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, 
     monkeypatch.setattr(depth_camera, "geometry", near, raising=False)
     told = []
     towards = np.array([0.0, 0.6, 0.8])
-    refine = lambda u, v, approach, d, k: told.append((u, v, approach)) or (u + 1, v, towards)  # noqa: E731
+    refine = lambda u, v, approach, d, k, turn: told.append((u, v, approach, turn)) or (u + 1, v, towards)  # noqa: E731
     monkeypatch.setattr(depth_camera, "refine", refine, raising=False)
     depth = np.full((48, 64), 0.5, np.float32)
     for model in (mini, rgbd):
         plain = model.predict_action(picture, "open the drawer")
         action = model.predict_action(picture, "open the drawer", depth, (40, 40, 16, 16))
-        u, v, approach = told.pop()
+        u, v, approach, turn = told.pop()
         assert (action.u, action.v) == (u + 1, v) and np.allclose(action.approach, towards, atol=1e-6)
         assert np.allclose(action.rotation.T @ action.rotation, np.eye(3), atol=1e-5)
         assert np.isclose(np.linalg.det(action.rotation), 1, atol=1e-5)
         unchanged = (u, v) == (plain.u, plain.v) and np.array_equal(approach, plain.approach)
         assert unchanged == (model is mini)  # the RGB-D encoder saw the geometry
+        assert turn == (180 if model is mini else depth_camera.TURN)
     assert seen == [32, 32]
     with pytest.raises(ValueError, match="depth and intrinsics go together"):
         mini.predict_action(picture, "open", depth)
