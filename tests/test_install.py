@@ -67,7 +67,7 @@ def test_an_installation_puts_no_module_into_site_packages(bare, tmp_path, monke
 
 def test_the_simulator_is_an_extra_and_every_extra_has_what_it_promises():
     extras = PROJECT["optional-dependencies"]
-    assert {"sim", "test", "dev", "plots", "bench", "parity", "gym", "play", "notebook"} == set(extras)
+    assert {"sim", "test", "dev", "plots", "bench", "published", "parity", "gym", "play", "notebook"} == set(extras)
     assert not any("pybullet" in need for need in PROJECT["dependencies"])
     assert extras["sim"][0].startswith("pybullet")
     assert PROJECT["requires-python"] == ">=3.11"
