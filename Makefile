@@ -28,7 +28,7 @@ DATA_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 
-.PHONY: simulator demo test lint quick short train ship evaluate questions targets ablations encoders results clean
+.PHONY: simulator demo test lint quick short train ship evaluate questions targets ablations results clean
 
 # ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
@@ -153,8 +153,8 @@ questions: .venv/ready
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-plans --out $(SHORT)/with-plans-policy
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-neither --out $(SHORT)/with-neither-policy
 
-# What each target of stage vision brings, on seen categories and archetypes that were trained without labels: the rows
-# of $(TARGETS)/*/policy/policy.json, trained without the loss's terms that name the row.
+# What each target of stage vision brings, on categories that were shown without labels and archetypes that were never
+# shown. A row is named after the terms left out of its loss; its result: $(TARGETS)/ROW/policy/policy.json.
 TARGETS = runs/targets
 HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
 TARGET_DATA = --data $(TARGETS)/data --val $(TARGETS)/val --resume $(READ)
@@ -195,21 +195,6 @@ ablations: .venv/ready
 	$(HEAD) --checkpoint runs/policy --out runs/full --unfreeze --keep-head --epochs 3 --lr 3e-4
 	$(EVALUATE) --policy $(HALVES),$(SHORTENED),random-normal --out runs/ablations
 	$(PY) -m common.report runs/ablations/results.json --out data/results/ablations.json
-
-# What teaches the encoder: the simulator's dense labels, captions (CLIP's contrast), both, or nothing; then a linear
-# probe on each.
-ENCODER_STEPS ?= 300
-PROBE_STEPS ?= 100
-VISION = $(ONE) train.py --stage vision --resume $(TRAIN_FLAGS)
-PROBE = $(VISION) --probe --lr 3e-3 --max-steps $(PROBE_STEPS)
-encoders: .venv/ready
-	$(VISION) --max-steps $(ENCODER_STEPS) --out runs/encoder-dense
-	$(VISION) --max-steps $(ENCODER_STEPS) --teacher captions --out runs/encoder-captions
-	$(VISION) --max-steps $(ENCODER_STEPS) --teacher both --out runs/encoder-both
-	$(PROBE) --out runs/probe-nothing
-	$(PROBE) --init runs/encoder-dense --out runs/probe-dense
-	$(PROBE) --init runs/encoder-captions --out runs/probe-captions
-	$(PROBE) --init runs/encoder-both --out runs/probe-both
 
 results: .venv/ready
 	$(PY) -m common.results

@@ -17,8 +17,8 @@ What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b`
   encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
              patch convolution (they train faster from scratch); trained by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
-  start      A and dt start at slower decay and B, C are normalised (`bc_norm`): with the standard start the last state
-             of so small a model hardly depends on the image (tests/test_model.py measures it)
+  start      the decay exp(dt A) is slower and B, C are normalised (`bc_norm`): with the standard start the last state of
+             so small a model hardly depends on the image (tests/test_model.py measures it)
   position   a fixed 2-D sine code is added to the visual tokens (the paper adds none)
   pooling    the policy head reads the last text state (`pool`); the paper's code averages it with the first
 """
@@ -404,7 +404,7 @@ class RoboMamba(nn.Module):
     """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train, and
     `point` a fifth where the encoder has a fine map, else None.
 
-    encoding: the tokenizer (a tiktoken.Encoding), needed by everything that takes or returns words.
+    encoding: the tokenizer (data/tokenizer.py), needed by everything that takes or returns words.
     `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) kept from an earlier call of `vision`, or None for
     text alone; `geometry` goes with uint8 images to an RGB-D encoder.
     """
@@ -472,16 +472,16 @@ class RoboMamba(nn.Module):
         owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i speaks
         of image i, and image and words are read in one pass.
         lengths: (n,) true lengths, with owners: rows of similar length are read together, so that less padding is read
-        (a third of the work); its states are not defined. None: no row has any.
+        (a fifth of the time); states of padding are not defined. None: no row is padded.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
         prefix = self.encode_image(images, geometry)
-        lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths
-        order = lengths.argsort()
+        grouped = lengths is not None and tokens.device.type == "cpu"  # a GPU wants large operations, and no waiting
+        order = lengths.argsort() if grouped else torch.arange(len(tokens), device=tokens.device)
         read = []
-        for rows in order.chunk(4 if tokens.device.type == "cpu" else 1):  # a GPU wants large operations
-            words = self.lm.backbone.embedding(tokens[rows, : lengths[rows].max()])
+        for rows in order.chunk(4 if grouped else 1):
+            words = self.lm.backbone.embedding(tokens[rows, : lengths[rows].max() if grouped else None])
             states = [state._make(s[owners[rows]] for s in state) for state in prefix]
             states, _ = self.lm.backbone(words, states)
             read.append(F.pad(states, (0, 0, 0, tokens.shape[1] - words.shape[1])))
@@ -539,7 +539,7 @@ class RoboMamba(nn.Module):
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
 
-        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling. Many at once: common.decoding
+        image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`.
         """
         rng = torch.Generator().manual_seed(seed)
         device = self.lm.lm_head.weight.device
@@ -569,8 +569,9 @@ class RoboMamba(nn.Module):
 
         Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
             measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
-            any model's contact is refined on the measured surface (data/depth.py), unless `refine` is False.
-            point: by the pointing head, if there is one, or by the paper's; None: by the first where depth is given.
+            any model's contact is refined on the measured surface (`refine` of data/depth.py), unless `refine` is
+            False; where the encoder saw the depth, only if that turns the direction by at most TURN degrees.
+            point: True = by the pointing head, if there is one; False = by the paper's; None = True with depth.
         Raises: ValueError, also for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -606,7 +607,7 @@ class RoboMamba(nn.Module):
         return Action(float(u), float(v), rotation.numpy())
 
     def save_pretrained(self, path, half: bool = False) -> None:
-        """Write `path`/{model.safetensors, config.json, vocab.tiktoken}; half: matrices but A_log in float16."""
+        """Write `path`/{model.safetensors, config.json, the tokenizer's file}; half: matrices but A_log in float16."""
 
         def write(staging: Path) -> None:
             save_tensors(staging / "model.safetensors", self, half=half)

@@ -10,7 +10,8 @@
 What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit):
 
     stage     trained        frozen        loss
-    vision    vision         -             depth, normals, masks, kind and openness of parts (16 x 16); category, colour
+    vision    vision         -             depth, normals, masks, kind, openness of parts; category, colour; where and how
+                                           to grip the part that an instruction names, its mask, moment arm, motion
     align     projector      vision, lm    next token of answers in words
     cotrain   projector, lm  vision        next token of all answers, general and robot questions together
     (policy)  head           all the rest  finetune_policy.py
@@ -33,7 +34,6 @@ and answers.md: what the model says to three fixed questions of --val, beside th
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,12 +50,12 @@ from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import RoboMamba, RoboMambaConfig, count
 
-# The shipped runs: `--stage` alone means these. Several steps and rates: schedules, one after the other.
+# The shipped runs: `--stage` alone means these.
 MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"
 RECIPE = {
-    "vision": dict(init="", out="runs/vision", max_steps=(4800,), lr=(2e-3,), muon=True, more=""),
-    "align": dict(init="runs/vision", out="runs/align", max_steps=(100,), lr=(1e-3,), muon=False, more=""),
-    "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=(2000,), lr=(2e-3,), muon=True, more=MORE),
+    "vision": dict(init="", out="runs/vision", max_steps=4800, lr=2e-3, muon=True, more=""),
+    "align": dict(init="runs/vision", out="runs/align", max_steps=100, lr=1e-3, muon=False, more=""),
+    "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=2000, lr=2e-3, muon=True, more=MORE),
 }
 TRAINED = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
 NUMERIC = {"align": (0.0, 0.0), "cotrain": (0.35, 0.15)}  # fraction of questions for a contact; for where or box
@@ -78,7 +78,7 @@ class TrainConfig:
     val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = no validation')
     init: str = flag("", 'checkpoint folder to start from; "" = a new model of --preset')
     preset: str = flag("tiny-rgbd", "shapes of a new model", choices=tuple(PRESETS))
-    vision_weights: str = flag("", "published CLIP folder to start from, instead of --init; the rest is --preset's")
+    vision_weights: str = flag("", "published CLIP folder to start from; the rest is the paper's, or --preset small's")
     lm_weights: str = flag("", "published Mamba folder with a tokenizer.json; goes with --vision-weights")
     out: str = flag(RECIPE["vision"]["out"], "folder of the new checkpoint")
     cache: str = flag("", "folder of cached visual tokens (default: the data folder; OUT where that is read-only)")
@@ -86,13 +86,11 @@ class TrainConfig:
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
     workers: int = flag(0, "further processes that make batches in advance, for a GPU", low=0)
     seed: int = flag(0, "of weights, order of the data, augmentation", low=0)
-    max_steps: tuple = flag(RECIPE["vision"]["max_steps"], "a schedule each, one after the other", low=1)
+    max_steps: int = flag(RECIPE["vision"]["max_steps"], "how many steps", low=1)
     batch_size: int = flag(32, "pictures a step, over all processes", low=1, high=65536)
-    lr: tuple = flag(RECIPE["vision"]["lr"], "peak of each schedule: linear warm-up, then cosine", low=1e-9)
+    lr: float = flag(RECIPE["vision"]["lr"], "peak: linear warm-up, then cosine", low=1e-9)
     muon: bool = flag(RECIPE["vision"]["muon"], "wide matrices step orthogonally (Muon), the rest with AdamW")
-    teacher: str = flag("dense", "vision: what teaches the encoder", choices=("dense", "captions", "both"))
-    probe: bool = flag(False, "vision: linear probe: freeze the encoder, train the read-outs")
-    more: str = flag("", "question types drawn (vision: terms of the loss counted) so many times, as presence=4,plan=0")
+    more: str = flag("", "factors on how often question types are drawn (vision: on terms of the loss): plan=0,past=4")
     turns: str = flag("branch", "turns see the picture alone, or follow each other", choices=("branch", "pack"))
     soft_numbers: float = flag(1.9, "sd of a number's soft label in bins of 1/100; 0 = one-hot", low=0, high=50)
     number_weight: float = flag(3.0, "of the auxiliary head that predicts an answer's numbers; 0 = off", low=0)
@@ -104,22 +102,6 @@ def recipe(stage: str, **changes) -> TrainConfig:
     return TrainConfig(stage=stage, **(RECIPE[stage] | changes))
 
 
-class Schedule(NamedTuple):
-    start: int  # step of the whole run
-    steps: int
-    lr: float  # peak
-
-
-def schedules(cfg: TrainConfig) -> list[Schedule]:
-    """--max-steps and --lr in pairs; the last rate stands for those that are missing."""
-    out = []
-    start = 0
-    for k, steps in enumerate(cfg.max_steps):
-        out.append(Schedule(start, steps, cfg.lr[min(k, len(cfg.lr) - 1)]))
-        start += steps
-    return out
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +111,7 @@ def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
         raise ValueError("--vision-weights and --lm-weights: give both, or neither")
     torch.manual_seed(cfg.seed)
     if cfg.vision_weights:
-        from extras.published import read_parts
+        from extras.published import read_parts  # extras/ may be deleted
 
         return read_parts(cfg.vision_weights, cfg.lm_weights, cfg.preset)
     if cfg.init:
@@ -156,12 +138,10 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     trained = TRAINED[cfg.stage]
     if cfg.unfreeze_vision:
         trained = ("vision", *trained)
-    if cfg.probe:
-        trained = ()
     frozen = freeze(model, trained)
     if cfg.unfreeze_vision and model.config.vision.fine:
         model.vision.fine.requires_grad_(False)  # no answer depends on it
-    run = Run(cfg, processes, sum(cfg.max_steps), LOG_EVERY)
+    run = Run(cfg, processes, cfg.max_steps, LOG_EVERY)
     sizes = (
         f"{name} {count(part):,d} {'frozen' if name in frozen else 'trained'}" for name, part in parts_of(model).items()
     )
@@ -169,11 +149,11 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     return model, frozen, run
 
 
-def prepare(cfg: TrainConfig, run: Run, objective: nn.Module, lr: float) -> tuple[nn.Module, Muon]:
+def prepare(cfg: TrainConfig, run: Run, objective: nn.Module) -> tuple[nn.Module, Muon]:
     """The objective, wrapped for data parallel, and its optimizer, both as --resume left them."""
     objective.to(run.processes.device).train()
     groups = parameter_groups(objective, WEIGHT_DECAY, cfg.muon)
-    optimizer = Muon(groups, lr=lr, betas=(0.9, 0.98))
+    optimizer = Muon(groups, lr=cfg.lr, betas=(0.9, 0.98))
     run.load([objective], optimizer)
     return run.processes.wrap(objective), optimizer
 
@@ -201,8 +181,7 @@ def after_step(cfg: TrainConfig, run: Run, done: int, loss, parts: dict, objecti
             run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
         run.processes.barrier()
         objective.train()
-    between = any(done == schedule.start for schedule in schedules(cfg))  # the next one has a new optimizer
-    if done % SAVE_EVERY == 0 and not last and not between:
+    if done % SAVE_EVERY == 0 and not last:
         run.save(done, [objective], optimizer)
     return result
 
@@ -218,30 +197,25 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     depth = model.config.vision.depth
     data = DensePictures(cfg.data, size, model.encoding, depth)
     val = DensePictures(cfg.val, size, model.encoding, depth) if cfg.val else None
-    first = run.begin()
+    steps = range(run.begin(), cfg.max_steps)
+    torch.manual_seed(cfg.seed + 1)  # the auxiliary heads
+    objective = DenseObjective(model, bool(data.parts), cfg.more)
+    parallel, optimizer = prepare(cfg, run, objective)
     result = {}
-    for schedule in schedules(cfg):
-        if first >= schedule.start + schedule.steps:
-            continue
-        torch.manual_seed(cfg.seed + 1)  # the read-outs
-        objective = DenseObjective(model, cfg.teacher, bool(data.parts), cfg.more)
-        parallel, optimizer = prepare(cfg, run, objective, schedule.lr)
 
-        def validate(done: int, objective=objective) -> dict:
-            return evaluate_dense(objective, val, processes.device)
+    def validate(done: int) -> dict:
+        return evaluate_dense(objective, val, processes.device)
 
-        def batch_of_step(step: int) -> DenseBatch:
-            everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
-            return data.batch(everyone[processes.rank :: processes.size], [cfg.seed, step])
+    def batch_of_step(step: int) -> DenseBatch:
+        everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
+        return data.batch(everyone[processes.rank :: processes.size], [cfg.seed, step])
 
-        steps = range(max(first - schedule.start, 0), schedule.steps)
-        for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
-            set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
-            with autocast(processes):
-                loss, parts = parallel(batch.to(processes.device))
-            done = schedule.start + step + 1
-            descend(loss, objective, optimizer, done - 1)
-            result = after_step(cfg, run, done, loss, parts, objective, optimizer, validate) or result
+    for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
+        with autocast(processes):
+            loss, parts = parallel(batch.to(processes.device))
+        descend(loss, objective, optimizer, step)
+        result = after_step(cfg, run, step + 1, loss, parts, objective, optimizer, validate) or result
     return result
 
 
@@ -264,7 +238,10 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)
-    first = run.begin()
+    steps = range(run.begin(), cfg.max_steps)
+    torch.manual_seed(cfg.seed + 1)  # the auxiliary head
+    objective = AnswerObjective(model, *weights)
+    parallel, optimizer = prepare(cfg, run, objective)
     result = {}
 
     def validate(done: int) -> dict:
@@ -284,23 +261,15 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
             images = torch.from_numpy(cached[step % len(cached)][rows]).float()
         return images, data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
 
-    for schedule in schedules(cfg):
-        if first >= schedule.start + schedule.steps:
-            continue
-        torch.manual_seed(cfg.seed + 1)  # the auxiliary head
-        objective = AnswerObjective(model, *weights)
-        parallel, optimizer = prepare(cfg, run, objective, schedule.lr)
-        steps = range(max(first - schedule.start, 0), schedule.steps)
-        for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
-            set_lr(optimizer, schedule.lr * cosine(step, schedule.steps, WARMUP))
-            counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
-            counts = [max(n, 1) for n in processes.mean(counts)]
-            inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
-            with autocast(processes):
-                loss, parts = parallel(*(x.to(processes.device) for x in inputs), *counts)
-            done = schedule.start + step + 1
-            descend(loss, objective, optimizer, done - 1)
-            result = after_step(cfg, run, done, loss, parts, objective, optimizer, validate) or result
+    for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
+        counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
+        counts = [max(n, 1) for n in processes.mean(counts)]
+        inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
+        with autocast(processes):
+            loss, parts = parallel(*(x.to(processes.device) for x in inputs), *counts)
+        descend(loss, objective, optimizer, step)
+        result = after_step(cfg, run, step + 1, loss, parts, objective, optimizer, validate) or result
     return result
 
 

@@ -213,13 +213,6 @@ def mistakes(results: dict) -> str:
     return f"{command}\n\n{report.mistakes_table(results['rows'])}"
 
 
-def encoders(explorations: list[dict]) -> str:
-    """What teaches the encoder: a linear probe on tokens of four encoders."""
-    (found,) = (item for item in explorations if item.get("command") == "make encoders")
-    probes = records([{"trained with": name} | scores for name, scores in found.items() if isinstance(scores, dict)])
-    return f"{probes}\n\n{found['what']}. {found['hardware']}."
-
-
 def stages(data: dict) -> str:
     """Minutes of every stage of the shipped run, and the steps in its metrics.csv. data: its data.json."""
     last = {}
@@ -284,7 +277,6 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "On a GPU": (f"{KEPT}/gpu.json", gpu),
     "Your own policy": (f"{KEPT}/example_policy.json", "`example` is extras/example_policy.py.", report.table),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
-    "What teaches the encoder": (f"{KEPT}/explorations.json", encoders),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
     "Earlier trainings": (f"{KEPT}/first_training.json", "The others stand beside it.", earlier),
 }

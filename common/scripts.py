@@ -35,20 +35,19 @@ def flag(default, help: str, low: float | None = None, high: float | None = None
 
 
 def check_flags(cfg) -> None:
-    """Raises: ValueError naming the first flag outside its range. Of a tuple every entry is checked."""
+    """Raises: ValueError naming the first flag outside its range."""
     for field in dataclasses.fields(cfg):
-        entries = getattr(cfg, field.name)
+        value = getattr(cfg, field.name)
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-        for value in entries if isinstance(entries, tuple) else (entries,):
-            said = f"{flag_name(field)} {value}"
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{said}: must be a finite number")
-            if low is not None and value < low:
-                raise ValueError(f"{said}: must be at least {low}")
-            if high is not None and value > high:
-                raise ValueError(f"{said}: must be at most {high}")
-            if choices and value not in choices:
-                raise ValueError(f"{said}: expected one of {', '.join(choices)}")
+        said = f"{flag_name(field)} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{said}: must be a finite number")
+        if low is not None and value < low:
+            raise ValueError(f"{said}: must be at least {low}")
+        if high is not None and value > high:
+            raise ValueError(f"{said}: must be at most {high}")
+        if choices and value not in choices:
+            raise ValueError(f"{said}: expected one of {', '.join(choices)}")
 
 
 def flag_name(field: dataclasses.Field) -> str:
@@ -58,16 +57,6 @@ def flag_name(field: dataclasses.Field) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists the flags)")
-
-
-def _tuple_of(entry: Callable) -> Callable:
-    """Type of a flag that takes several values separated by commas."""
-
-    def parse(text: str) -> tuple:
-        return tuple(entry(part) for part in text.split(","))
-
-    parse.__name__ = f"comma-separated {entry.__name__}"  # named in argparse's error
-    return parse
 
 
 def cli(config_class, doc: str, argv: list[str] | None = None, recipes: dict[str, dict] | None = None):
@@ -84,8 +73,6 @@ def cli(config_class, doc: str, argv: list[str] | None = None, recipes: dict[str
         kind = {"type": type(field.default)}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(field.default, tuple):
-            kind = {"type": _tuple_of(type(field.default[0]))}
         note = field.metadata["help"].replace("%", "%%")
         parser.add_argument(flag_name(field), default=field.default, help=note, **kind)
     if recipes:

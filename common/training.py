@@ -265,8 +265,7 @@ class Run:
 
     def settings(self) -> dict:
         """What a resumed run must share with the interrupted one."""
-        values = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in self.FREE}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in self.FREE}
 
     def begin(self) -> int:
         """Called when all input is checked; returns the first step to do, and writes run.json.
@@ -302,7 +301,7 @@ class Run:
         return state
 
     def load(self, modules: list[nn.Module], optimizer) -> None:
-        """Put the checkpoint, if there is one, into modules and optimizer. Once: a later schedule starts afresh."""
+        """Put the checkpoint, if there is one, into modules and optimizer."""
         if self.loaded:
             for module, values in zip(modules, self.loaded["modules"], strict=True):
                 module.load_state_dict(values)

@@ -35,7 +35,7 @@ from common.files import read_json, read_json_lines, write_atomically
 from common.training import digest
 from data.depth import check_intrinsics, geometry, read_depth, resample
 from data.prompts import QUESTION_TYPES
-from data.tokenizer import NUMBER_BASE, NUMBERS, has_number_tokens
+from data.tokenizer import NUMBER_BASE, NUMBERS, SPECIAL_TOKENS, has_number_tokens
 
 IGNORE = -100  # label of a token that is not to be predicted
 N_NUMBERS = 5  # an answer holds at most so many numbers: u, v and the approach's x, y, z
@@ -302,19 +302,21 @@ def question_weights(records: list[dict], more: str) -> dict[str, float]:
 def factors(more: str, known, what: str) -> dict[str, float]:
     """--more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}.
 
-    Raises: ValueError for one that is not written so, and for a name that is not in `known`; what: what it names.
+    Raises: ValueError for an entry of another form, and for a name that is not in `known` or is there twice. what: what
+    the names are, for the message.
     """
     found = {}
     for pair in filter(None, more.split(",")):
         name, _, times = pair.partition("=")
         try:
-            found[name] = float(times)
+            factor = float(times)
         except ValueError:
-            found[name] = -1.0
-        if not 0 <= found[name] < float("inf"):
+            factor = -1.0
+        if not 0 <= factor < float("inf") or name in found:
             raise ValueError(f"--more {more}: expected NAME=TIMES, such as presence=4,plan=0")
         if name not in known:
             raise ValueError(f"--more {more}: {name!r} is no {what}, only {sorted(known)}")
+        found[name] = factor
     return found
 
 
@@ -334,8 +336,7 @@ class Conversations:
         self.encoding = encoding
         self.has_numbers = has_number_tokens(encoding)  # a published vocabulary has none
         self.cut = 0
-        special = ("<|endoftext|>", "<|user|>", "<|assistant|>")
-        self.end, self.user, self.assistant = (encoding.encode_single_token(name) for name in special)
+        self.end, self.user, self.assistant = (encoding.encode_single_token(name) for name in SPECIAL_TOKENS)
         weights = question_weights(self.records, more)
         self.items = [self._items(record, turns, weights) for record in self.records]
 

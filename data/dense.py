@@ -58,8 +58,6 @@ class DenseBatch(NamedTuple):
     cells: Cells
     category: Tensor  # (B,) int64
     colour: Tensor  # (B,) int64, index into objects.COLOURS
-    captions: Tensor  # token ids of all captions, one after the other
-    caption_starts: Tensor  # (B,) int64
 
     def to(self, device) -> "DenseBatch":
         def move(x):
@@ -104,7 +102,6 @@ class DensePictures:
             if "image" not in record:
                 raise ValueError(f"{self.folder / 'conversations.json'}, record {index}: image: stage vision needs one")
         self.names = [record["image"] for record in records]
-        self.captions = [encoding.encode_ordinary(caption(record)) for record in records]
         self.parts: list[list[dict]] = []  # of each picture, those with a contact
         if (self.folder / "facts.jsonl").exists():
             self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder again").values()
@@ -133,8 +130,6 @@ class DensePictures:
                 channels[i] = moved(geometry.transpose(1, 2, 0), how, x_channel=1).transpose(2, 0, 1)
             named += [(i, row, part, how) for part in self.draw_parts(row, how, rng)]
         channels_last = torch.from_numpy(targets)
-        captions = [self.captions[row] for row in rows]
-        words, starts = flat(captions)
         return DenseBatch(
             to_tensor(pictures),
             torch.from_numpy(channels) if self.depth else None,
@@ -142,8 +137,6 @@ class DensePictures:
             Cells(channels_last[..., :4], *channels_last[..., 4:].unbind(-1), torch.from_numpy(kinds)),
             torch.from_numpy(self.category[rows].astype(np.int64)),
             torch.from_numpy(self.colour[rows].astype(np.int64)),
-            words,
-            starts,
         )
 
     def draw_parts(self, row: int, how: "Augmentation", rng) -> list[dict]:
@@ -258,10 +251,3 @@ def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
     rows = np.clip(np.arange(H) - dy, 0, H - 1)
     columns = np.clip(np.arange(W) - dx, 0, W - 1)
     return x[rows][:, columns]
-
-
-def caption(record: dict) -> str:
-    """The first answer to a question of type "caption"; of a record without one, its first answer."""
-    types = record.get("families", ())
-    turn = types.index("caption") if "caption" in types else 0
-    return record["conversations"][2 * turn + 1]["value"]

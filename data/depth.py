@@ -159,8 +159,8 @@ def refine(
     share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new approach goes
     straight against the plane fitted to those pixels.
     u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used.
-    turn: degrees; no contact is taken whose approach is further than that from the predicted one.
-    Returns (u, v, approach); the arguments where the depth picture has nothing to offer.
+    turn: degrees; the contact is refused if its approach is further than that from the predicted one.
+    Returns (u, v, approach); the arguments where nothing was found, or it was refused.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     S = len(depth)

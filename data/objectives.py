@@ -23,19 +23,16 @@ class DenseObjective(nn.Module):
 
     The mean of the tokens predicts category and colour of the object; where a folder tells of named parts, `NamedPart`
     asks for them. All read-outs are auxiliary heads and thrown away after the stage.
-    Args: teacher: "dense", "captions" (CLIP's contrastive loss alone) or "both". named: the data tell of named parts.
-        more: factors on terms of the loss, "arm=0,kinds=2".
-    Raises: ValueError for patches that do not share out the cells of the labels.
+    Args: named: the data tell of named parts. more: factors on terms of the loss, "arm=0,kinds=2".
+    Raises: ValueError for patches that do not share out the cells of the labels, and for a bad `more`.
     """
 
-    def __init__(self, model: nn.Module, teacher: str = "dense", named: bool = False, more: str = ""):
+    def __init__(self, model: nn.Module, named: bool = False, more: str = ""):
         super().__init__()
         self.vision = model.vision
         weights = WEIGHTS | NAMED_WEIGHTS
         times = factors(more, weights, "term of the loss")
         self.weights = {name: weight * times.get(name, 1.0) for name, weight in weights.items()}
-        self.dense_weight = 0.0 if teacher == "captions" else 1.0
-        self.contrast_weight = 0.0 if teacher == "dense" else 1.0
         W = model.config.vision.width
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
         if GRID % self.side or (model.config.vision.fine and FINE % (4 * self.side)):
@@ -47,9 +44,6 @@ class DenseObjective(nn.Module):
         self.category = nn.Linear(W, N_CATEGORIES)
         self.colour = nn.Linear(W, N_COLOURS)
         self.named = NamedPart(model.config.lm.vocab_size, model.config.vision) if named else None
-        if self.contrast_weight:
-            self.image_side = nn.Linear(W, 64)
-            self.words_side = nn.EmbeddingBag(model.config.lm.vocab_size, 64)
         weight = torch.ones(N_KINDS)
         weight[0] = 0.3  # most of an object is its fixed body
         self.register_buffer("kind_weight", weight, persistent=False)
@@ -86,27 +80,11 @@ class DenseObjective(nn.Module):
         if self.named and b.named is not None:
             terms += self.named(maps, b.named)  # a term a map
         # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
-        loss = self.dense_weight * sum(self.weights[name] * part for term in terms for name, part in term.items())
+        loss = sum(self.weights[name] * part for term in terms for name, part in term.items())
         if len(terms) == 1:
             unused = [*maps[1:], *(self.named.parameters() if self.named else ())]
             loss = loss + 0.0 * sum(x.sum() for x in unused)
-        parts = parts | terms[-1]
-        if self.contrast_weight:
-            parts["contrast"] = self.contrast(maps[0].flatten(2).mean(2), b.captions, b.caption_starts)
-            loss = loss + self.contrast_weight * parts["contrast"]
-        return loss, parts
-
-    def contrast(self, picture: Tensor, captions: Tensor, starts: Tensor) -> Tensor:
-        """CLIP's loss: which caption of the batch belongs to which picture. Equal captions share the target.
-
-        Differs: the words side is a mean of word vectors, and the temperature is fixed at 0.1.
-        """
-        a = F.normalize(self.image_side(picture), dim=-1)
-        b = F.normalize(self.words_side(captions, starts), dim=-1)
-        same = (b.detach() @ b.detach().T > 1 - 1e-5).float()
-        target = same / same.sum(1, keepdim=True)
-        logits = a @ b.T / 0.1
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, parts | terms[-1]
 
 
 class NamedPart(nn.Module):

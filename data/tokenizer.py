@@ -36,6 +36,7 @@ PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
 
 NUMBER_BASE, NUMBERS = 256, 100  # number n is id NUMBER_BASE + n
 SPECIAL_TOKENS = END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"  # ids R, R+1, R+2
+SAMPLE = "a na\u00efve \u4e00 drawer"
 FILES = RANKS, PUBLISHED = "vocab.tiktoken", "tokenizer.json"  # one of them lies in a checkpoint folder
 
 
@@ -114,10 +115,12 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 class PublishedEncoding:
-    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`; behaves as a tiktoken.Encoding.
+    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`: what this project uses of a
+    tiktoken.Encoding.
 
     USER and ASSISTANT get the first ids behind the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
-    embedding of 50,280. Raises: ValueError naming the file and what is wrong with it, or the package where it lacks.
+    embedding of 50,280. Raises: ValueError naming the file and what is wrong with it, or that the package is missing;
+    FileNotFoundError.
     """
 
     def __init__(self, path: str | Path):
@@ -133,10 +136,17 @@ class PublishedEncoding:
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
         if self.file.token_to_id(END) is None:
             raise ValueError(f"{path}: no token {END!r}, which ends every answer")
+        self.file.no_padding()  # a file may ask for either
+        self.file.no_truncation()
         self.file.add_special_tokens([USER, ASSISTANT])
         self.file.encode_special_tokens = True  # typed "<|user|>" is plain text
-        self.n_vocab = self.file.get_vocab_size()
         self.eot_token = self.file.token_to_id(END)
+        ids = [*self.file.get_vocab().values()]
+        self.n_vocab = max(ids) + 1
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"{path}: an id is used twice, or the ids have a gap")
+        if self.decode(self.encode_ordinary(SAMPLE)) != SAMPLE:
+            raise ValueError(f"{path}: not a byte-level tokenizer: it does not give {SAMPLE!r} back")
 
     def encode_single_token(self, name: str) -> int:
         return self.file.token_to_id(name)
@@ -164,7 +174,7 @@ def load_encoding(path: str | Path) -> tiktoken.Encoding | PublishedEncoding:
 def write_encoding(folder: Path, encoding: tiktoken.Encoding | PublishedEncoding) -> None:
     """Write one of FILES into a folder."""
     if isinstance(encoding, PublishedEncoding):
-        encoding.file.save(str(folder / PUBLISHED))
+        write_text(folder / PUBLISHED, encoding.file.to_str(pretty=True))
     else:
         write_ranks(folder / RANKS, encoding._mergeable_ranks)
 
@@ -179,4 +189,4 @@ if __name__ == "__main__":
         sys.exit('usage: python -m data.tokenizer "some text" [vocabulary file]')
     shown = load_encoding(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).with_name("vocab.tiktoken"))
     for token_id in shown.encode_ordinary(sys.argv[1]):
-        print(f"{token_id:6d}  {shown.decode_single_token_bytes(token_id)!r}")
+        print(f"{token_id:6d}  {shown.decode([token_id])!r}")

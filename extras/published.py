@@ -70,31 +70,6 @@ def read_shapes(file: Path, config: dict, names: dict, fixed: dict, what: str) -
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
-    """A RoboMamba ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
-
-    preset: "tiny" or "small" for their projector, head, pooling and position code; else the paper's. tokenizer_file:
-    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; what is new,
-    and to be trained, is float32.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    encoding = PublishedEncoding(tokenizer_file or Path(mamba_folder) / PUBLISHED)
-    vision = read_clip(vision_folder, dtype=dtype)
-    lm = read_mamba(mamba_folder, dtype)
-    config = paper_config(vision.cfg, lm.cfg)  # its widths follow the language model's
-    if preset in ("tiny", "small"):
-        config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
-    if encoding.n_vocab > lm.cfg.vocab_size:
-        raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
-    with torch.device("meta"):
-        model = RoboMamba(config, encoding)
-    model.vision, model.lm = vision, lm
-    for part in (model.projector, model.head):
-        init_weights(part.to_empty(device="cpu"))
-    return model.eval()
-
-
 def load(cls, cfg, folder, rename: Callable, tied: dict | None = None, dtype=torch.float32) -> nn.Module:
     """`cls(cfg)` with the weights of a published folder; `rename`, `tied` and `dtype` as in `load_tensors`."""
     with torch.device("meta"):
@@ -268,3 +243,32 @@ def save_clip(vision: VisionTransformer, folder) -> None:
         write_json(staging / "config.json", config)
 
     save_folder(folder, write)
+
+
+# ---- a whole model ---------------------------------------------------------------------------------------------------
+
+
+def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
+    """A RoboMamba ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
+
+    preset: "tiny" or "small" for their projector, head, pooling and position code; else the paper's. tokenizer_file:
+    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; what is new,
+    and to be trained, is float32.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    encoding = PublishedEncoding(tokenizer_file or Path(mamba_folder) / PUBLISHED)
+    vision = read_clip(vision_folder, dtype=dtype)
+    lm = read_mamba(mamba_folder, dtype)
+    if preset in ("tiny", "small"):
+        config = replace(PRESETS[preset], vision=vision.cfg, lm=lm.cfg)
+    else:
+        config = paper_config(vision.cfg, lm.cfg)  # its widths follow the language model's
+    if encoding.n_vocab > lm.cfg.vocab_size:
+        raise ValueError(f"{mamba_folder}: {lm.cfg.vocab_size} embeddings for {encoding.n_vocab} tokens")
+    with torch.device("meta"):
+        model = RoboMamba(config, encoding)
+    model.vision, model.lm = vision, lm
+    for part in (model.projector, model.head):
+        init_weights(part.to_empty(device="cpu"))
+    return model.eval()

@@ -133,7 +133,7 @@ def test_all_stages_train_an_rgbd_model(folder, rgbd, tmp_path):
     rgbd.save_pretrained(tmp_path / "start")
     shared = dict(data=str(folder), val=str(folder), batch_size=4, device="cpu")
     for stage, init in (("vision", "start"), ("cotrain", "vision")):
-        changes = dict(init=str(tmp_path / init), out=str(tmp_path / stage), max_steps=(3,), more="")
+        changes = dict(init=str(tmp_path / init), out=str(tmp_path / stage), max_steps=3, more="")
         result = train(recipe(stage, **shared, **changes))
     assert "exact.contact" in result
     result = finetune(

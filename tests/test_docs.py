@@ -78,7 +78,7 @@ def test_results_and_the_readme_are_what_common_results_makes():
         assert read(page) == results.with_table(read(page)), page
 
 
-def test_the_committed_results_are_of_one_evaluation():
+def test_the_committed_results_are_of_hundreds_of_scenes_and_thousands_of_questions():
     main, reasoning = (json.loads((SHIPPED / f"{name}.json").read_text()) for name in ("results", "reasoning"))
     assert all(p["splits"][s]["n"] >= 300 for p in main["policies"].values() for s in ("seen", "unseen"))
     assert len(reasoning["splits"]) == 2 and all(split["n"] >= 2000 for split in reasoning["splits"].values())

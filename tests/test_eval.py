@@ -601,7 +601,7 @@ def alive(pid: int) -> bool:
         (("--policy", "blind", "--blind-table", "no/such/table.json"), "no/such/table.json"),
         (("--policy", "blind", "--blind-table", __file__), "not valid JSON"),
         (("--policy", "blind", "--blind-table", str(ROOT / "data/paper_table2.json")), "not a table"),
-        (("--policy", "model=data/pretrained/robomamba-tiny"), "has a meaning already"),
+        (("--policy", "model=data/pretrained/robomamba-tiny-rgbd"), "has a meaning already"),
         (("--policy", "mine=no_such_module:pick"), "No module named"),
         (("--policy", "expert", "--episodes", "0"), "--episodes 0"),
         (("--policy", "expert", "--episodes", "many"), "many"),

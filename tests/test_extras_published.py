@@ -302,7 +302,7 @@ def random_text(rng: random.Random) -> str:
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     """A small byte-pair vocabulary in GPT-NeoX-20b's file format, trained here by the `tokenizers` package."""
-    tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers: pip install '.[parity]'")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install '.[published]'")
     one = tokenizers.Tokenizer(tokenizers.models.BPE())
     one.normalizer = tokenizers.normalizers.NFC()
     one.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -322,7 +322,6 @@ def tokenizer_file(tmp_path_factory):
     return path
 
 
-@needs_transformers
 def test_the_published_tokenizer_and_its_saved_copy_cut_text_as_the_file_says(tokenizer_file, tmp_path):
     import tokenizers
 
@@ -335,23 +334,30 @@ def test_the_published_tokenizer_and_its_saved_copy_cut_text_as_the_file_says(to
         ids = ours.encode_ordinary(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids == stored.encode_ordinary(text), repr(text)
         assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+    theirs.enable_padding(length=50)
+    theirs.enable_truncation(3)
+    theirs.save(str(tmp_path / "padded.json"))
+    padded = PublishedEncoding(tmp_path / "padded.json")
+    assert padded.encode_ordinary("open the drawer") == ours.encode_ordinary("open the drawer")
     for encoding in (ours, stored):
         assert encoding.eot_token == 0 and encoding.n_vocab == 502
         assert [encoding.encode_single_token(t) for t in (END, USER, ASSISTANT)] == [0, 500, 501]
         assert {0, 1, 500, 501}.isdisjoint(encoding.encode_ordinary("<|user|> <|endoftext|> <|padding|>"))
 
 
-@needs_transformers
 def test_a_tokenizer_that_cannot_be_read_is_named(tokenizer_file, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     file = json.loads(tokenizer_file.read_text())
     file["added_tokens"].pop(0)
     del file["model"]["vocab"]["<|endoftext|>"]
     nested = "[" * 100_000
+    whole = json.loads(tokenizer_file.read_text())
+    words = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "<|padding|>": 1, "open": 2, "?": 3}, "unk_token": "?"}
     for pattern, text in (
         ("no token '<|endoftext|>'", json.dumps(file)),
         ("not a tokenizer.json", nested),
         ("not a tokenizer.json", "{}"),
+        ("not a byte-level tokenizer", json.dumps(whole | {"model": words})),
     ):
         path.write_text(text)
         fails(f"tokenizer.json: {pattern}", PublishedEncoding, path)
@@ -394,8 +400,7 @@ def llava(tmp_path_factory):
     return folder
 
 
-@needs_transformers
-def test_from_parts_holds_both_models_and_the_papers_new_parts(parts):
+def test_read_parts_holds_both_models_and_the_papers_new_parts(parts):
     torch.manual_seed(0)
     model = read_parts(*parts)
     config, d = model.config, 32
@@ -412,8 +417,7 @@ def test_from_parts_holds_both_models_and_the_papers_new_parts(parts):
     fails("preset 'huge'", read_parts, *parts, preset="huge")
 
 
-@needs_transformers
-def test_from_parts_survives_a_save_with_its_tokenizer(parts, tmp_path):
+def test_read_parts_survives_a_save_with_its_tokenizer(parts, tmp_path):
     torch.manual_seed(0)
     model = read_parts(*parts, preset="tiny")
     model.save_pretrained(tmp_path / "m")
@@ -426,8 +430,7 @@ def test_from_parts_survives_a_save_with_its_tokenizer(parts, tmp_path):
     assert again.generate(picture, question, 6) == model.generate(picture, question, 6)
 
 
-@needs_transformers
-def test_from_parts_in_bfloat16_is_close_and_its_projector_can_be_trained(parts):
+def test_read_parts_in_bfloat16_is_close_and_its_projector_can_be_trained(parts):
     models = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -446,7 +449,6 @@ def test_from_parts_in_bfloat16_is_close_and_its_projector_can_be_trained(parts)
     assert all(p.dtype == torch.float32 and p.grad.abs().max() > 0 for p in models[1].projector.parameters())
 
 
-@needs_transformers
 def test_a_published_vocabulary_has_no_number_tokens(parts, llava):
     encoding = PublishedEncoding(parts[1] / "tokenizer.json")
     data = Conversations(llava / "conversations.json", encoding, 32)
@@ -454,7 +456,6 @@ def test_a_published_vocabulary_has_no_number_tokens(parts, llava):
     assert any(256 <= t < 356 for items in data.items for item in items for t in item.tokens)
 
 
-@needs_transformers
 def test_all_stages_run_from_published_folders_on_llava_data(parts, llava, tmp_path, monkeypatch):
     flags = "--val= --device cpu --max-steps 3 --batch-size 2"
 

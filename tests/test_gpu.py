@@ -104,7 +104,7 @@ def test_step_is_forward(both):
 @pytest.mark.parametrize("stage", ("vision", "align", "cotrain"))
 @pytest.mark.parametrize("workers", (0, 2))
 def test_a_stage_has_the_losses_of_the_cpu(data, start, tmp_path, stage, workers):  # noqa: F811
-    changes = dict(val=str(data / "val"), muon=stage != "align", max_steps=(6,), workers=workers)
+    changes = dict(val=str(data / "val"), muon=stage != "align", max_steps=6, workers=workers)
     for device in ("cpu", "cuda"):
         train(config(data, start, tmp_path / device, stage, device=device, **changes))
     one, two = (logged(tmp_path / device, "loss") for device in ("cpu", "cuda"))
@@ -122,9 +122,7 @@ def test_stage_2_learns_what_it_learns_on_the_cpu(data, start, tmp_path):  # noq
 def test_a_stopped_run_goes_on(data, start, tmp_path, monkeypatch, workers):  # noqa: F811
     """Not bit for bit: some of cuDNN's and PyTorch's backward passes add in any order."""
     monkeypatch.setattr(train_module, "SAVE_EVERY", 2)
-    cfg = config(
-        data, start, tmp_path / "stopped", "cotrain", device="cuda", muon=True, max_steps=(7,), workers=workers
-    )
+    cfg = config(data, start, tmp_path / "stopped", "cotrain", device="cuda", muon=True, max_steps=7, workers=workers)
     train(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         power_cut(patch, 5)
