@@ -17,8 +17,8 @@ What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b`
   encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
              patch convolution (they train faster from scratch); trained by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
-  start      the decay exp(dt A) is slower and B, C are normalised (`bc_norm`): with the standard start the last state of
-             so small a model hardly depends on the image (tests/test_model.py measures it)
+  start      slower decay exp(dt A), and B, C are normalised (`bc_norm`): with the standard start the last state of so
+             small a model hardly depends on the image (tests/test_model.py measures it)
   position   a fixed 2-D sine code is added to the visual tokens (the paper adds none)
   pooling    the policy head reads the last text state (`pool`); the paper's code averages it with the first
 """

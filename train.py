@@ -10,8 +10,8 @@
 What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit):
 
     stage     trained        frozen        loss
-    vision    vision         -             depth, normals, masks, kind, openness of parts; category, colour; where and how
-                                           to grip the part that an instruction names, its mask, moment arm, motion
+    vision    vision         -             depth, normals, masks, kind, openness of parts; category, colour; of the part
+                                           that an instruction names: contact, direction, mask, motion, moment arm
     align     projector      vision, lm    next token of answers in words
     cotrain   projector, lm  vision        next token of all answers, general and robot questions together
     (policy)  head           all the rest  finetune_policy.py
@@ -21,7 +21,7 @@ from dense labels of the simulator. The language model starts from random weight
 learned with Gaussian soft labels (`--soft-numbers`), and an auxiliary head predicts all numbers of an answer at once
 from the last prompt state (`--number-weight`), the state that the policy head will read; both can be switched off.
 Muon halves the steps of stage 1.2 (common/optim.py). Question types are drawn in proportion to the square root of their
-count, times `--more`: `presence` is not learned at 10 % of the questions, so it is up-weighted.
+count, times `--more`: where 10 % of the questions were "is there an X?" (`presence`), the answer was not learned.
 
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
     loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,

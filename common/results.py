@@ -48,17 +48,16 @@ GLOSSARY = """| row | what it is |
 | `expert` | oracle: scripted expert that knows the joint; scenes are those it solves, so its row is 1 |
 | `expert, unconditioned` | scene acceptance rate: how many of the scenes tried it solved |
 
-Success: the *named* part moved by at least 0.01 rad or m ("initial") or 0.1 (the paper's threshold). Cells: k/n, rate,
-[95 % Wilson interval]. Category mean: mean over categories of the rates at 0.01 / 0.1. px / deg off: median distance to
-the oracle's contact. Every policy acts on the same scenes with the same sentences. The depth image is that of an
-imperfect camera: noise, holes, ragged edges."""
+Category mean: mean over categories of the rates at 0.01 / 0.1. Every policy acts on the same scenes with the same
+sentences. The depth image is that of an imperfect camera: noise, holes, ragged edges. Refined: moved to the place nearby
+that suits a suction cup best, flat and facing the predicted direction (`refine` in data/depth.py)."""
 ABLATIONS = """On the third training (see "Earlier trainings"): RGB alone.
 
 | row | what changed |
 | --- | --- |
 | `model-pixel`, `model-direction` | half of the action is the model's, the other half the oracle's |
-| `head-seed-1`, `head-seed-2` | the shipped backbone, heads trained from other seeds |
-| `all-fine-tuned` | the shipped model with every weight fine-tuned on the manipulation samples |
+| `head-seed-1`, `head-seed-2` | the same backbone, heads trained from other seeds |
+| `all-fine-tuned` | `model` with every weight fine-tuned on the manipulation samples |
 | `all-questions` | stage 1.2 cut to 400 steps, all questions |
 | `general-only` | the same without the robot's questions (plan, possible, success, past, future, contact) |
 | `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
@@ -130,6 +129,11 @@ def with_table(text: str, name: str = "README.md") -> str:
 
 
 # ---- tables that only this document has
+
+
+def categories(results: dict) -> str:
+    """Per category, of the README's policies."""
+    return report.categories(results | {"policies": {name: results["policies"][name] for name in README_ROWS}})
 
 
 def heads(runs: list[dict]) -> str:
@@ -248,22 +252,24 @@ def earlier(first: dict) -> str:
 
 HEAD = """# Results
 
-Made by `python -m common.results` from the committed JSON; do not edit. Each section names its file and how that was
-made. One training seed unless a row says otherwise; intervals are binomial and leave out the spread between trainings.
+Made by `python -m common.results` from the committed JSON; do not edit. Each section names its JSON file and its command,
+as it was called that day. One training seed unless a row says otherwise; intervals are binomial and leave out the spread
+between trainings.
 
-On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; training and predictions
-agree to float rounding, so a success count differs by a few scenes of 550; times are only comparable within a table."""
+On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; the shipped model predicts
+the same to float rounding, so a success count differs by a few scenes of 550; weights trained there differ as much as
+with another seed; times are only comparable within a table."""
 PAGE = """## A page to click in
 
 `python -m extras.play`: a drawer unit, an instruction, and what the model, the vision-free baseline and the oracle do.
 
 ![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
-TIMES = "`make train`, a busy machine; the stages' times and steps: policy.json and metrics.csv beside it."
+TIMES = "Wall time of `make train` on two cores shared with other jobs, from policy.json and metrics.csv beside it."
 KEPT = "data/results"
 SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
     "Manipulation": (f"{RGBD}/results.json", GLOSSARY, report.report),
     "How the attempts ended": (f"{RGBD}/results.json", report.details),
-    "Per category, beside the paper": (f"{RGBD}/results.json", report.categories),
+    "Per category, beside the paper": (f"{RGBD}/results.json", categories),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
     "Which robot questions help": (f"{KEPT}/questions.json", QUESTIONS, trainings),
@@ -278,16 +284,22 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Your own policy": (f"{KEPT}/example_policy.json", "`example` is extras/example_policy.py.", report.table),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
-    "Earlier trainings": (f"{KEPT}/first_training.json", "The others stand beside it.", earlier),
+    "Earlier trainings": (
+        f"{KEPT}/first_training.json",
+        "The second to the fourth: second_training.json, third_training.json, fourth_training.json beside it.",
+        earlier,
+    ),
 }
 
 
 def document() -> str:
     """RESULTS.md."""
     lines = [HEAD, "", *(f"* [{title}](#{anchor(title)})" for title in SECTIONS)]
+    said = set()  # files whose command stands above already
     for title, (source, *parts) in SECTIONS.items():
         found = read_json(ROOT / source)
-        made = [made_by] if isinstance(found, dict) and "command" in found else []
+        made = [made_by] if isinstance(found, dict) and "command" in found and source not in said else []
+        said.add(source)
         lines += ["", f"## {title}", "", f"From {source}."]
         for part in (*made, *parts):
             lines += ["", (part if isinstance(part, str) else part(found)).strip()]
