@@ -1,4 +1,4 @@
-# make demo     the environment, then ten seconds: a dialogue, a robot, a table, pictures in demo/
+# make demo     the environment, then seconds: a dialogue, a robot, a table, pictures in demo/
 # make test     the environment, then the whole suite
 # make quick    a policy of one's own in ten minutes: data, stages, heads, evaluation (runs/quick)
 # make short    the same for all categories, in half an hour; SEED=1, ARCHETYPES=strict or a number

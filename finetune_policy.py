@@ -1,18 +1,18 @@
 """Stage 2: a policy head of about 0.1 % of the parameters learns to manipulate; the rest stays frozen, bit for bit.
 
-    python finetune_policy.py                                           # the shipped run: a minute on two cores
+    python finetune_policy.py --half                                    # the shipped run: minutes on two cores
     python finetune_policy.py --out runs/random --random-backbone       # baseline: a head on a model never trained
     python finetune_policy.py --checkpoint runs/policy --keep-head --unfreeze --epochs 3 --lr 3e-4 --out runs/full
 
 The backbone never changes, so each (picture, instruction) is encoded once: its pooled state (RoboMamba section 3.3) is
-computed and kept, and the head trains on those vectors in seconds. Losses (paper Eq. 5 and 6): L1 on the pixel, here as
+computed and kept, and the head trains on those vectors. Losses (paper Eq. 5 and 6): L1 on the pixel, here as
 a fraction of the picture, plus the geodesic angle between the predicted and the true gripper rotation. Yaw about the
 approach is filled by a fixed rule (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the
 paper's random yaw the angle could not fall below 90 degrees on average.
 
-An encoder with a fine map (--preset tiny-rgbd) has a second head, the pointing head of 1 % of the parameters, which
-learns from the same samples: for each cell of the map, whether it is the contact. An RGB-D encoder is shown every
-picture twice, with its depth and without.
+An encoder with a fine map (--preset tiny-rgbd) has a second head, the pointing head of 0.8 % of the parameters, which
+learns from some samples of each batch: for each cell of the map, whether it is the contact. An RGB-D encoder is shown
+every picture twice, with its depth and without.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, the mean of each epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
@@ -290,7 +290,7 @@ def steps_per_epoch(cfg: PolicyConfig, samples: int) -> int:
 def finetune(cfg: PolicyConfig) -> dict:
     """Train the head; returns the last validation errors, sizes and seconds (also written to OUT/policy.json)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("finetune_policy.py trains in one process, within a minute: start it without torchrun")
+        raise ValueError("finetune_policy.py trains in one process: start it without torchrun")
     out = Path(cfg.out)
     if cfg.resume and finished(out, "policy.json"):
         return {}

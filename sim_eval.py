@@ -5,7 +5,7 @@
     python sim_eval.py --policy model,other=FOLDER --split val --out runs/val        # another checkpoint beside it
     python sim_eval.py --policy mine=package.module:function --out runs/mine         # a policy of your own
     python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your objects (sim/partnet.py)
-    python sim_eval.py --policy model --closed-loop 3 --out runs/closed              # look and grip three times more
+    python sim_eval.py --policy model --closed-loop 3 --out runs/closed              # three more grips, new pictures
     python sim_eval.py --policy physics --episodes 300 --out runs/physics            # what does the simulator forgive?
 
     (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (u, v), approach
@@ -15,13 +15,13 @@
 Policies: the names of SCRIPTED in sim/policies.py, direction-DEGREES and pixel-PIXELS, and here
     model               --checkpoint: picture and sentence, one pass, the policy head
     model-depth         the same with the depth picture of an imperfect camera and its intrinsics: an RGB-D encoder sees
-                        them, the pointing head (where there is one) decides, and the read-out of depth refines
+                        them, the pointing head (where there is one) decides, and `refine` of data/depth.py improves
     model-depth-head    by the paper's head; model-depth-raw, model-depth-head-raw: not refined
     model-point         by the pointing head, without depth
     model-text          the same answer spelled out token by token, as ManipLLM does; babble is a failure
     model-pixel         the model's pixel, the expert's direction; model-direction: the other way round
     blind, mean-action  the vision-free baselines: median label of the category and part; mean label
-    random-depth        a random pixel of the object, with the read-out of depth that model-depth has
+    random-depth        a random pixel of the object, refined on the depth picture as far as `refine` likes
     NAME=FOLDER         another checkpoint; a NAME that goes on with -depth, -depth-head, -point, -text .. as above
     NAME=MODULE:FUNC    your own (template: extras/example_policy.py); an error, or more than 10 s, is a failure
 Success means that the NAMED part moved: by >= 0.01 rad or m ("initial"), by >= 0.1 ("long"; sim/scene.py has the
@@ -83,10 +83,10 @@ DEMO = {"policy": "model-depth,model,expert,random,random-normal,blind", "split"
 
 @dataclass
 class EvalConfig:
-    policy: str = flag("model", "separated by commas, the first is drawn; x lists the names; physics: a set of them")
+    policy: str = flag("model", "separated by commas; --strips draws the first; x lists the names; physics: a set")
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the policy `model`")
     blind_table: str = flag("data/pretrained/blind_table.json", "what `mean-action` and `blind` know")
-    split: str = flag("", "which scenes; both where nothing else is asked for, val for physics", choices=("", *SPLITS))
+    split: str = flag("", "which scenes (default: both; physics: val; --objects: those alone)", choices=("", *SPLITS))
     objects: str = flag("", "folder of objects of your own: one more split, alone where there is no --split")
     episodes: int = flag(100, "scenes a split, categories in turn", low=1, high=1_000_000)
     seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)

@@ -1,6 +1,6 @@
 """Train the parts that see and speak: stage 0 (vision), 1.1 (align), 1.2 (cotrain). Stage 2 is finetune_policy.py.
 
-    python -m data.build --out data/cache/train                        # once
+    python -m data.build --scenes 30000 --out data/cache/train         # once
     python -m data.build --out data/cache/val --split val --scenes 600
     python train.py --stage vision          # the shipped runs: each stage starts where the one before ended
     python train.py --stage align

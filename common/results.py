@@ -24,8 +24,8 @@ END = "<!-- end -->"
 
 README_ROWS = {  # name in the results of RGBD -> what the row is
     "model": "RGB image and instruction, the paper's head of 3,152 parameters, all else frozen",
-    "model-depth": "the same checkpoint with the depth image of an imperfect camera and the pointing head",
-    "random-backbone-depth": "the same, frozen at its random start: only the heads were trained",
+    "model-depth": "the same weights, shown an imperfect camera's depth image too; pointing head, contact refined",
+    "random-backbone-depth": "`model-depth` with an untrained, frozen backbone: only the heads are trained",
     "blind": "vision-free baseline: median label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
     "expert": "oracle: scripted expert that knows the joint; scenes are those it solves",
@@ -49,8 +49,8 @@ GLOSSARY = """| row | what it is |
 | `expert, unconditioned` | scene acceptance rate: how many of the scenes tried it solved |
 
 Category mean: mean over categories of the rates at 0.01 / 0.1. Every policy acts on the same scenes with the same
-sentences. The depth image is that of an imperfect camera: noise, holes, ragged edges. Refined: moved to the place nearby
-that suits a suction cup best, flat and facing the predicted direction (`refine` in data/depth.py)."""
+sentences. The depth image is that of an imperfect camera: noise, holes, ragged edges. Refined: moved to the place
+nearby that suits a suction cup best, flat and facing the predicted direction (`refine` in data/depth.py)."""
 ABLATIONS = """On the third training (see "Earlier trainings"): RGB alone.
 
 | row | what changed |
@@ -252,9 +252,9 @@ def earlier(first: dict) -> str:
 
 HEAD = """# Results
 
-Made by `python -m common.results` from the committed JSON; do not edit. Each section names its JSON file and its command,
-as it was called that day. One training seed unless a row says otherwise; intervals are binomial and leave out the spread
-between trainings.
+Made by `python -m common.results` from the committed JSON; do not edit. Each section names its JSON file and its
+command, as it was called that day. One training seed unless a row says otherwise; intervals are binomial and leave out
+the spread between trainings.
 
 On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; the shipped model predicts
 the same to float rounding, so a success count differs by a few scenes of 550; weights trained there differ as much as

@@ -1,6 +1,6 @@
 """Make the training data: pictures, questions with known answers, manipulation samples, dense targets for the encoder.
 
-    python -m data.build --scenes 20000 --out data/cache/train
+    python -m data.build --scenes 30000 --out data/cache/train
     python -m data.build --scenes 600 --split val --out data/cache/val
 
 What lies in DIR afterwards:
@@ -19,7 +19,7 @@ Deterministic in --seed and --scenes, whatever --workers. A run that was stopped
 of scenes lie in DIR/parts until all are there.
 
 A train split shows the 20 seen categories; objects of the grammar (sim/grammar.py) with all labels; and, under the
-paper's rule (README "Seen and unseen"), unseen categories with general questions only: no part, contact, plan or
+paper's rule (README, "Unseen"), unseen categories with general questions only: no part, contact, plan or
 affordance. --hold-out treats seen categories as unseen ones and leaves archetypes out; --split transfer shows exactly
 those, so that transfer is chosen without the test categories (--hold-out Display,Toaster,trays,latch).
 
