@@ -196,8 +196,9 @@ def _fast(form, u, dt, A, B, C, D, state, *options):
     tensors = _prepare(u, dt, A, B, C, D, state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     u, dt, A, B, C, D, state = tensors
+    run = form.forward if torch.is_inference_mode_enabled() else form.apply  # without autograd's bookkeeping, or with
     with _no_autocast(u):
-        y, state, _ = form.apply(u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, *options)
+        y, state, _ = run(u, dt, A.t().contiguous(), B, C, D, state.transpose(1, 2), keep, *options)
     return y.to(y_dtype), state.transpose(1, 2)
 
 
@@ -217,7 +218,8 @@ def _refuse_graph():
 
 LOG2_E = math.log2(math.e)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes at most half of torch.exp's time
 SLAB = 512 * 1024  # elements of a working buffer, 2 MiB in float32: three of them stay in a usual last-level cache
-MIN_CHUNK, MAX_CHUNK = 16, 128  # time steps: with fewer the kept states are many, with more only memory is spent
+# Time steps: with fewer the kept states are many; with more a short sequence of one row leaves the second-level cache
+MIN_CHUNK, MAX_CHUNK = 16, 64
 
 
 def scan_chunked(u, dt, A, B, C, D=None, state=None, *, chunk=None):

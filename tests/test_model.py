@@ -121,6 +121,19 @@ def test_questions_that_share_an_image_equal_questions_asked_alone(mini):
 
 
 @torch.no_grad()
+def test_rows_of_similar_length_are_read_together_and_no_further_than_their_longest(mini, monkeypatch):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(0, 300, (6, 20))
+    owners, lengths = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([3, 20, 4, 5, 19, 6])
+    whole, read, real = mini.text_states(pictures, tokens, owners), [], mini.lm.backbone.forward
+    monkeypatch.setattr(mini.lm.backbone, "forward", lambda x, *states: read.append(x.shape[:2]) or real(x, *states))
+    states = mini.text_states(pictures, tokens, owners, lengths=lengths)
+    assert read == [(2, 16), (2, 4), (2, 6), (2, 20)]  # the pictures, then three pairs of rows
+    for row, length in enumerate(lengths):
+        close(states[row, :length], whole[row, :length])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pool", ["last", "first_last", "mean"])
 def test_padding_never_reaches_the_pooled_state(mini, pool):
     mini.config.head.pool = pool
