@@ -20,7 +20,7 @@ from sim.catalogue import SEEN, UNSEEN
 GRID = 16  # cells along one side
 FINE = 32  # the same of what is told of a named part
 ASKED = 2  # parts asked for in a picture
-DEPTH_DROPPED = 0.3  # fraction of the pictures whose depth an RGB-D encoder does not see (modality dropout)
+DEPTH_DROPPED = 0.5  # fraction of the pictures whose depth an RGB-D encoder does not see (modality dropout)
 N_KINDS = len(objects.PART_KINDS)
 N_CATEGORIES = len(SEEN) + len(UNSEEN) + 1
 N_COLOURS = len(objects.COLOURS)
