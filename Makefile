@@ -129,7 +129,7 @@ EVALUATE = $(PY) sim_eval.py --checkpoint $(RGBD) --split both --episodes 550 --
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
 evaluate: simulator runs/random/model.safetensors
-	$(EVALUATE) --policy $(POLICIES) --seed 7 --out runs/eval
+	$(EVALUATE) --policy $(POLICIES) --seed 11 --out runs/eval
 	$(PY) -m common.report runs/eval/results.json --out $(RGBD)/results.json
 	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
 	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)

@@ -78,9 +78,10 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 | `0-archetypes` .. `24-archetypes` | 3,500 pictures each, 40 % of them of so many archetypes; 800 + 40 + 350 steps |
 | `-depth` | shown depth too: the pointing head, refined; without it RGB alone and the paper's head |
 
-seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"), before
-new heads started at the mean state (`centre` in finetune_policy.py). Nothing was chosen by these numbers."""
-QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages of seed-0, then heads; `-depth` as above.
+seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). In stage
+vision 30 % of the pictures had no depth, now half of them; new heads did not start at the mean state yet (`centre` in
+finetune_policy.py); refined without the limit TURN (data/depth.py). Nothing was chosen by these numbers."""
+QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages of seed-0, then heads; all else as above.
 
 | row | questions of stage 1.2, beside the general ones |
 | --- | --- |
