@@ -46,6 +46,7 @@ WEIGHT_DECAY = 0.01
 CLIP = 1.0  # largest gradient norm, --unfreeze
 EVAL_EVERY = 5  # epochs
 CENTRED = 512  # samples whose mean state a new head starts at
+TURN = 4.0  # a depth image may turn the direction of an RGB-D model by so many times its median error on --val
 POINTED = 16  # samples of each batch that the pointing head learns from
 
 
@@ -314,6 +315,9 @@ def finetune(cfg: PolicyConfig) -> dict:
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)
         check_frozen(model, frozen)
+        if cfg.val and model.config.vision.depth:
+            error = result["point_degrees" if model.point else "approach_degrees"]
+            model.config.head.turn = min(180.0, round(TURN * error, 1))
         model.save_pretrained(out, half=cfg.half)
         result |= {"head_parameters": count(model.head), "head_share": share, "samples": len(samples)}
         result |= {"read_seconds": round(read_seconds, 1), "seconds": round(time.monotonic() - start, 1)}

@@ -570,7 +570,7 @@ class RoboMamba(nn.Module):
         Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
             measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
             any model's contact is refined on the measured surface (`refine` of data/depth.py), unless `refine` is
-            False; where the encoder saw the depth, only if that turns the direction by at most TURN degrees.
+            False, or that would turn its direction by more than `config.head.turn` degrees.
             point: True = by the pointing head, if there is one; False = by the paper's; None = True with depth.
         Raises: ValueError, also for an action that is not finite.
         """
@@ -600,8 +600,8 @@ class RoboMamba(nn.Module):
         if not (math.isfinite(u) and math.isfinite(v) and rotation.isfinite().all()):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
         if depth is not None and refine:
-            turn = depth_camera.TURN if self.config.vision.depth else 180.0
-            u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics, turn)
+            approach = rotation[:, 2].numpy()
+            u, v, approach = depth_camera.refine(u, v, approach, depth, intrinsics, self.config.head.turn)
             # The rotation follows its new approach; forward stays as near to the old one as that allows.
             rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))
         return Action(float(u), float(v), rotation.numpy())

@@ -53,6 +53,7 @@ class HeadConfig:  # the policy head (paper section 3.3, appendix Table 6)
     kind: str = "two_mlp"  # pixel and rotation apart (the paper's choice) | "one_mlp": one MLP with 8 outputs
     hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
     pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
+    turn: float = 180.0  # degrees by which a depth image may turn a predicted direction; set by finetune_policy.py
 
 
 @dataclass

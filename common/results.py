@@ -80,7 +80,7 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 
 seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). In stage
 vision 30 % of the pictures had no depth, now half of them; new heads did not start at the mean state yet (`centre` in
-finetune_policy.py); refined without the limit TURN (data/depth.py). Nothing was chosen by these numbers."""
+finetune_policy.py); refined without the limit `turn` (common/config.py). Nothing was chosen by these numbers."""
 QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages of seed-0, then heads; all else as above.
 
 | row | questions of stage 1.2, beside the general ones |

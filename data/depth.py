@@ -25,7 +25,6 @@ NOISE = 0.0015  # camera_depth: standard deviation in metres at 1 m, grows with 
 HOLES, HOLE_SIDE = 4, 0.03  # at most so many blobs, each of radius up to this share of the side
 EDGE_MIXED, EDGE_LOST = 0.5, 0.2  # shares of the pixels beside a jump that see a random neighbour's depth, or nothing
 SIDE, SIGMA, FLAT_REACH, POWER = 128, 7.0, 4, 6  # refine, chosen on validation scenes; pixels of a picture of SIDE
-TURN = 20.0  # degrees, chosen so too: what a model that saw the depth itself lets refine change of its direction
 FLAT_M = 0.002  # so much off the plane, plus one standard deviation of the camera's noise there, is flat
 
 

@@ -368,6 +368,7 @@ def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, 
     refine = lambda u, v, approach, d, k, turn: told.append((u, v, approach, turn)) or (u + 1, v, towards)  # noqa: E731
     monkeypatch.setattr(depth_camera, "refine", refine, raising=False)
     depth = np.full((48, 64), 0.5, np.float32)
+    rgbd.config.head.turn = 25.0
     for model in (mini, rgbd):
         plain = model.predict_action(picture, "open the drawer")
         action = model.predict_action(picture, "open the drawer", depth, (40, 40, 16, 16))
@@ -377,7 +378,7 @@ def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, 
         assert np.isclose(np.linalg.det(action.rotation), 1, atol=1e-5)
         unchanged = (u, v) == (plain.u, plain.v) and np.array_equal(approach, plain.approach)
         assert unchanged == (model is mini)  # the RGB-D encoder saw the geometry
-        assert turn == (180 if model is mini else depth_camera.TURN)
+        assert turn == model.config.head.turn == (180 if model is mini else 25)
     assert seen == [32, 32]
     with pytest.raises(ValueError, match="depth and intrinsics go together"):
         mini.predict_action(picture, "open", depth)
