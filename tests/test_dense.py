@@ -190,6 +190,7 @@ def test_pointing_is_learned(folder, rgbd, tmp_path):
     )
     assert many["point_px"] < 0.7 * few["point_px"] and many["point_degrees"] < few["point_degrees"]
     after = RoboMamba.from_pretrained(tmp_path / "after-40")
+    assert after.config.head.turn == min(180.0, round(4 * many["point_degrees"], 1)) and rgbd.config.head.turn == 180
     for name, p in after.named_parameters():
         frozen = torch.equal(p, rgbd.get_parameter(name))
         assert frozen != name.startswith(("head", "point"))
