@@ -39,7 +39,6 @@ from data.prompts import contact_question
 from extras.transformer import parameter_matched
 from robomamba import RoboMamba, count
 
-CHECKPOINT = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny-rgbd"
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
 SENTENCE = "open the top drawer"
 ANSWER = "37 52 05 71 93"
@@ -152,7 +151,7 @@ def measure(models: dict, device: torch.device, lengths: list[int], seconds: flo
 
 @dataclass
 class SpeedConfig:
-    checkpoint: str = flag(str(CHECKPOINT), "folder of the model")
+    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the model")
     out: str = flag("runs/speed", "folder for speed.json, speed.md and speed.png")
     seconds: float = flag(3.0, "of every comparison", low=0.001, high=3600)
     longest: int = flag(LENGTHS[-1], "tokens of context", low=LENGTHS[0], high=LENGTHS[-1])
