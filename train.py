@@ -111,8 +111,10 @@ def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
         raise ValueError("--vision-weights and --lm-weights: give both, or neither")
     torch.manual_seed(cfg.seed)
     if cfg.vision_weights:
-        from extras.published import read_parts  # extras/ may be deleted
-
+        try:
+            from extras.published import read_parts
+        except ModuleNotFoundError:
+            raise ValueError("--vision-weights: read by extras/published.py, which is not here") from None
         return read_parts(cfg.vision_weights, cfg.lm_weights, cfg.preset)
     if cfg.init:
         return RoboMamba.from_pretrained(cfg.init)
