@@ -315,7 +315,7 @@ def finetune(cfg: PolicyConfig) -> dict:
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)
         check_frozen(model, frozen)
-        if cfg.val and model.config.vision.depth:
+        if cfg.val and model.config.vision.depth and not cfg.unfreeze:  # which is shown no depth
             error = result["point_degrees" if model.point else "approach_degrees"]
             model.config.head.turn = min(180.0, round(TURN * error, 1))
         model.save_pretrained(out, half=cfg.half)

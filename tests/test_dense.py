@@ -198,3 +198,7 @@ def test_pointing_is_learned(folder, rgbd, tmp_path):
     depth = read_depth(folder / "images/0.depth.png")
     both = (after.predict_action(picture, "open", depth, (30, 30, 15.5, 15.5), way, refine=False) for way in (0, 1))
     assert not np.allclose(*((action.u, action.v) for action in both))
+    whole = dict(unfreeze=True, keep_head=True, epochs=1, checkpoint=str(tmp_path / "after-40"))
+    result = finetune(PolicyConfig(out=str(tmp_path / "whole"), batch_size=8, **(shared | whole)))
+    turn = RoboMamba.from_pretrained(tmp_path / "whole").config.head.turn
+    assert "point_degrees" not in result and turn == after.config.head.turn  # all weights: from RGB
