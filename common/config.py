@@ -82,6 +82,8 @@ class RoboMambaConfig:
             raise ValueError("lm.d_model: must be a multiple of 4 for position_code")
         if head.kind not in ("two_mlp", "one_mlp") or head.pool not in ("last", "first_last", "mean"):
             raise ValueError(f"head: no kind {head.kind!r} with pool {head.pool!r}; common/config.py lists them")
+        if not 0 <= head.turn <= 180:
+            raise ValueError(f"head.turn: {head.turn} is no angle of 0 .. 180 degrees")
 
     def to_dict(self) -> dict:
         return asdict(self)

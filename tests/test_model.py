@@ -354,6 +354,8 @@ def test_an_rgbd_encoder_sees_the_geometry_and_takes_none_as_zeros(rgbd, mini, t
     values["lm"]["mixer"] = "attention"
     with pytest.raises(ValueError, match="unknown key 'mixer'"):
         RoboMambaConfig.from_dict(values)
+    with pytest.raises(ValueError, match="head.turn: 181.0 is no angle of 0 .. 180 degrees"):
+        RoboMambaConfig.from_dict({"head": {"turn": 181.0}})
 
 
 def test_depth_reaches_the_encoder_and_refines_the_contact(rgbd, mini, picture, monkeypatch):
