@@ -141,7 +141,7 @@ evaluate: simulator runs/random/model.safetensors
 # Which robot questions help: short co-trainings after the first two stages of make short, and heads on each.
 BASE = presence=3,count=2,parts=2,state=3
 PLANS = plan=0,possible=0,success=0,past=0,future=0,movable=0
-WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --init $(SHORT)/align --max-steps $(ABLATION_STEPS)
+WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --init $(SHORT)/align --max-steps 400
 WITH_HEADS = $(PY) finetune_policy.py $(SHORT_DATA) --epochs 20
 questions: .venv/ready
 	$(WITH) --out $(SHORT)/with-all
@@ -153,47 +153,52 @@ questions: .venv/ready
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-plans --out $(SHORT)/with-plans-policy
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-neither --out $(SHORT)/with-neither-policy
 
-# What each target of stage vision brings, on categories that were shown without labels and archetypes that were never
-# shown. A row is named after the terms left out of its loss; its result: $(TARGETS)/ROW/policy/policy.json.
+# What each target of stage vision brings, and the grammar's share of the pictures, on categories that were shown without
+# labels and archetypes that were never shown. A row is named after the terms left out of the loss.
 TARGETS = runs/targets
 HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
-TARGET_DATA = --data $(TARGETS)/data --val $(TARGETS)/val --resume $(READ)
+TARGET_ROWS = nothing arm motion part named kinds geometry words encoder grammar-20 grammar-60
+define cotrained
+	$(RUN) train.py --stage cotrain --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
+	  --init "$(2)" --max-steps 350 --out $(TARGETS)/$(1)/cotrain
+	$(PY) finetune_policy.py --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
+	  --checkpoint $(TARGETS)/$(1)/cotrain --epochs 20 --out $(TARGETS)/$(1)/policy
+endef
 define without
-	$(RUN) train.py --stage vision $(TARGET_DATA) --more "$(2)" --max-steps 800 --out $(TARGETS)/$(1)/vision
-	$(RUN) train.py --stage cotrain $(TARGET_DATA) --init $(TARGETS)/$(1)/vision --max-steps 350 --out $(TARGETS)/$(1)/cotrain
-	$(PY) finetune_policy.py $(TARGET_DATA) --epochs 20 --checkpoint $(TARGETS)/$(1)/cotrain --out $(TARGETS)/$(1)/policy
+	$(RUN) train.py --stage vision --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
+	  --more "$(2)" --max-steps 800 --out $(TARGETS)/$(1)/vision
+	$(call cotrained,$(1),$(TARGETS)/$(1)/vision,$(3))
 endef
 targets: simulator
 	$(BUILD) $(HELD) --scenes 3500 --out $(TARGETS)/data
+	$(BUILD) $(HELD) --scenes 3500 --grammar 0.2 --out $(TARGETS)/data-20
+	$(BUILD) $(HELD) --scenes 3500 --grammar 0.6 --out $(TARGETS)/data-60
 	$(BUILD) $(HELD) --scenes 600 --split transfer --out $(TARGETS)/val
-	$(call without,nothing,)
-	$(call without,arm,arm=0)
-	$(call without,motion,motion=0)
-	$(call without,part,part=0$(,)dice=0)
-	$(call without,named,contact=0$(,)aim=0$(,)motion=0$(,)part=0$(,)dice=0$(,)arm=0)
-	$(call without,kinds,movable=0$(,)kinds=0$(,)openness=0)
-	$(call without,geometry,geometry=0$(,)mask=0)
-	$(call without,words,words=0)
+	$(call without,nothing,,data)
+	$(call without,arm,arm=0,data)
+	$(call without,motion,motion=0,data)
+	$(call without,part,part=0$(,)dice=0,data)
+	$(call without,named,contact=0$(,)aim=0$(,)motion=0$(,)part=0$(,)dice=0$(,)arm=0,data)
+	$(call without,kinds,movable=0$(,)kinds=0$(,)openness=0,data)
+	$(call without,geometry,geometry=0$(,)mask=0,data)
+	$(call without,words,words=0,data)
+	$(call cotrained,encoder,,data)
+	$(call without,grammar-20,,data-20)
+	$(call without,grammar-60,,data-60)
+	mkdir -p data/results/targets
+	for r in $(TARGET_ROWS); do cp $(TARGETS)/$$r/policy/policy.json data/results/targets/$$r.json; done
 
-# Short co-trainings with one thing changed each and a head on each; the shipped head from other seeds; everything
-# fine-tuned; half of the action from the oracle.
-ABLATION_STEPS ?= 400
-CUT = $(ONE) train.py --stage cotrain --max-steps $(ABLATION_STEPS) --resume $(TRAIN_FLAGS)
-GENERAL = $(BASE),$(PLANS),contact=0
-HEAD = $(PY) finetune_policy.py
-HALVES = model,model-pixel,model-direction,head-seed-1=runs/policy-1,head-seed-2=runs/policy-2
-SHORTENED = all-fine-tuned=runs/full,all-questions=runs/short-policy,general-only=runs/general-policy,untrained-encoder=runs/no-vision-policy
-ablations: .venv/ready
-	$(CUT) --out runs/short
-	$(CUT) --more $(GENERAL) --out runs/general
-	$(CUT) --init "" --out runs/no-vision
-	$(HEAD) --checkpoint runs/short --out runs/short-policy
-	$(HEAD) --checkpoint runs/general --out runs/general-policy
-	$(HEAD) --checkpoint runs/no-vision --out runs/no-vision-policy
-	$(HEAD) --out runs/policy-1 --seed 1
-	$(HEAD) --out runs/policy-2 --seed 2
-	$(HEAD) --checkpoint runs/policy --out runs/full --unfreeze --keep-head --epochs 3 --lr 3e-4
-	$(EVALUATE) --policy $(HALVES),$(SHORTENED),random-normal --out runs/ablations
+# Other heads on the shipped backbone, all weights fine-tuned, and half of the action from the oracle.
+HEAD = $(PY) finetune_policy.py --resume
+HALVES = model,model-pixel,model-direction
+HEADS = seed-1=runs/head-seed-1,mean-pool=runs/head-mean,one-mlp=runs/head-one,hidden-48=runs/head-48
+ablations: simulator
+	$(HEAD) --out runs/head-seed-1 --seed 1
+	$(HEAD) --out runs/head-mean --pool mean
+	$(HEAD) --out runs/head-one --head one_mlp
+	$(HEAD) --out runs/head-48 --hidden 48
+	$(HEAD) --out runs/full --checkpoint runs/policy --unfreeze --keep-head --epochs 3 --lr 3e-4
+	$(EVALUATE) --policy $(HALVES),$(HEADS),all-fine-tuned=runs/full --seed 11 --out runs/ablations
 	$(PY) -m common.report runs/ablations/results.json --out data/results/ablations.json
 
 results: .venv/ready

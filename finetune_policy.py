@@ -37,9 +37,10 @@ from common.optim import set_lr
 from common.pointing import PointingHead, peak, pointing_losses
 from common.scripts import cli, flag, progress, run_main
 from common.training import PARTS, Processes, Run, check_frozen, cosine, finished, freeze, order_of_pass, stop_on_nan
+from common.weights import count
 from data.dataset import load_manipulation, pack, pad, read_picture, to_tensor, tokens_and_maps, visual_tokens, ways
 from data.prompts import contact_question
-from robomamba import HeadConfig, PolicyHead, RoboMamba, count, init_weights, rotation_from_6d
+from robomamba import HeadConfig, PolicyHead, RoboMamba, init_weights, rotation_from_6d
 
 HEADS = ("head", "point")  # what is trained
 WEIGHT_DECAY = 0.01

@@ -8,17 +8,15 @@
     python robomamba.py --image scene.png --act "Open the top drawer."
     python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
 
-Read `selective_scan.py` first (the recurrence and the symbol key), then `common/config.py` (the shapes: dataclasses and
-presets), then this file top to bottom. Checkpoint files: `common/weights.py`; published Mamba and CLIP folders:
-`extras/published.py`; the tokenizer: `data/tokenizer.py`.
+Read `selective_scan.py` first (the recurrence and the symbol key), then `common/config.py` (the shapes), then this file
+top to bottom. Checkpoints: `common/weights.py`; published folders: `extras/published.py`; words: `data/tokenizer.py`.
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752; CLIP, arXiv 2103.00020.
 
 What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
   encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
              patch convolution (they train faster from scratch); trained by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
-  start      slower decay exp(dt A), and B, C are normalised (`bc_norm`): with the standard start the last state of so
-             small a model hardly depends on the image (tests/test_model.py measures it)
+  start      slower decay exp(dt A); B, C normalised (`bc_norm`): else the last state hardly depends on the image
   position   a fixed 2-D sine code is added to the visual tokens (the paper adds none)
   pooling    the policy head reads the last text state (`pool`); the paper's code averages it with the first
 """
@@ -29,8 +27,6 @@ What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b`
 
 import argparse
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,13 +70,12 @@ class ViTBlock(nn.Module):
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
-        W = cfg.width
-        self.layer_norm1 = nn.LayerNorm(W)
-        self.layer_norm2 = nn.LayerNorm(W)
-        self.self_attn = Attention(W, cfg.n_head)
+        self.layer_norm1 = nn.LayerNorm(cfg.width)
+        self.layer_norm2 = nn.LayerNorm(cfg.width)
+        self.self_attn = Attention(cfg.width, cfg.n_head)
         self.mlp = nn.Module()  # does nothing: a namespace, which makes the keys CLIP's, mlp.fc1.. and mlp.fc2..
-        self.mlp.fc1 = nn.Linear(W, cfg.mlp_ratio * W)
-        self.mlp.fc2 = nn.Linear(cfg.mlp_ratio * W, W)
+        self.mlp.fc1 = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
+        self.mlp.fc2 = nn.Linear(cfg.mlp_ratio * cfg.width, cfg.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -182,20 +177,16 @@ def position_code(side: int, d_model: int) -> Tensor:
 # ---- mamba -----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) over the last axis. F.rms_norm gives the same with twice as many operations."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.rsqrt(length * length / x.shape[-1] + eps)
-
-
 class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) over the last axis, times a learned weight. A float32 x is normalised as float32."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps).to(self.weight.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
 
 
 class LayerState(NamedTuple):
@@ -260,7 +251,7 @@ class MambaMixer(nn.Module):
         # lines 2 and 3: B = s_B(u), C = s_C(u)
         BC = BC.to(self.A_log.dtype).unflatten(-1, (2, cfg.d_state))  # (.., 2, N)
         if cfg.bc_norm:
-            BC = rms_norm(BC, cfg.norm_eps)
+            BC = F.rms_norm(BC, BC.shape[-1:], eps=cfg.norm_eps)
         B, C = BC.unbind(-2)
         return dt, -torch.exp(self.A_log), B, C
         # end of exercise 5
@@ -312,7 +303,7 @@ class MambaBackbone(nn.Module):
         self.layers = nn.ModuleList(MambaBlock(cfg) for _ in range(cfg.n_layer))
         self.norm_f = RMSNorm(cfg.d_model, eps=cfg.norm_eps)
 
-    def forward(self, x: Tensor, states: Sequence | None = None) -> tuple[Tensor, list[LayerState]]:
+    def forward(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list[LayerState]]:
         """Embeddings (B, L, D) after `states` (one a block or None) -> final-norm states (B, L, D), new `states`."""
         states = states or [None] * len(self.layers)
         after = []
@@ -322,7 +313,7 @@ class MambaBackbone(nn.Module):
             after.append(state)
         return self.norm_f(x), after
 
-    def step(self, x: Tensor, states: Sequence) -> tuple[Tensor, list[LayerState]]:
+    def step(self, x: Tensor, states: list) -> tuple[Tensor, list[LayerState]]:
         """One embedding (B, D) -> (B, D); memory stays constant however long the sequence gets."""
         return self(x, states)
 
@@ -431,14 +422,14 @@ class RoboMamba(nn.Module):
         user, assistant = (self.encoding.encode_single_token(name) for name in (tokenizer.USER, tokenizer.ASSISTANT))
         return [user, *self.encoding.encode_ordinary(question.strip()), assistant]
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: list[int]) -> str:
         """Token ids of an answer as words; ids beyond the vocabulary (padded embeddings) say nothing."""
         return self.encoding.decode([t for t in ids if t < self.encoding.n_vocab]).strip()
 
     def image_tensor(self, image) -> Tensor:
         """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays not."""
         S = self.config.vision.image_size
-        if isinstance(image, str | os.PathLike):
+        if isinstance(image, str | Path):
             image = read_picture(image, S)
         elif isinstance(image, Image.Image):
             image = image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
@@ -470,9 +461,8 @@ class RoboMamba(nn.Module):
         """Final-norm states (n, T, D) of the words `tokens` (n, T), each row after the image it speaks of.
 
         owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i speaks
-        of image i, and image and words are read in one pass.
-        lengths: (n,) true lengths, with owners: rows of similar length are read together, so that less padding is read
-        (a fifth of the time); states of padding are not defined. None: no row is padded.
+        of image i, and both are read in one pass. lengths: (n,) true lengths, with owners: rows of similar length are
+        read together, for less padding, whose states are not defined. None: no row is padded.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
@@ -567,11 +557,11 @@ class RoboMamba(nn.Module):
     ) -> Action:
         """One forward pass, nothing decoded: image (path, PIL image, uint8 (S, S, 3)) and instruction -> Action.
 
-        Args: depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not
-            measured. intrinsics: fx, fy, cx, cy in pixels of depth. With them an RGB-D encoder sees the geometry, and
-            any model's contact is refined on the measured surface (`refine` of data/depth.py), unless `refine` is
-            False, or that would turn its direction by more than `config.head.turn` degrees.
-            point: True = by the pointing head, if there is one; False = by the paper's; None = True with depth.
+        depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not measured.
+        intrinsics: fx, fy, cx, cy in pixels of depth. With both an RGB-D encoder sees the geometry, and any model's
+        contact is refined on the measured surface (`refine` of data/depth.py), unless `refine` is False or that would
+        turn its direction by more than `config.head.turn` degrees.
+        point: True = by the pointing head, if there is one; False = by the paper's; None = True with depth.
         Raises: ValueError, also for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -581,8 +571,7 @@ class RoboMamba(nn.Module):
         geometry = None
         if depth is not None:
             depth, intrinsics = depth_camera.resample(depth, intrinsics, S)
-            if self.config.vision.depth:
-                geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
+            geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
         image = self.image_tensor(image)
         point = self.point is not None and (depth is not None if point is None else point)
@@ -600,8 +589,7 @@ class RoboMamba(nn.Module):
         if not (math.isfinite(u) and math.isfinite(v) and rotation.isfinite().all()):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
         if depth is not None and refine:
-            approach = rotation[:, 2].numpy()
-            u, v, approach = depth_camera.refine(u, v, approach, depth, intrinsics, self.config.head.turn)
+            u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics, self.config.head.turn)
             # The rotation follows its new approach; forward stays as near to the old one as that allows.
             rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))
         return Action(float(u), float(v), rotation.numpy())
@@ -673,10 +661,6 @@ def init_weights(model: nn.Module) -> None:
             nn.init.uniform_(module.dt_proj.weight, -(cfg.rank**-0.5), cfg.rank**-0.5)
             dt = torch.exp(torch.empty_like(module.dt_proj.bias).uniform_(math.log(cfg.dt_min), math.log(cfg.dt_max)))
             module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())  # tied ones once
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

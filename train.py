@@ -43,12 +43,13 @@ from common.config import PRESETS
 from common.optim import Muon, parameter_groups, set_lr
 from common.scripts import cli, flag, run_main
 from common.training import Processes, Run, check_frozen, cosine, finished, freeze, parts_of, rows_of_step, stop_on_nan
+from common.weights import count
 from data.dataset import IGNORE, Batch, Conversations, visual_tokens, ways
 from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
 from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
-from robomamba import RoboMamba, RoboMambaConfig, count
+from robomamba import RoboMamba, RoboMambaConfig
 
 # The shipped runs: `--stage` alone means these.
 MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"

@@ -29,6 +29,11 @@ LOWEST = {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}  # other
 RETIRED = (("mixer", "mamba"),)  # what older configs say and nothing depends on
 
 
+def count(module: nn.Module) -> int:
+    """Number of parameters; tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def check_number(name: str, value, whole: bool, low: float, key: str = "") -> int | float:
     """The value, if it is a (whole) number from `low` to the largest one reasonable for `key`."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):

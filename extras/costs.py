@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from common.config import PRESETS
-from common.weights import KEEP_FLOAT32
-from robomamba import RoboMamba, count
+from common.weights import KEEP_FLOAT32, count
+from robomamba import RoboMamba
 
 TOKENS = (1024, 8192, 65536)  # lengths at which the cache is told
 ASSUMED = """MB are 10^6 bytes. State: at any length; convolution inputs bfloat16, h float32.

@@ -264,7 +264,8 @@ def split_name(folder: Path) -> tuple[str, dict]:
 def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]:
     """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
     from common.training import Processes
-    from robomamba import RoboMamba, count
+    from common.weights import count
+    from robomamba import RoboMamba
 
     start = time.monotonic()
     folders = [Path(name) for name in cfg.data.split(",")]

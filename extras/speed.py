@@ -35,9 +35,10 @@ from common.files import write_atomically, write_json, write_text
 from common.plots import draw_lines
 from common.report import SPEED_NOTES, speed_table
 from common.scripts import cli, environment, flag, progress, run_main
+from common.weights import count
 from data.prompts import contact_question
 from extras.transformer import parameter_matched
-from robomamba import RoboMamba, count
+from robomamba import RoboMamba
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
 SENTENCE = "open the top drawer"

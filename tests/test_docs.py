@@ -12,9 +12,10 @@ import pytest
 from test_commands import commands, execute
 
 from common import results
+from common.weights import count
 from data.depth import read_depth
 from data.prompts import contact_question
-from robomamba import RoboMamba, count
+from robomamba import RoboMamba
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / results.RGBD

@@ -12,9 +12,10 @@ from PIL import Image
 
 from common.config import PRESETS
 from common.report import SPEED_ROWS, speed_table
+from common.weights import count
 from extras import speed
 from extras.transformer import append, parameter_matched, transformer_blocks
-from robomamba import MambaLM, RoboMamba, count
+from robomamba import MambaLM, RoboMamba
 
 
 def close(a, b):
