@@ -217,7 +217,8 @@ def _refuse_graph():
 # --- the chunked form: u, dt, gy (T, b, E); A (N, E), and A2 = A * LOG2_E; B, C (T, b, N); states (b, N, E) ---
 
 LOG2_E = math.log2(math.e)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes at most half of torch.exp's time
-SLAB = 512 * 1024  # elements of a working buffer, 2 MiB in float32: three of them stay in a usual last-level cache
+# Elements of a working buffer for each of up to MOST threads, 2 MiB in float32: three stay in a usual last-level cache
+SLAB, MOST = 512 * 1024, 4
 # Time steps: with fewer the kept states are many; with more a short sequence of one row leaves the second-level cache
 MIN_CHUNK, MAX_CHUNK = 16, 64
 
@@ -283,11 +284,15 @@ def _backward_chunk(u, dt, A, B, C, gy, h, carry, buffers):
 
 
 def _block_sizes(batch, L, N, E, chunk):
-    """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements."""
-    T = min(L, chunk or min(max(SLAB // (batch * N * E), MIN_CHUNK), MAX_CHUNK))
+    """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements a thread.
+
+    One step of one thread's rows is then the least that PyTorch divides among two threads.
+    """
+    room = SLAB * min(torch.get_num_threads(), MOST)
+    T = min(L, chunk or min(max(room // (batch * N * E), MIN_CHUNK), MAX_CHUNK))
     if chunk is None:
         T = math.ceil(L / math.ceil(L / T))  # even: a last chunk of one step would cost nearly as much as a full one
-    rows = min(batch, max(1, SLAB // (T * N * E)))
+    rows = min(batch, max(1, room // (T * N * E)))
     return T, math.ceil(batch / math.ceil(batch / rows))
 
 
@@ -333,7 +338,7 @@ class _ChunkedScan(_Scan):
         _refuse_graph()
         u, dt, A, B, C, D, bounds = ctx.saved_tensors
         (batch, L, E), N = u.shape, A.shape[0]
-        T, n_rows = _block_sizes(batch, L, N, E, *ctx.options)
+        T, n_rows = _block_sizes(batch, L, N, E, ctx.options[0] or math.ceil(L / len(bounds)))
         buffers = u.new_empty(3, T * n_rows * N * E)
         grads = [x.new_empty(x.shape) for x in (u, dt, B, C)]
         gA, g_first = torch.zeros_like(A), u.new_empty(batch, N, E)

@@ -212,11 +212,28 @@ def test_blocks_of_batch_rows(monkeypatch, sizes, rows):
     check_definition(scan_chunked, 25, torch.float64, **sizes)
 
 
-def test_a_buffer_holds_about_a_slab():
+@pytest.mark.parametrize("threads", (1, 2, 64))
+def test_a_buffer_holds_about_a_slab_a_thread(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for B, L, E, N in ((8, 128, 512, 16), (1, 4096, 256, 16), (64, 65, 384, 8), (1, 1, 1, 1), (1000, 3, 5120, 16)):
         T, rows = module._block_sizes(B, L, N, E, None)
         assert 1 <= T <= min(L, module.MAX_CHUNK) and 1 <= rows <= B
-        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB
+        assert rows == 1 or T * rows * N * E <= 1.1 * module.SLAB * min(threads, 4)
+
+
+def test_backward_with_another_number_of_threads(monkeypatch):
+    """It needs the chunks of the forward pass, whose states were kept."""
+    args = example_inputs(8, 40, 512, 16)
+    wanted = torch.autograd.grad(scan_reference(*args)[0].sum(), args)
+    sizes = []
+    for forward, backward in ((1, 4), (4, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=forward: n)
+        y, _ = scan_chunked(*args)
+        sizes.append(module._block_sizes(8, 40, 16, 512, None)[0])
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=backward: n)
+        for got, want in zip(torch.autograd.grad(y.sum(), args), wanted, strict=True):
+            close(got, want, 1e-5)
+    assert sizes[0] != sizes[1]
 
 
 def test_linear_graph_of_the_reference():
