@@ -158,6 +158,7 @@ questions: .venv/ready
 TARGETS = runs/targets
 HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
 TARGET_ROWS = nothing arm motion part named kinds geometry words encoder grammar-20 grammar-60
+HELD_SCENES = --split val --categories Display,Toaster,KitchenPot,FoldingChair,grammar:trays,grammar:latch
 define cotrained
 	$(RUN) train.py --stage cotrain --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
 	  --init "$(2)" --max-steps 350 --out $(TARGETS)/$(1)/cotrain
@@ -185,8 +186,9 @@ targets: simulator
 	$(call cotrained,encoder,,data)
 	$(call without,grammar-20,,data-20)
 	$(call without,grammar-60,,data-60)
-	mkdir -p data/results/targets
-	for r in $(TARGET_ROWS); do cp $(TARGETS)/$$r/policy/policy.json data/results/targets/$$r.json; done
+	$(PY) sim_eval.py $(HELD_SCENES) --episodes 600 --workers $(PROCESSES) --out $(TARGETS)/eval --policy \
+	  $(subst $(eval ) ,$(,),$(foreach r,$(TARGET_ROWS),$(r)=$(TARGETS)/$(r)/policy $(r)-depth=$(TARGETS)/$(r)/policy))
+	$(PY) -m common.report $(TARGETS)/eval/results.json --out data/results/targets.json
 
 # Other heads on the shipped backbone, all weights fine-tuned, and half of the action from the oracle.
 HEAD = $(PY) finetune_policy.py --resume

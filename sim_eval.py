@@ -51,11 +51,11 @@ import numpy as np
 from PIL import Image
 
 from common.report import report, summarise, write_results
-from common.scripts import cli, environment, flag, parallel, progress, run_main
+from common.scripts import cli, environment, flag, listed, parallel, progress, run_main
 from data import depth, questions
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 from sim import policies
-from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN
+from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, GRAMMAR, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN
 from sim.expert import Label, expert, facts, why_unsolved
 from sim.partnet import ObjectScene, find_objects
 from sim.pictures import ZOOM, draw_strips
@@ -87,6 +87,7 @@ class EvalConfig:
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the policy `model`")
     blind_table: str = flag("data/pretrained/blind_table.json", "what `mean-action` and `blind` know")
     split: str = flag("", "which scenes (default: both; physics: val; --objects: those alone)", choices=("", *SPLITS))
+    categories: str = flag("", "only these of the split: a list; val has archetypes of the grammar too: grammar:book")
     objects: str = flag("", "folder of objects of your own: one more split, alone where there is no --split")
     episodes: int = flag(100, "scenes a split, categories in turn", low=1, high=1_000_000)
     seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
@@ -340,6 +341,14 @@ class Bench:
 # ---- the whole run ---------------------------------------------------------------------------------------------------
 
 
+def only(splits: dict[str, tuple], categories: str) -> dict[str, tuple]:
+    """Of each split the categories that are named. Raises: ValueError for one that none of the splits has."""
+    splits = {split: (*names, *GRAMMAR) if split == "val" else names for split, names in splits.items()}
+    wanted = listed("--categories", categories, tuple(name for names in splits.values() for name in names))
+    found = {split: tuple(name for name in wanted if name in names) for split, names in splits.items()}
+    return {split: names for split, names in found.items() if names}
+
+
 def make_jobs(cfg: EvalConfig, splits: dict[str, tuple]) -> list[Job]:
     """--episodes jobs a split; its categories in turn, so that each has its equal share (or one less)."""
     return [
@@ -444,6 +453,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = replace(cfg, split="both")
     bench = Bench(cfg)  # a bad policy or checkpoint is named here
     splits = SPLITS[cfg.split] if cfg.split else {}
+    if cfg.categories:
+        splits = only(splits, cfg.categories)
     broken, held = {}, {}
     if cfg.objects:  # and here a folder without any usable object
         names, broken, held = find_objects(cfg.objects)

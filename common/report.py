@@ -240,16 +240,17 @@ def categories(results: dict) -> str:
         summaries = [policy["splits"][split] for policy in policies.values()]
         groups = [summary["categories"] for summary in summaries]
         names = list(dict.fromkeys(name for group in groups for name in group))
+        known = [paper["categories"][name] for name in names if name in paper["categories"]]  # not archetypes
         rows = []
         for name in names:
             ours = [both(group[name]) if name in group else "-" for group in groups]
-            theirs = [f"{paper['categories'][name][column]:.2f}" for column in columns]
+            theirs = [f"{paper['categories'][name][c]:.2f}" if name in paper["categories"] else "-" for c in columns]
             rows.append([name, max(group[name]["n"] for group in groups if name in group), *ours, *theirs])
         ours = [both(summary["category_mean"], summary["n"]) for summary in summaries]
-        theirs = [f"{sum(paper['categories'][name][c] for name in names) / max(1, len(names)):.2f}" for c in columns]
+        theirs = [f"{sum(row[c] for row in known) / max(1, len(known)):.2f}" for c in columns]
         rows.append(["mean", "", *ours, *theirs])
-        printed = paper["printed_average"].get(split) if results["split"] in ("both", split) else None
-        if printed:
+        printed = paper["printed_average"].get(split)
+        if printed and results["split"] in ("both", split) and "--categories" not in results["command"]:
             rows.append(["the average they print", "", *[""] * len(ours), *(f"{printed[c]:.2f}" for c in columns)])
         lines += [grid([split, "n", *policies, *(f"{name} (theirs)" for name in columns)], rows), ""]
     return "\n".join(lines)

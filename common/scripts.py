@@ -54,6 +54,14 @@ def flag_name(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
+def listed(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """ "a, b" -> ("a", "b"). Raises: ValueError for a name that is not known."""
+    names = tuple(word.strip() for word in text.split(",") if word.strip())
+    if unknown := [word for word in names if word not in known]:
+        raise ValueError(f"{name}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    return names
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists the flags)")

@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import read_json, read_npz, write_atomically, write_json, write_text
-from common.scripts import check_flags, cli, environment, flag, parallel, progress, run_main
+from common.scripts import check_flags, cli, environment, flag, listed, parallel, progress, run_main
 from data import questions
 from data.depth import MM_PER_M, camera_depth, windows
 from data.tokenizer import NUMBER_BASE, NUMBERS, train_ranks, write_ranks
@@ -93,14 +93,6 @@ def check(cfg: BuildConfig) -> None:
         if getattr(cfg, one) + getattr(cfg, other) > 1:
             raise ValueError(f"--{one} and --{other} together must be at most 1")
     draw_from(cfg)
-
-
-def listed(flag_name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """ "a, b" -> ("a", "b"). Raises: ValueError for a name that is not known."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{flag_name}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-    return names
 
 
 def chosen_archetypes(cfg: BuildConfig) -> tuple[str, ...]:

@@ -290,6 +290,19 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert drawers == {*DRAWER_DOOR_UNSEEN} and doors == {*DRAWER_DOOR_SEEN}
 
 
+def test_only_some_categories_and_archetypes(tmp_path):
+    both = {"seen": ("Door", "Box"), "unseen": ("Table",)}
+    assert sim_eval.only(both, "Table") == {"unseen": ("Table",)}
+    assert sim_eval.only(both, "Box, Table") == {"seen": ("Box",), "unseen": ("Table",)}
+    with pytest.raises(ValueError, match="--categories: unknown grammar:book; choose from Door, Box, Table"):
+        sim_eval.only(both, "grammar:book")
+    flags = ("--policy", "expert", "--split", "val", "--categories", "Laptop,grammar:trays", "--episodes", 4)
+    results = run(tmp_path, *flags, "--workers", 1)
+    shown = results["splits"]["val"]["categories"]
+    assert {name: scores["n"] for name, scores in shown.items()} == {"Laptop": 2, "grammar:trays": 2}
+    assert "grammar:trays | 2 | 1.00 / 1.00 | - | - |" in (tmp_path / "categories.md").read_text()
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
     model = load_model(checkpoints["a"])
