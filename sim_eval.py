@@ -5,7 +5,6 @@
     python sim_eval.py --policy model,other=FOLDER --split val --out runs/val        # another checkpoint beside it
     python sim_eval.py --policy mine=package.module:function --out runs/mine         # a policy of your own
     python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your objects (sim/partnet.py)
-    python sim_eval.py --policy model --closed-loop 3 --out runs/closed              # three more grips, new pictures
     python sim_eval.py --policy physics --episodes 300 --out runs/physics            # what does the simulator forgive?
 
     (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (u, v), approach
@@ -92,7 +91,6 @@ class EvalConfig:
     episodes: int = flag(100, "scenes a split, categories in turn", low=1, high=1_000_000)
     seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
     workers: int = flag(2, "processes", low=1, high=256)
-    closed_loop: int = flag(0, "more grips after the first, each with a new picture and prediction", low=0, high=100)
     strips: int = flag(0, "pictures of so many episodes of the first policy, and one GIF", low=0, high=1000)
     out: str = flag("runs/eval", "folder for results.json, table.md and pictures")
     demo: bool = flag(False, "a dialogue, then 32 + 32 scenes and six strips")
@@ -330,10 +328,6 @@ class Bench:
                 labels = labels or all_labels(scene, label)
                 if len(labels) > 1:
                     record["language"] = wrong_sentence(policy, o, done, labels)
-            if self.cfg.closed_loop:
-                from extras.closed_loop import grip_again
-
-                record["closed_loop"] = grip_again(policy, o, done, self.cfg.closed_loop, f"policy {name}")
             answer["records"].append(record)
         return answer
 

@@ -83,7 +83,7 @@ def wilson(k: int, n: int, z: float = 1.959964) -> dict:
 
 
 def rates(records: list[dict]) -> dict:
-    """Both success rates of records (or of their closed loops)."""
+    """Both success rates of records."""
     return {goal: wilson(sum(record[goal] for record in records), len(records)) for goal in GOALS}
 
 
@@ -125,11 +125,6 @@ def summarise_split(records: list[dict]) -> dict:
     out["category_mean"] = {goal: mean([c[goal] for c in out["categories"].values()]) for goal in GOALS}
     out["reasons"] = dict(Counter(record["reason"] for record in records).most_common())
     out["on_part"] = rates([record for record in records if record.get("on_part")])
-    again = [record for record in records if "closed_loop" in record]
-    if again:
-        loops = [record["closed_loop"] for record in again]
-        scores = [rates(group) | {"moved": median([r["moved"] for r in group])} for group in (loops, again)]
-        out["closed_loop"] = {**scores[0], "grips": max(len(loop["reasons"]) for loop in loops), "open": scores[1]}
     for key in ("pixel_error", "approach_error_deg"):  # medians against the expert's contact
         out[key] = median([record[key] for record in records if key in record])
     return out
@@ -180,19 +175,7 @@ def report(results: dict) -> str:
             rows.append([name, ms, percent(said["nearest"]), f"{said['chance']:.2f}", *sentences])
     if rows:
         lines += [grid(SENTENCES, rows), "", SENTENCES_TEXT, ""]
-    for name, policy in results["policies"].items():
-        name = plain(name)
-        for split, summary in policy["splits"].items():
-            if "closed_loop" in summary:
-                again = summary["closed_loop"]
-                what = f"{name}, {split}, closed loop ({again['grips']} grips, a prediction each)"
-                lines += [f"{what}: {motion(again)};", f"open loop, same scenes: {motion(again['open'])}.", ""]
     return "\n".join(lines + skips(results["skipped"]))
-
-
-def motion(loop: dict) -> str:
-    rates = "".join(f"{text} {percent(loop[goal])}, " for goal, text in GOALS.items())
-    return f"{rates}median motion {loop['moved']:.2f}"
 
 
 def skips(skipped: dict) -> list[str]:

@@ -622,7 +622,6 @@ def alive(pid: int) -> bool:
         (("--policy", "expert", "--seed", "-1"), "--seed -1"),
         (("--policy", "expert", "--strips", "-1"), "--strips -1"),
         (("--policy", "expert", "--loud"), "--loud"),
-        (("--policy", "expert", "--closed-loop", "-1"), "--closed-loop -1"),
         (("--policy", "expert", "--objects", "no/such/folder"), "no/such/folder"),
     ],
 )
