@@ -1,9 +1,9 @@
-# make demo     the environment, then seconds: a dialogue, a robot, a table, pictures in demo/
-# make test     the environment, then the whole suite
-# make quick    a policy of one's own in ten minutes: data, stages, heads, evaluation (runs/quick)
+# make demo     sets up the environment; then, in seconds: a dialogue, a robot, a table, pictures in demo/
+# make test     sets up the environment, then runs the whole suite
+# make quick    train your own policy in ten minutes: data, stages, heads, evaluation (runs/quick)
 # make short    the same for all categories, in half an hour; SEED=1, ARCHETYPES=strict or a number
-# make train    the shipped checkpoint from nothing (hours on two cores); make ship, make evaluate: commit and score it
-# make results  RESULTS.md and the README's table again, from the committed JSON
+# make train    the shipped checkpoint from scratch (hours on two cores); make ship, make evaluate: install and score it
+# make results  regenerates RESULTS.md and the README's table from the committed JSON
 #
 # Steps and rates are the defaults of the scripts. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS are added to every command of
 # that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PY = .venv/bin/python
 PROCESSES ?= 2
 RGBD = data/pretrained/robomamba-tiny-rgbd
-# One thread a process: on few cores several one-thread processes are faster than one process of several threads.
+# One thread per process: on few cores several one-thread processes are faster than one process with several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
 ifdef GPU
 RUN = $(PY)
@@ -30,7 +30,7 @@ EVAL_FLAGS ?=
 
 .PHONY: simulator demo test lint quick short train ship evaluate questions targets ablations results clean
 
-# ---- the environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
+# ---- environment: an existing .venv is used as it is; PyBullet has wheels for Python 3.11 on Linux only
 
 .venv/ready: pyproject.toml constraints.txt
 	@test -x $(PY) || "$(PYTHON)" -c "$(NEW)" 2> /dev/null || { echo "No Python >= 3.11 here. Install 3.11, or run \
@@ -84,7 +84,7 @@ quick: simulator
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
 	  --episodes $(QUICK_EPISODES) --workers $(PROCESSES) --strips 6 --out $(QUICK)/eval
 
-# ---- all the stages in half an hour on two quiet cores: for seeds, the strict variant, questions left out, and the variety curve
+# ---- all stages in half an hour on two quiet cores: for seeds, the strict variant, ablations and the variety curve
 # (make short ARCHETYPES=6 SHORT=runs/variety-6 SHORT_SCENES=3500 SHORT_STEPS="800 40 350")
 
 SEED ?= 0
@@ -103,7 +103,7 @@ short: simulator
 	  --init $(SHORT)/align --out $(SHORT)/cotrain
 	$(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 --half --checkpoint $(SHORT)/cotrain --out $(SHORT)/policy
 
-# ---- the shipped checkpoint from nothing; every stage goes on where it was interrupted
+# ---- the shipped checkpoint from scratch; every stage resumes where it was interrupted
 
 train: simulator
 	$(BUILD) --scenes 30000 --out data/cache/train $(DATA_FLAGS)
@@ -113,7 +113,7 @@ train: simulator
 	$(RUN) train.py --stage cotrain --resume $(READ) $(TRAIN_FLAGS)
 	$(PY) finetune_policy.py --half --resume $(READ)
 
-# What is committed of a training: weights, curves, what the data were.
+# What is committed of a training: weights, curves, the manifest of the data.
 ship: .venv/ready
 	mkdir -p $(RGBD)
 	cp $(addprefix runs/policy/,model.safetensors config.json vocab.tiktoken policy.json) $(RGBD)/
@@ -121,7 +121,7 @@ ship: .venv/ready
 	echo stage,step,seconds,name,value > $(RGBD)/metrics.csv
 	for s in vision align cotrain policy; do tail -n +2 runs/$$s/metrics.csv | sed "s/^/$$s,/"; done >> $(RGBD)/metrics.csv
 
-# The tables: test scenes of the robot beside the baselines, then test questions in words.
+# The tables: manipulation on test scenes next to the baselines, then test questions in words.
 OURS = model,model-point,model-text,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw
 BASELINES = random-backbone-depth=runs/random,random-depth,blind,part-pixel-normal,random-normal,random
 POLICIES = $(OURS),$(BASELINES),expert
@@ -138,7 +138,7 @@ evaluate: simulator runs/random/model.safetensors
 	cp runs/reasoning/reasoning.json $(RGBD)/
 	$(PY) -m common.results
 
-# Which robot questions help: short co-trainings after the first two stages of make short, and heads on each.
+# Ablation of the robot questions: short co-trainings after the first two stages of make short, and heads on each.
 BASE = presence=3,count=2,parts=2,state=3
 PLANS = plan=0,possible=0,success=0,past=0,future=0,movable=0
 WITH = $(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --init $(SHORT)/align --max-steps 400
@@ -153,8 +153,8 @@ questions: .venv/ready
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-plans --out $(SHORT)/with-plans-policy
 	$(WITH_HEADS) --checkpoint $(SHORT)/with-neither --out $(SHORT)/with-neither-policy
 
-# What each target of stage vision brings, and the grammar's share of the pictures, on categories that were shown without
-# labels and archetypes that were never shown. A row is named after the terms left out of the loss.
+# Ablation of the targets of stage vision and of the grammar's share of the pictures, scored on categories that were shown
+# without labels and archetypes that were never shown. A row is named after the terms left out of the loss.
 TARGETS = runs/targets
 HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
 TARGET_ROWS = nothing arm motion part named kinds geometry words encoder grammar-20 grammar-60
@@ -192,8 +192,8 @@ targets: simulator
 
 # Other heads on the shipped backbone, all weights fine-tuned, and half of the action from the oracle.
 HEAD = $(PY) finetune_policy.py --resume
-HALVES = model,model-pixel,model-direction
-HEADS = seed-1=runs/head-seed-1,mean-pool=runs/head-mean,one-mlp=runs/head-one,hidden-48=runs/head-48
+HALVES = model,model-pixel,model-direction,model-depth
+HEADS = seed-1=runs/head-seed-1,mean-pool=runs/head-mean,one-mlp=runs/head-one,hidden-48=runs/head-48,seed-1-depth=runs/head-seed-1
 ablations: simulator
 	$(HEAD) --out runs/head-seed-1 --seed 1
 	$(HEAD) --out runs/head-mean --pool mean

@@ -1,23 +1,23 @@
-"""Stage 2: a policy head of about 0.1 % of the parameters learns to manipulate; the rest stays frozen, bit for bit.
+"""Stage 2: train a policy head, about 0.1 % of the parameters, to manipulate; the rest stays frozen, bit for bit.
 
     python finetune_policy.py --half                                    # the shipped run: minutes on two cores
-    python finetune_policy.py --out runs/random --random-backbone       # baseline: a head on a model never trained
+    python finetune_policy.py --out runs/random --random-backbone       # baseline: a head on an untrained model
     python finetune_policy.py --checkpoint runs/policy --keep-head --unfreeze --epochs 3 --lr 3e-4 --out runs/full
 
 The backbone never changes, so each (picture, instruction) is encoded once: its pooled state (RoboMamba section 3.3) is
-computed and kept, and the head trains on those vectors. Losses (paper Eq. 5 and 6): L1 on the pixel, here as
-a fraction of the picture, plus the geodesic angle between the predicted and the true gripper rotation. Yaw about the
-approach is filled by a fixed rule (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the
-paper's random yaw the angle could not fall below 90 degrees on average.
+cached, and the head trains on those vectors. Losses (paper Eq. 5 and 6): L1 on the pixel, here as a fraction of the
+picture, plus the geodesic angle between the predicted and the true gripper rotation. A fixed rule sets the yaw about
+the approach (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the paper's random yaw, the
+mean angle could not fall below 90 degrees.
 
-An encoder with a fine map (--preset tiny-rgbd) has a second head, the pointing head of 0.8 % of the parameters, which
-learns from some samples of each batch: for each cell of the map, whether it is the contact. An RGB-D encoder is shown
-every picture twice, with its depth and without.
+A model with a fine map (--preset tiny-rgbd) has a second head, the pointing head, with 0.8 % of the parameters. It
+trains on part of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees
+every picture twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
-    loss, the mean of each epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
-    (median angle of the approach axis, which is what decides), rotation_degrees (median angle of the whole rotation);
-    point_px, point_degrees: the same of the pointing head
+    loss, averaged per epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
+    (median angle of the approach axis, which is what matters), rotation_degrees (median angle of the whole rotation);
+    point_px, point_degrees: the same for the pointing head
 """
 
 import math
@@ -44,11 +44,11 @@ from robomamba import HeadConfig, PolicyHead, RoboMamba, init_weights, rotation_
 
 HEADS = ("head", "point")  # what is trained
 WEIGHT_DECAY = 0.01
-CLIP = 1.0  # largest gradient norm, --unfreeze
+CLIP = 1.0  # maximum gradient norm with --unfreeze
 EVAL_EVERY = 5  # epochs
-CENTRED = 512  # samples whose mean state a new head starts at
-TURN = 4.0  # a depth image may turn the direction of an RGB-D model by so many times its median error on --val
-POINTED = 16  # samples of each batch that the pointing head learns from
+CENTRED = 512  # samples whose mean state a new head is centred on
+TURN = 4.0  # depth may turn an RGB-D model's direction by up to this many times its median error on --val
+POINTED = 16  # samples per batch for the pointing head
 
 
 @dataclass
@@ -56,26 +56,26 @@ class PolicyConfig:
     checkpoint: str = flag("runs/cotrain", "folder of the co-trained model")
     data: str = flag("data/cache/train", "folder made by data.build")
     val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = no validation')
-    out: str = flag("runs/policy", "folder of the new checkpoint")
-    cache: str = flag("", "folder of cached visual tokens (default: the data folder; OUT where that is read-only)")
-    resume: bool = flag(False, "go on from OUT/checkpoint.pt, bit for bit")
+    out: str = flag("runs/policy", "output folder for the new checkpoint")
+    cache: str = flag("", "folder for cached visual tokens (default: the data folder, or OUT if that is read-only)")
+    resume: bool = flag(False, "resume from OUT/checkpoint.pt, bit for bit")
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    workers: int = flag(0, "further processes that read pictures in advance, for a GPU", low=0)
-    seed: int = flag(0, "of the new head, and of the order of the samples", low=0)
-    samples: int = flag(10_000, "manipulation samples used (the paper's 10K)", low=1)
+    workers: int = flag(0, "extra processes that read pictures in advance, for a GPU", low=0)
+    seed: int = flag(0, "random seed for the new head and the sample order", low=0)
+    samples: int = flag(10_000, "number of manipulation samples to use (the paper's 10K)", low=1)
     epochs: int = flag(60, "passes over the samples", low=1)
-    max_steps: int = flag(0, "stop after so many steps instead; 0 = all epochs", low=0)
-    batch_size: int = flag(128, "samples a step", low=1)
-    lr: float = flag(2e-3, "peak: one epoch of linear warm-up, then cosine", low=1e-9)
+    max_steps: int = flag(0, "number of training steps, overrides --epochs; 0 = all epochs", low=0)
+    batch_size: int = flag(128, "samples per step", low=1)
+    lr: float = flag(2e-3, "peak learning rate: one epoch of linear warm-up, then cosine decay", low=1e-9)
     direction_weight: float = flag(
-        0.3, "of the angle (radians) against the pixel's L1 (fraction of the picture)", low=0
+        0.3, "weight of the angle (radians) relative to the pixel L1 (fraction of the picture)", low=0
     )
-    head: str = flag("two_mlp", "pixel and rotation apart, or together (paper Table 6)", choices=("two_mlp", "one_mlp"))
+    head: str = flag("two_mlp", "two MLPs (pixel, rotation) or one (paper Table 6)", choices=("two_mlp", "one_mlp"))
     hidden: int = flag(8, "hidden width of the new head", low=1)
-    pool: str = flag("last", "what the head reads of the text states", choices=("last", "first_last", "mean"))
-    keep_head: bool = flag(False, "go on with the checkpoint's head instead of a new one")
-    random_backbone: bool = flag(False, "new random vision, projector and language model: a baseline")
-    unfreeze: bool = flag(False, "train all parameters on the samples (upper reference; the paper freezes them)")
+    pool: str = flag("last", "how text states are pooled for the head", choices=("last", "first_last", "mean"))
+    keep_head: bool = flag(False, "keep training the checkpoint's head instead of a new one")
+    random_backbone: bool = flag(False, "baseline: random weights in vision, projector and language model")
+    unfreeze: bool = flag(False, "train all parameters on the samples (an upper reference, unlike the paper)")
     half: bool = flag(False, "save weight matrices in float16")
 
 
@@ -112,7 +112,7 @@ def errors(head: PolicyHead, states: Tensor, pixel: Tensor, rotation: Tensor, im
 
 
 def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> Tensor:
-    """Of states (n, D) and fine maps (n, C, H, H), see `pointing_losses`."""
+    """The pointing head's loss for states (n, D) and fine maps (n, C, H, H); see `pointing_losses`."""
     heat, way = point(states, fine).split([1, 3], 1)
     contact = (pixel + 1) * heat.shape[-1] / 2 - 0.5
     where, aim = pointing_losses(heat[:, 0], way, contact, rotation[..., 2])
@@ -121,7 +121,7 @@ def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tens
 
 @torch.no_grad()
 def pointing_errors(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> tuple:
-    """Of the pointing head: distances (fraction of the picture), angles of the approach axis (degrees), (n,) each."""
+    """The pointing head's errors, (n,) each: distance (fraction of the picture), approach-axis angle (degrees)."""
     heat, way = point(states, fine).split([1, 3], 1)
     said, approach = peak(heat[:, 0], way)
     axis = torch.arccos((approach * rotation[..., 2]).sum(-1).clamp(-1, 1))
@@ -150,7 +150,7 @@ def text_states(model: RoboMamba, images: Tensor, samples: list[dict], owners: T
 
 @torch.no_grad()
 def pooled_states(model: RoboMamba, tokens: np.ndarray, samples: list[dict], owners: np.ndarray, batch=64) -> Tensor:
-    """(n, D): the state the head reads for each sample, whose picture's visual tokens are tokens[owners]."""
+    """(n, D): the state the head reads for each sample; tokens[owners] are their pictures' visual tokens."""
     states = []
     for start in range(0, len(samples), batch):
         shown, mine = np.unique(owners[start : start + batch], return_inverse=True)
@@ -160,7 +160,7 @@ def pooled_states(model: RoboMamba, tokens: np.ndarray, samples: list[dict], own
 
 
 def read_states(model: RoboMamba, folder: str, samples: list[dict], rows: Tensor) -> Tensor:
-    """(n, D): the same for these rows, from the pictures themselves and with gradients (--unfreeze)."""
+    """(n, D): the same for these rows, computed from the pictures with gradients (--unfreeze)."""
     part = [samples[row] for row in rows]
     size = model.config.vision.image_size
     pictures = to_tensor([read_picture(Path(folder) / s["image"], size) for s in part])
@@ -168,9 +168,9 @@ def read_states(model: RoboMamba, folder: str, samples: list[dict], rows: Tensor
 
 
 class Samples(NamedTuple):
-    """Manipulation samples as the head learns from them."""
+    """Manipulation samples in the form the head trains on."""
 
-    states: Callable[[Tensor], Tensor]  # rows -> their states (n, D): looked up, or with --unfreeze computed now
+    states: Callable[[Tensor], Tensor]  # rows -> states (n, D): looked up, or computed on the fly (--unfreeze)
     pixel: Tensor  # (n, 2) in -1 .. 1
     rotation: Tensor  # (n, 3, 3)
     fine: Callable[[Tensor], Tensor] | None = None  # rows -> their fine maps (n, C, H, H)
@@ -179,7 +179,7 @@ class Samples(NamedTuple):
 def prepare(
     cfg: PolicyConfig, model: RoboMamba, folder: str, samples: list[dict], processes: Processes, shown: tuple
 ) -> Samples:
-    """shown: True = the encoder sees depth, False = it does not; with both every sample is there twice."""
+    """shown: True = the encoder sees depth, False = it does not; with both, every sample appears twice."""
     pixel, rotation = targets(samples * len(shown), processes.device)
     if cfg.unfreeze:
         return Samples(lambda rows: read_states(model, folder, samples, rows), pixel, rotation)
@@ -234,10 +234,10 @@ def start_model(cfg: PolicyConfig, processes: Processes) -> RoboMamba:
 
 @torch.no_grad()
 def centre(head: PolicyHead, data: Samples) -> None:
-    """Start the hidden units of a new head at the mean state, where about half of the samples pass each ReLU.
+    """Centre a new head's hidden units on the mean state, so that each ReLU is active for about half of the samples.
 
-    The states' mean is longer than their spread: with biases of 0 most units pass all samples or none, and a head of 8
-    units, too many of which pass none, never learns directions (LOG.md). The paper tells no initial values.
+    The mean of the states is larger than their spread: with zero biases, most units are active for all samples or none,
+    and a head of 8 units never learns directions if too many are dead (LOG.md). The paper gives no initial values.
     """
     n = len(data.pixel)
     mean = data.states(torch.linspace(0, n - 1, min(n, CENTRED)).long()).mean(0)
@@ -246,9 +246,9 @@ def centre(head: PolicyHead, data: Samples) -> None:
 
 
 def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Samples | None) -> dict[str, float]:
-    """Epoch after epoch; logged, validated and saved between them. Returns the last validation errors."""
+    """Train, and log, validate and save between epochs. Returns the last validation errors."""
     learners = [model] if cfg.unfreeze else [getattr(model, name) for name in HEADS if getattr(model, name)]
-    weights = [p for learner in learners for p in learner.parameters()]  # all that a checkpoint must hold
+    weights = [p for learner in learners for p in learner.parameters()]  # everything a checkpoint must hold
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     n = len(data.pixel)
     steps = steps_per_epoch(cfg, n)
@@ -316,7 +316,7 @@ def finetune(cfg: PolicyConfig) -> dict:
         run.say(f"encoded {len(samples)} samples in {read_seconds:.0f} s")
         result = learn(cfg, run, model, data, val)
         check_frozen(model, frozen)
-        if cfg.val and model.config.vision.depth and not cfg.unfreeze:  # which is shown no depth
+        if cfg.val and model.config.vision.depth and not cfg.unfreeze:  # --unfreeze sees no depth
             error = result["point_degrees" if model.point else "approach_degrees"]
             model.config.head.turn = min(180.0, round(TURN * error, 1))
         model.save_pretrained(out, half=cfg.half)

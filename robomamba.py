@@ -9,14 +9,14 @@
     python robomamba.py --image rgb.png --act "Open the drawer." --depth depth.png --intrinsics 615 615 320 240
 
 Read `selective_scan.py` first (the recurrence and the symbol key), then `common/config.py` (the shapes), then this file
-top to bottom. Checkpoints: `common/weights.py`; published folders: `extras/published.py`; words: `data/tokenizer.py`.
+top to bottom. Checkpoints: `common/weights.py`; published weights: `extras/published.py`; tokens: `data/tokenizer.py`.
 Sources: RoboMamba, arXiv 2406.04339 (sections 3.1-3.3, Fig. 2); Mamba, arXiv 2312.00752; CLIP, arXiv 2103.00020.
 
-What is simplified against the paper, in the `tiny` preset (the `robomamba-2.8b` preset has the paper's shapes):
-  encoder    4 blocks of width 192 on 128 px instead of CLIP ViT-L/14 on 224 px; strided convolutions instead of one
+How the `tiny` preset differs from the paper (the `robomamba-2.8b` preset has the paper's shapes):
+  encoder    4 blocks of width 192 at 128 px instead of CLIP ViT-L/14 at 224 px; strided convolutions instead of one
              patch convolution (they train faster from scratch); trained by `train.py --stage vision`, without CLIP
   language   4 Mamba blocks of width 192 instead of 64 of width 2560
-  start      slower decay exp(dt A); B, C normalised (`bc_norm`): else the last state hardly depends on the image
+  start      slower decay exp(dt A); B, C normalised (`bc_norm`); without these, the last state barely sees the image
   position   a fixed 2-D sine code is added to the visual tokens (the paper adds none)
   pooling    the policy head reads the last text state (`pool`); the paper's code averages it with the first
 """
@@ -50,7 +50,7 @@ from selective_scan import _step, selective_scan
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens (no mask). Names are those of CLIP checkpoints."""
+    """Multi-head self-attention over all tokens (no mask). Parameter names match CLIP checkpoints."""
 
     def __init__(self, width: int, n_head: int):
         super().__init__()
@@ -73,7 +73,7 @@ class ViTBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(cfg.width)
         self.layer_norm2 = nn.LayerNorm(cfg.width)
         self.self_attn = Attention(cfg.width, cfg.n_head)
-        self.mlp = nn.Module()  # does nothing: a namespace, which makes the keys CLIP's, mlp.fc1.. and mlp.fc2..
+        self.mlp = nn.Module()  # only a namespace, so that the keys match CLIP's: mlp.fc1.. and mlp.fc2..
         self.mlp.fc1 = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
         self.mlp.fc2 = nn.Linear(cfg.mlp_ratio * cfg.width, cfg.width)
 
@@ -84,7 +84,7 @@ class ViTBlock(nn.Module):
 
 
 def patch_embedding(cfg: VisionConfig) -> nn.Module:
-    """CLIP's one convolution of whole patches, or the stem's strided ones; pixels -> (B, W, S / patch, S / patch)."""
+    """CLIP's single patch convolution, or the stem of strided ones; pixels -> (B, W, S / patch, S / patch)."""
     channels = 7 if cfg.depth else 3
     if not cfg.stem:
         return nn.Conv2d(channels, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
@@ -99,7 +99,7 @@ class VisionTransformer(nn.Module):
     """CLIP's image tower: class token, learned positions, pre-norm blocks; returns the patch tokens of one layer.
 
     Source: CLIP section 2.4; RoboMamba section 3.1 takes the second-to-last layer of ViT-L and drops the class token.
-    Differs: `stem` replaces the single patch convolution by strided 3x3 ones (see the file's docstring), () is CLIP's;
+    Differs: `stem` replaces the one patch convolution with strided 3x3 ones (see the module docstring); () is CLIP's.
     `depth` adds four input channels, `fine` a map of higher resolution.
     """
 
@@ -120,13 +120,13 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
-        """A CLIP folder, see `read_clip` of extras/published.py."""
+        """Load a CLIP folder; see `read_clip` in extras/published.py."""
         from extras.published import read_clip
 
         return read_clip(folder, select_layer, dtype)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> float, CLIP's mean and deviation."""
+        """uint8 (B, 3, S, S) -> float, normalised with CLIP's mean and standard deviation."""
         S = self.cfg.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, S, S):
             raise ValueError(f"images: expected uint8 (B, 3, {S}, {S}), got {images.dtype} {tuple(images.shape)}")
@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, geometry: Tensor | None = None, fine: bool = False) -> Tensor | tuple:
         """uint8 (B, 3, S, S) -> (B, P, W) patch tokens of `select_layer`, row by row, without the class token.
 
-        geometry, for an encoder with `depth`: (B, 4, S, S), see data/depth.py; None = nothing was measured, zeros.
+        geometry: (B, 4, S, S), for an encoder with `depth` (see data/depth.py); None = nothing measured, all zeros.
         fine: return (tokens, the fine map (B, C, H, H)); H = 4 S / patch.
         """
         x = self.normalise(images)
@@ -165,8 +165,8 @@ def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequentia
 
 
 def position_code(side: int, d_model: int) -> Tensor:
-    """Fixed 2-D sine code (side * side, d_model), amplitude 0.5; half the channels tell the row, half the column."""
-    with torch.device("cpu"):  # a real tensor also while a model is built on the meta device
+    """Fixed 2-D sine code (side * side, d_model), amplitude 0.5; half the channels encode the row, half the column."""
+    with torch.device("cpu"):  # a real tensor even while a model is built on the meta device
         w = math.pi * torch.linspace(0.5, side, d_model // 4)
         angle = (torch.arange(side)[:, None] + 0.5) / side * w  # (side, d_model / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, d_model / 2)
@@ -178,7 +178,7 @@ def position_code(side: int, d_model: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) over the last axis, times a learned weight. A float32 x is normalised as float32."""
+    """x / sqrt(mean x^2 + eps) over the last axis, times a learned weight. A float32 x is normalised in float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -190,7 +190,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerState(NamedTuple):
-    """All that one Mamba block remembers of the past; its size does not depend on how long the past was."""
+    """Everything one Mamba block remembers; its size does not depend on how many tokens came before."""
 
     conv: Tensor  # (B, K-1, E) the last inputs of the causal convolution
     ssm: Tensor  # (B, E, N) float32 (float64 in a float64 model), the state h
@@ -199,8 +199,8 @@ class LayerState(NamedTuple):
 class MambaMixer(nn.Module):
     """The selective state-space mixer (Mamba paper, Fig. 3 and Algorithm 2; RoboMamba Fig. 2, right).
 
-    Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan are float32
-    at least, after `.to(torch.bfloat16)` too: a rounded decay is applied again with every token.
+    Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan stay at
+    least float32, even after `.to(torch.bfloat16)`, because a rounded decay is applied again at every token.
     """
 
     def __init__(self, cfg: LMConfig):
@@ -216,7 +216,7 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(E, D, bias=False)
 
     def _apply(self, fn, recurse=True):
-        """What PyTorch calls for `.to`, `.half`, `.cuda` ..; KEEP_FLOAT32 parameters never become 16-bit."""
+        """PyTorch calls this for `.to`, `.half`, `.cuda` etc.; KEEP_FLOAT32 parameters never become 16-bit."""
         before = {name: p.data for name, p in self.named_parameters() if f".{name}".endswith(KEEP_FLOAT32)}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -230,9 +230,9 @@ class MambaMixer(nn.Module):
         return LayerState(conv, self.A_log.new_zeros(batch, *self.A_log.shape))
 
     def conv(self, x: Tensor) -> Tensor:
-        """Causal depthwise convolution of (B, L + K - 1, E), the past in front, to (B, L, E).
+        """Causal depthwise convolution: (B, L + K - 1, E), which starts with the K - 1 past inputs, -> (B, L, E).
 
-        As K shifted products: F.conv1d wants (B, E, L), so two transposes, and has a slow backward on a CPU.
+        Done as K shifted products: F.conv1d needs (B, E, L), so two transposes, and its backward is slow on a CPU.
         """
         taps = self.conv1d.weight[:, 0].T.contiguous()  # (K, E)
         L = x.shape[1] - len(taps) + 1
@@ -260,7 +260,7 @@ class MambaMixer(nn.Module):
         """(B, L, D) and the state before it -> (B, L, D) and the state after it."""
         # exercise 5: the Mamba block
         state = state or self.initial_state(len(x))
-        u, z = self.in_proj(x).chunk(2, -1)  # (B, L, E) each: the convolution's branch and the gate's
+        u, z = self.in_proj(x).chunk(2, -1)  # (B, L, E) each: the convolution branch and the gate branch
         u = torch.cat([state.conv.to(u.dtype), u], 1)  # (B, K-1 + L, E)
         tail = u[:, u.shape[1] - (self.cfg.d_conv - 1) :]
         u = F.silu(self.conv(u))
@@ -270,7 +270,7 @@ class MambaMixer(nn.Module):
         # end of exercise 5
 
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One token: (B, D) and the state before it -> (B, D) and the state after it; equals `forward` on L = 1."""
+        """One token: (B, D) and the state before it -> (B, D) and the state after it; equals `forward` with L = 1."""
         u, z = self.in_proj(x).chunk(2, -1)  # (B, E)
         window = torch.cat([state.conv.to(u.dtype), u[:, None]], 1)  # (B, K, E)
         u = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)  # `conv` for one token
@@ -280,7 +280,7 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm x). With 16-bit weights the sum x stays float32, as in the published models."""
+    """x + mixer(norm x). With 16-bit weights the residual stream x stays float32, as in the published models."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -295,7 +295,7 @@ class MambaBlock(nn.Module):
 
 
 class MambaBackbone(nn.Module):
-    """Embedding, blocks, final norm. Works on embeddings, so that visual tokens can take the place of words."""
+    """Embedding, blocks, final norm. Takes embeddings instead of token ids, so that visual tokens can be fed in too."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -304,7 +304,7 @@ class MambaBackbone(nn.Module):
         self.norm_f = RMSNorm(cfg.d_model, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Embeddings (B, L, D) after `states` (one a block or None) -> final-norm states (B, L, D), new `states`."""
+        """Embeddings (B, L, D) after `states` (one per block or None) -> final-norm states (B, L, D), new `states`."""
         states = states or [None] * len(self.layers)
         after = []
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -319,7 +319,7 @@ class MambaBackbone(nn.Module):
 
 
 class MambaLM(nn.Module):
-    """The Mamba language model with tied output embedding; parameter names are those of the published checkpoints."""
+    """The Mamba language model with tied output embedding; parameter names match the published checkpoints."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -333,7 +333,7 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32) -> "MambaLM":
-        """A published Mamba folder, see `read_mamba` of extras/published.py."""
+        """Load a published Mamba folder; see `read_mamba` in extras/published.py."""
         from extras.published import read_mamba
 
         return read_mamba(folder, dtype)
@@ -347,7 +347,7 @@ class MambaLM(nn.Module):
 
 
 class Action(NamedTuple):
-    """Where and how to take hold of the part. Camera frame: x right, y down, z forward."""
+    """Where and how to grip the part. Camera frame: x right, y down, z forward."""
 
     u: float  # column of the contact pixel, 0 .. S
     v: float  # row
@@ -362,7 +362,7 @@ class Action(NamedTuple):
 class PolicyHead(nn.Module):
     """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
 
-    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU between layers, no last bias, as in its code.
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU between layers, no final bias, as in its code.
     """
 
     def __init__(self, cfg: HeadConfig, d_model: int):
@@ -371,7 +371,7 @@ class PolicyHead(nn.Module):
         self.mlps = nn.ModuleList(mlp((d_model, *cfg.hidden, n), nn.ReLU, last_bias=False) for n in outputs)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        state = state.to(self.mlps[0][-1].weight.dtype)  # the language model's may be bfloat16
+        state = state.to(self.mlps[0][-1].weight.dtype)  # the language model may be bfloat16
         return torch.cat([mlp(state) for mlp in self.mlps], -1).split([2, 6], -1)
 
 
@@ -392,12 +392,12 @@ def rotation_from_6d(r6: Tensor) -> Tensor:
 
 
 class RoboMamba(nn.Module):
-    """The whole model. `vision`, `projector`, `lm`, `head` are the four parts the training stages freeze and train, and
-    `point` a fifth where the encoder has a fine map, else None.
+    """The whole model. Training stages freeze or train its four parts, `vision`, `projector`, `lm` and `head`, and
+    a fifth, `point`, if the encoder has a fine map (otherwise None).
 
     encoding: the tokenizer (data/tokenizer.py), needed by everything that takes or returns words.
-    `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) kept from an earlier call of `vision`, or None for
-    text alone; `geometry` goes with uint8 images to an RGB-D encoder.
+    `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) saved from an earlier call of `vision`, or None for
+    text only; `geometry` accompanies uint8 images for an RGB-D encoder.
     """
 
     def __init__(self, config: RoboMambaConfig, encoding=None):
@@ -412,22 +412,22 @@ class RoboMamba(nn.Module):
         self.point = PointingHead(config.lm.d_model, C, C) if C else None
         side = config.vision.image_size // config.vision.patch_size
         position = position_code(side, config.lm.d_model) if config.position_code else None
-        self.register_buffer("position", position, persistent=False)  # made, not learned: in no checkpoint
+        self.register_buffer("position", position, persistent=False)  # computed, not learned: not in checkpoints
         init_weights(self)
 
     def prompt(self, question: str) -> list[int]:
-        """`<|user|> question <|assistant|>` as token ids. The last one's state is what the policy head reads."""
+        """`<|user|> question <|assistant|>` as token ids. The policy head reads the state of the last one."""
         if not question or not question.strip():
             raise ValueError("the question or instruction is empty; say what the robot should do or tell")
         user, assistant = (self.encoding.encode_single_token(name) for name in (tokenizer.USER, tokenizer.ASSISTANT))
         return [user, *self.encoding.encode_ordinary(question.strip()), assistant]
 
     def text(self, ids: list[int]) -> str:
-        """Token ids of an answer as words; ids beyond the vocabulary (padded embeddings) say nothing."""
+        """Decode the token ids of an answer; ids beyond the vocabulary (padded embeddings) are dropped."""
         return self.encoding.decode([t for t in ids if t < self.encoding.n_vocab]).strip()
 
     def image_tensor(self, image) -> Tensor:
-        """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); files and PIL images are resized, arrays not."""
+        """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); only files and PIL images are resized."""
         S = self.config.vision.image_size
         if isinstance(image, str | Path):
             image = read_picture(image, S)
@@ -439,13 +439,13 @@ class RoboMamba(nn.Module):
         return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.lm.lm_head.weight.device)
 
     def visual_tokens(self, images: Tensor, geometry: Tensor | None = None) -> Tensor:
-        """Images -> (B, P, D): what stands in front of the words (paper section 3.1)."""
+        """Images -> embeddings (B, P, D) that precede the words (paper section 3.1)."""
         tokens = images if images.ndim == 3 else self.vision(images, geometry)
         x = self.projector(tokens.to(self.projector[0].weight.dtype))
         return x if self.position is None else x + self.position.to(x.dtype)
 
     def sequence(self, images: Tensor | None, tokens: Tensor, geometry: Tensor | None = None) -> Tensor:
-        """Images and words in one sequence of embeddings: (n, P + T, D); row i of `tokens` (n, T) after image i."""
+        """Images and words as one sequence of embeddings (n, P + T, D): row i of `tokens` (n, T) follows image i."""
         words = self.lm.backbone.embedding(tokens)
         if images is None:
             return words
@@ -458,16 +458,16 @@ class RoboMamba(nn.Module):
         return self.lm.backbone(self.visual_tokens(images, geometry))[1]
 
     def text_states(self, images: Tensor | None, tokens: Tensor, owners=None, geometry=None, lengths=None) -> Tensor:
-        """Final-norm states (n, T, D) of the words `tokens` (n, T), each row after the image it speaks of.
+        """Final-norm states (n, T, D) of the words `tokens` (n, T), each row after the image it is about.
 
-        owners: (n,) int64, row i speaks of image owners[i], and each image is read once (prefill). None: row i speaks
-        of image i, and both are read in one pass. lengths: (n,) true lengths, with owners: rows of similar length are
-        read together, for less padding, whose states are not defined. None: no row is padded.
+        owners: (n,) int64; row i is about image owners[i], and each image is encoded once (prefill). None: row i is
+        about image i, and both are read in one pass. lengths: (n,) true lengths, used with owners: rows of similar
+        length are batched together to save padding. States at padding are undefined. None: no row is padded.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
         prefix = self.encode_image(images, geometry)
-        grouped = lengths is not None and tokens.device.type == "cpu"  # a GPU wants large operations, and no waiting
+        grouped = lengths is not None and tokens.device.type == "cpu"  # a GPU prefers one large batch and no sync
         order = lengths.argsort() if grouped else torch.arange(len(tokens), device=tokens.device)
         read = []
         for rows in order.chunk(4 if grouped else 1):
@@ -483,11 +483,11 @@ class RoboMamba(nn.Module):
     ) -> tuple:  # fmt: skip
         """Next-token logits and, with labels, the loss of stages 1.1 and 1.2 (paper section 3.2).
 
-        tokens: (n, T) int64, right-padded; lengths: (n,) true lengths, what lies beyond is never a target. labels:
+        tokens: (n, T) int64, right-padded. lengths: (n,) true lengths; tokens beyond them are never targets. labels:
         (n, T) int64, the token itself where it is to be predicted, IGNORE (-100) elsewhere; not shifted. owners,
         geometry: as in `text_states`. soft, normalizer: as in `answer_loss`.
-        Returns: logits (n, T, V), loss () or None. With return_states also the text states (n, T, D); then, where a
-            loss is asked for, logits is None: training needs them at the labelled positions only.
+        Returns: logits (n, T, V), loss () or None. With return_states, also the text states (n, T, D); if labels are
+            given too, logits is then None, because training needs logits only at the labelled positions.
         """
         states = self.text_states(images, tokens, owners, geometry, lengths)
         logits = None if return_states and labels is not None else self.lm.lm_head(states)
@@ -498,10 +498,10 @@ class RoboMamba(nn.Module):
         return (logits, loss, states) if return_states else (logits, loss)
 
     def answer_loss(self, states: Tensor, labels: Tensor, soft=None, normalizer: float | None = None) -> Tensor:
-        """Cross-entropy of the labelled tokens: their sum / `normalizer` (default: their number).
+        """Cross-entropy summed over the labelled tokens, divided by `normalizer` (default: their number).
 
-        soft: (100, 100), row k = target distribution over the number tokens "00" .. "99" where the label is the number
-        k: a near miss costs less than a far one. normalizer: in data-parallel training, the mean count per process.
+        soft: (100, 100); row k is the target distribution over the number tokens "00" .. "99" for label k, so that a
+        near miss costs less than a far one. normalizer: in data-parallel training, the mean count per process.
         """
         target = labels[:, 1:]  # the state of token t predicts token t + 1
         rows, columns = (target != IGNORE).nonzero(as_tuple=True)
@@ -516,7 +516,7 @@ class RoboMamba(nn.Module):
         return losses.sum() / (max(len(target), 1) if normalizer is None else normalizer)
 
     def pool(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """(n, T, D) -> (n, D): what the policy head reads. The last TRUE token; `[:, -1]` would be padding."""
+        """(n, T, D) -> (n, D), the policy head's input. "last" is the last TRUE token; `[:, -1]` could be padding."""
         last = states[torch.arange(len(states), device=states.device), lengths - 1]
         if self.config.head.pool == "last":
             return last
@@ -527,7 +527,7 @@ class RoboMamba(nn.Module):
 
     @torch.inference_mode()
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
-        """Answer in words, one recurrent `step` a token: memory and time per token do not grow with the answer.
+        """Answer in words, one recurrent `step` per token: memory and time per token do not grow with the answer.
 
         image: as in `predict_action`, or None. temperature: 0 = greedy, else sampling with `seed`.
         """
@@ -555,14 +555,14 @@ class RoboMamba(nn.Module):
     def predict_action(
         self, image, instruction: str, depth: np.ndarray | None = None, intrinsics=None, point=None, refine=True
     ) -> Action:
-        """One forward pass, nothing decoded: image (path, PIL image, uint8 (S, S, 3)) and instruction -> Action.
+        """One forward pass, no decoding: image (path, PIL image or uint8 (S, S, 3)) and instruction -> Action.
 
-        depth: (H, W) metres along the camera's z, of the same view in any resolution; 0 or not finite = not measured.
-        intrinsics: fx, fy, cx, cy in pixels of depth. With both an RGB-D encoder sees the geometry, and any model's
-        contact is refined on the measured surface (`refine` of data/depth.py), unless `refine` is False or that would
-        turn its direction by more than `config.head.turn` degrees.
-        point: True = by the pointing head, if there is one; False = by the paper's; None = True with depth.
-        Raises: ValueError, also for an action that is not finite.
+        depth: (H, W) metres along the camera's z, the same view at any resolution; 0 or non-finite = not measured.
+        intrinsics: fx, fy, cx, cy in pixels of depth. Given both, an RGB-D encoder sees the geometry, and any model's
+        contact is refined on the measured surface (`refine` in data/depth.py), unless `refine` is False or refining
+        would turn the direction by more than `config.head.turn` degrees.
+        point: True = use the pointing head, if there is one; False = use the paper's head; None = True with depth.
+        Raises: ValueError for bad input, and for an action that is not finite.
         """
         S = self.config.vision.image_size
         device = self.lm.lm_head.weight.device
@@ -590,12 +590,12 @@ class RoboMamba(nn.Module):
             raise ValueError(f"the action is not finite (u {u}, v {v}): these weights cannot be used")
         if depth is not None and refine:
             u, v, approach = depth_camera.refine(u, v, rotation[:, 2].numpy(), depth, intrinsics, self.config.head.turn)
-            # The rotation follows its new approach; forward stays as near to the old one as that allows.
+            # Rebuild the rotation from the new approach; forward stays as close to the old one as possible.
             rotation = rotation_from_6d(torch.cat([torch.as_tensor(approach).to(rotation), rotation[:, 0]]))
         return Action(float(u), float(v), rotation.numpy())
 
     def save_pretrained(self, path, half: bool = False) -> None:
-        """Write `path`/{model.safetensors, config.json, the tokenizer's file}; half: matrices but A_log in float16."""
+        """Write `path`/{model.safetensors, config.json, the tokenizer file}; half: matrices except A_log in float16."""
 
         def write(staging: Path) -> None:
             save_tensors(staging / "model.safetensors", self, half=half)
@@ -606,7 +606,7 @@ class RoboMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device: str = "cpu", dtype=torch.float32) -> "RoboMamba":
-        """Read a folder written by `save_pretrained`. ValueError names the file and every tensor that does not fit."""
+        """Load a `save_pretrained` folder. Raises: ValueError naming the file and every tensor that does not fit."""
         path = Path(path)
         values = read_json(path / "config.json", dict, "save_pretrained writes one")
         config = RoboMambaConfig.from_dict(values, str(path / "config.json"))
@@ -622,15 +622,15 @@ class RoboMamba(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """Every initial value, in one place; called once, last.
+    """All initial values in one place; called once, as the last step of construction.
 
     | parameter | value | why |
     |---|---|---|
     | linear, conv1d weights | normal, sd min(0.02 sqrt(768 / fan_in), fan_in^-1/2) | unit activations at any width |
-    | conv2d weights | normal, sd sqrt(2 / fan_in) (He et al.) | the stem's GELUs would shrink the image to nothing |
+    | conv2d weights | normal, sd sqrt(2 / fan_in) (He et al.) | else the stem's GELUs shrink the signal to nothing |
     | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
-    | embeddings, class token, positions | normal, sd 0.02 | tied with the output: larger logits start too sure |
-    | A_log | log of N values from a_min to a_max, evenly in log (Mamba: 1, 2, .., N) | slow to fast memories |
+    | embeddings, class token, positions | normal, sd 0.02 | tied with the output: a larger sd starts overconfident |
+    | A_log | log of N log-spaced values from a_min to a_max (Mamba: 1, 2, .., N) | slow to fast memories |
     | dt_proj.weight | uniform +- R^-1/2 | keeps the variance of dt (Mamba's code) |
     | dt_proj.bias | inverse softplus of exp(U(log dt_min, log dt_max)) | softplus(bias) is the initial step size |
     | D, other biases | 1, 0 | a plain skip |
@@ -648,7 +648,7 @@ def init_weights(model: nn.Module) -> None:
         if isinstance(module, VisionTransformer):
             nn.init.normal_(module.embeddings.class_embedding, std=0.02)
         if isinstance(module, MambaLM):
-            nn.init.normal_(module.backbone.embedding.weight, std=0.02)  # the tied lm_head was drawn above
+            nn.init.normal_(module.backbone.embedding.weight, std=0.02)  # again: the tied lm_head was drawn above
             for block in module.backbone.layers:
                 block.mixer.out_proj.weight /= math.sqrt(module.cfg.n_layer)
         if isinstance(module, MambaMixer):
@@ -695,6 +695,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from common.scripts import run_main  # here: it loads what draws training curves
+    from common.scripts import run_main  # only the command line needs it
 
     run_main(main)

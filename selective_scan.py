@@ -286,7 +286,7 @@ def _backward_chunk(u, dt, A, B, C, gy, h, carry, buffers):
 def _block_sizes(batch, L, N, E, chunk):
     """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements a thread.
 
-    One step of one thread's rows is then the least that PyTorch divides among two threads.
+    PyTorch divides operations on more than 32,768 elements among its threads: with so many rows a time step is one.
     """
     room = SLAB * min(torch.get_num_threads(), MOST)
     T = min(L, chunk or min(max(room // (batch * N * E), MIN_CHUNK), MAX_CHUNK))

@@ -2,33 +2,33 @@
 
     python sim_eval.py --demo --out demo                                             # `make demo`
     python sim_eval.py --policy model,model-depth,expert,random,blind --split both --episodes 550 --out runs/eval
-    python sim_eval.py --policy model,other=FOLDER --split val --out runs/val        # another checkpoint beside it
-    python sim_eval.py --policy mine=package.module:function --out runs/mine         # a policy of your own
-    python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your objects (sim/partnet.py)
-    python sim_eval.py --policy physics --episodes 300 --out runs/physics            # what does the simulator forgive?
+    python sim_eval.py --policy model,other=FOLDER --split val --out runs/val        # compare another checkpoint
+    python sim_eval.py --policy mine=package.module:function --out runs/mine         # your own policy
+    python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your own objects (sim/partnet.py)
+    python sim_eval.py --policy physics --episodes 300 --out runs/physics            # how forgiving is the simulator?
 
     (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (u, v), approach
                           |                                                    '-> Scene.act -> Outcome -> a record
-                          '-> the expert finds no contact: counted as infeasible, and the next seed is taken
+                          '-> the expert finds no contact: counted as infeasible, and the next seed is tried
 
-Policies: the names of SCRIPTED in sim/policies.py, direction-DEGREES and pixel-PIXELS, and here
-    model               --checkpoint: picture and sentence, one pass, the policy head
-    model-depth         the same with the depth picture of an imperfect camera and its intrinsics: an RGB-D encoder sees
-                        them, the pointing head (where there is one) decides, and `refine` of data/depth.py improves
-    model-depth-head    by the paper's head; model-depth-raw, model-depth-head-raw: not refined
-    model-point         by the pointing head, without depth
-    model-text          the same answer spelled out token by token, as ManipLLM does; babble is a failure
+Policies: those in SCRIPTED of sim/policies.py, direction-DEGREES, pixel-PIXELS, and the following:
+    model               --checkpoint: the policy head on picture and sentence, in one forward pass
+    model-depth         the same plus an imperfect camera's depth picture and intrinsics: an RGB-D encoder sees them,
+                        the pointing head (if any) predicts, and `refine` in data/depth.py improves the contact
+    model-depth-head    with the paper's head; model-depth-raw, model-depth-head-raw: without refinement
+    model-point         with the pointing head, without depth
+    model-text          the answer generated token by token, as ManipLLM does; unparsable text is a failure
     model-pixel         the model's pixel, the expert's direction; model-direction: the other way round
     blind, mean-action  the vision-free baselines: median label of the category and part; mean label
-    random-depth        a random pixel of the object, refined on the depth picture as far as `refine` likes
-    NAME=FOLDER         another checkpoint; a NAME that goes on with -depth, -depth-head, -point, -text .. as above
-    NAME=MODULE:FUNC    your own (template: extras/example_policy.py); an error, or more than 10 s, is a failure
-Success means that the NAMED part moved: by >= 0.01 rad or m ("initial"), by >= 0.1 ("long"; sim/scene.py has the
-formula). Every miss is a failure and stays in the denominator. All policies meet the same scenes and sentences: those
-that the expert solves, so its own row is 1 by construction; "expert, unconditioned" says how often it solves a scene.
-OUT/results.json holds every episode, OUT/table.md the tables, OUT/categories.md each category beside the paper's; a run
-that is stopped leaves results.partial.json. Thresholds, categories and the seen/unseen split are RoboMamba's (arXiv
-2406.04339, section 4.3) and ManipLLM's (2312.16217); simulator and objects are not, so numbers must not be compared.
+    random-depth        a random pixel of the object, refined freely on the depth picture by `refine`
+    NAME=FOLDER         another checkpoint; -depth, -depth-head, -point, -text .. at the end of NAME work as above
+    NAME=MODULE:FUNC    your own (template: extras/example_policy.py); an error or a call of over 10 s is a failure
+Success means that the NAMED part moved: by >= 0.01 rad or m ("initial"), by >= 0.1 ("long"; formula in sim/scene.py).
+Every miss is a failure and stays in the denominator. All policies get the same scenes and sentences, and only scenes
+that the expert solves, so its own row is 1 by construction; "expert, unconditioned" is how often it solves a scene.
+OUT/results.json holds every episode, OUT/table.md the tables, OUT/categories.md each category next to the paper's; an
+interrupted run leaves results.partial.json. Thresholds, categories and the seen/unseen split are RoboMamba's (arXiv
+2406.04339, section 4.3) and ManipLLM's (2312.16217); simulator and objects are not, so do not compare the numbers.
 """
 
 # S image side (pixels) · u, v pixel column and row
@@ -66,10 +66,10 @@ SPLITS = {  # --split -> {name in the results and in SEEDS: categories}
     "seen": {"seen": SEEN},
     "unseen": {"unseen": UNSEEN},
     "both": {"seen": SEEN, "unseen": UNSEEN},
-    "val": {"val": SEEN},  # for choosing; never the test seeds
+    "val": {"val": SEEN},  # for model selection; never uses the test seeds
     "drawer-door": {"seen": DRAWER_DOOR_SEEN, "unseen": DRAWER_DOOR_UNSEEN},
 }
-MAX_TRIES = 20  # scenes tried for one episode before it is given up
+MAX_TRIES = 20  # scenes tried per episode before giving up
 
 WAYS = ("", "depth", "depth-raw", "depth-head", "depth-head-raw", "point", "text", "pixel", "direction")
 MODELS = tuple(f"model-{way}".strip("-") for way in WAYS)  # --checkpoint, used in several ways
@@ -82,22 +82,22 @@ DEMO = {"policy": "model-depth,model,expert,random,random-normal,blind", "split"
 
 @dataclass
 class EvalConfig:
-    policy: str = flag("model", "separated by commas; --strips draws the first; x lists the names; physics: a set")
-    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the policy `model`")
-    blind_table: str = flag("data/pretrained/blind_table.json", "what `mean-action` and `blind` know")
-    split: str = flag("", "which scenes (default: both; physics: val; --objects: those alone)", choices=("", *SPLITS))
-    categories: str = flag("", "only these of the split: a list; val has archetypes of the grammar too: grammar:book")
-    objects: str = flag("", "folder of objects of your own: one more split, alone where there is no --split")
-    episodes: int = flag(100, "scenes a split, categories in turn", low=1, high=1_000_000)
-    seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
-    workers: int = flag(2, "processes", low=1, high=256)
-    strips: int = flag(0, "pictures of so many episodes of the first policy, and one GIF", low=0, high=1000)
+    policy: str = flag("model", "comma-separated (x lists the names; physics: a preset list); --strips draws the first")
+    checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "checkpoint folder of the policy `model`")
+    blind_table: str = flag("data/pretrained/blind_table.json", "label table that `mean-action` and `blind` use")
+    split: str = flag("", "which scenes (default: both; physics: val; --objects: only those)", choices=("", *SPLITS))
+    categories: str = flag("", "comma-separated subset of the split; val also has grammar archetypes (grammar:book)")
+    objects: str = flag("", "folder of your own objects: an extra split, or the only one without --split")
+    episodes: int = flag(100, "scenes per split, cycling through the categories", low=1, high=1_000_000)
+    seed: int = flag(0, "random seed that selects the scenes", low=0, high=2**31)
+    workers: int = flag(2, "number of worker processes", low=1, high=256)
+    strips: int = flag(0, "draw this many episodes of the first policy, and one GIF", low=0, high=1000)
     out: str = flag("runs/eval", "folder for results.json, table.md and pictures")
     demo: bool = flag(False, "a dialogue, then 32 + 32 scenes and six strips")
 
 
 def ours(path: str) -> Path:
-    """The file or folder as named, else this repository's: the defaults work from any working directory."""
+    """The path as given if it exists, else inside this repository: the defaults work from any working directory."""
     return Path(path) if Path(path).exists() else ROOT / path
 
 
@@ -138,8 +138,8 @@ def make_policies(cfg: EvalConfig) -> tuple[dict[str, Callable], dict[str, str |
 
 
 def load_model(folder: Path):
-    """RoboMamba on one thread, warm: the first call is slower, so it is made here, untimed."""
-    import torch  # here and in the next line: policies without a model start in half a second
+    """Load RoboMamba on one thread and warm it up: the first call is slower, so it happens here, untimed."""
+    import torch  # imported only here: policies without a model start in half a second
 
     from robomamba import RoboMamba
 
@@ -150,7 +150,7 @@ def load_model(folder: Path):
 
 
 def model_policy(model, ways: set[str]) -> Callable:
-    """A policy from a RoboMamba. ways: the words of one of WAYS, see the top."""
+    """Wrap a RoboMamba as a policy. ways: the words of one of WAYS; see the module docstring."""
     S = model.config.vision.image_size
     point = "point" in ways or ("depth" in ways and "head" not in ways)
 
@@ -171,7 +171,7 @@ def model_policy(model, ways: set[str]) -> Callable:
 
 
 def random_depth(o: Observation):
-    """The baseline of model-depth: a random pixel of the object, no predicted direction, the same read-out of depth."""
+    """Baseline for model-depth: a random pixel of the object, no predicted direction, the same use of depth."""
     u, v, approach = depth.refine(*policies.object_pixel(o), None, o.depth, o.intrinsics)
     return u, v, (0.0, 0.0, 1.0) if approach is None else approach
 
@@ -188,35 +188,35 @@ class Job(NamedTuple):
     seed: int  # --seed
 
     def scene_seed(self, attempt: int) -> int:
-        """A function of (category, round, --seed, attempt): neither the other episodes nor the workers matter."""
+        """Depends on (split, category, round, --seed, attempt), not on other episodes or the number of workers."""
         name = f"{self.category}/{self.round}/{attempt}/{self.seed}"
         return SEEDS[self.split] + zlib.crc32(name.encode()) % SEED_SPAN
 
 
 def sentence(scene: Scene, part: int) -> str:
-    """The instruction for `part`, one of several phrasings, a function of (category, seed, part)."""
+    """The instruction for `part`: one of several phrasings, determined by (category, seed, part)."""
     noun = NOUNS.get(scene.category, scene.category.lower())
     return questions.instruction(scene.spec.parts[part], noun, stream(scene.category, scene.seed, f"sentence {part}"))
 
 
 def observe(scene: Scene, label: Label | None, purpose: str) -> Observation:
-    """The target part of the rendered scene, for one policy."""
+    """What one policy sees of the rendered scene, with the instruction for its target part."""
     rng = stream(scene.category, scene.seed, purpose)
     return Observation(scene, sentence(scene, scene.target), scene.target, label, rng, depth.camera_depth)
 
 
 class Attempt(NamedTuple):
-    """What a policy said (rounded as in a record, so that it can be played again; None: not finite), what came of it
-    in how many ms, and what a user's policy raised."""
+    """A policy's action (rounded as in a record, so that it can be replayed; None: not finite), its outcome, the time
+    the policy took (ms), and what went wrong in a user's policy."""
 
-    action: list  # u, v and the three of approach
+    action: list  # u, v and the three components of approach
     outcome: Outcome
     ms: float
     failure: str = ""
 
 
 def attempt(policy: Callable, o: Observation, part: int) -> Attempt | None:
-    """Ask the policy, do what it says, count success for `part`. None where the policy does not apply."""
+    """Ask the policy, execute its action, measure success for `part`. None if the policy does not apply."""
     start = time.perf_counter()
     try:
         action = policy(o)
@@ -234,7 +234,7 @@ def attempt(policy: Callable, o: Observation, part: int) -> Attempt | None:
 
 
 def score(o: Observation, done: Attempt) -> dict:
-    """The part of a record that says what was done, what happened and how far from the expert's contact it was."""
+    """The fields of a record for the action, its outcome and its distance from the expert's contact."""
     u, v, *approach = done.action
     outcome = done.outcome
     record = {"u": u, "v": v, "approach": approach, "moved": round(float(outcome.moved), 5)}
@@ -251,15 +251,15 @@ def score(o: Observation, done: Attempt) -> dict:
 
 
 def all_labels(scene: Scene, label: Label) -> dict[int, Label]:
-    """The expert's contact of every part of the picture that has one; `label` is the target's."""
+    """The expert's contact for every part of the scene that has one; `label` is the target's."""
     others = [part for part in range(len(scene.spec.parts)) if part != scene.target]
     found = {part: expert(scene, stream(scene.category, scene.seed, f"expert {part}"), part) for part in others}
     return {scene.target: label} | {part: other for part, other in found.items() if other}
 
 
 def wrong_sentence(policy: Callable, o: Observation, done: Attempt, labels: dict[int, Label]) -> dict:
-    """Does the sentence matter? Which labelled part is nearest to the prediction; and the wrong-sentence control: the
-    sentence names another part, and success is still counted for the first."""
+    """Does the sentence matter? Is the named part the labelled one nearest to the prediction? And the wrong-sentence
+    control: the sentence names another part, but success still counts for the original one."""
     rng = stream(o.scene.category, o.scene.seed, "language")
     u, v = done.action[:2]
     away = {} if None in (u, v) else {j: math.hypot(u - label.u, v - label.v) for j, label in labels.items()}
@@ -289,7 +289,7 @@ class Bench:
             self.scene = None
 
     def find(self, job: Job) -> tuple[int, Label | None]:
-        """Spawn and render scenes until the expert solves one: (how many were tried, its contact or None)."""
+        """Spawn and render scenes until the expert solves one: (number tried, its contact or None)."""
         scene = self.open()
         for number in range(MAX_TRIES):
             seed = job.scene_seed(number)
@@ -300,11 +300,11 @@ class Bench:
         return MAX_TRIES, None
 
     def episode(self, job: Job) -> dict:
-        """All policies on one scene: {"tried", "solved", "records", "ms": {policy: a prediction}}; or "why" none."""
+        """Run all policies on one scene -> {"tried", "solved", "records", "ms": {policy: ms}}; "why" if none ran."""
         answer = {"tried": 0, "solved": 0, "records": [], "ms": {}}
         try:
             answer["tried"], label = self.find(job)
-        except Exception as error:  # whatever a hostile object does, the others go on
+        except Exception as error:  # whatever a hostile object does, go on with the others
             if job.split != "objects":
                 raise
             self.close()
@@ -336,7 +336,7 @@ class Bench:
 
 
 def only(splits: dict[str, tuple], categories: str) -> dict[str, tuple]:
-    """Of each split the categories that are named. Raises: ValueError for one that none of the splits has."""
+    """Keep the named categories of each split. Raises: ValueError for a category that is in none of them."""
     splits = {split: (*names, *GRAMMAR) if split == "val" else names for split, names in splits.items()}
     wanted = listed("--categories", categories, tuple(name for names in splits.values() for name in names))
     found = {split: tuple(name for name in wanted if name in names) for split, names in splits.items()}
@@ -344,15 +344,15 @@ def only(splits: dict[str, tuple], categories: str) -> dict[str, tuple]:
 
 
 def make_jobs(cfg: EvalConfig, splits: dict[str, tuple]) -> list[Job]:
-    """--episodes jobs a split; its categories in turn, so that each has its equal share (or one less)."""
+    """--episodes jobs per split, cycling through its categories so that each gets an equal share (or one less)."""
     return [
         Job(split, names[k % len(names)], k // len(names), cfg.seed)
-        for k in range(cfg.episodes)  # the splits in turn, so that a run that was stopped has some of each
+        for k in range(cfg.episodes)  # alternate the splits, so that an interrupted run has some of each
         for split, names in splits.items()
     ]
 
 
-_bench: list[Bench] = []  # of a worker process
+_bench: list[Bench] = []  # one per worker process
 
 
 def _start(cfg: EvalConfig) -> None:
@@ -364,9 +364,9 @@ def _work(job: Job) -> dict:
 
 
 def evaluate(bench: Bench, splits: dict, broken: dict, held: dict, command: str = "") -> dict:
-    """Every policy on every scene -> what goes into results.json; "partial": true after Ctrl-C or a worker's death.
+    """Run every policy on every scene -> the contents of results.json; "partial": true after Ctrl-C or a dead worker.
 
-    splits: {split: categories}, as in SPLITS. broken: {unusable object: why}. held: {object: how many fixed joints}."""
+    splits: {split: categories} as in SPLITS. broken: {unusable object: why}. held: {object: number of fixed joints}."""
     cfg = bench.cfg
     for name, why in broken.items():
         print(f"skipped {name}: {why}", file=sys.stderr)
@@ -384,7 +384,7 @@ def evaluate(bench: Bench, splits: dict, broken: dict, held: dict, command: str 
     except (KeyboardInterrupt, BrokenProcessPool) as stop:
         partial = True
         print(f"\nstopped ({type(stop).__name__}) after {len(answers)} of {len(jobs)} scenes", file=sys.stderr)
-    done = [(job, answers[job]) for job in jobs if job in answers]  # in the order of the jobs, whoever was faster
+    done = [(job, answers[job]) for job in jobs if job in answers]  # in job order, not order of completion
     return {
         **summarise(bench.sources, list(splits), done),
         "split": cfg.split or "objects",
@@ -417,7 +417,7 @@ def skipped(done: list[tuple[Job, dict]], broken: dict) -> dict:
 
 
 def show_dialogue(bench: Bench, out: Path) -> None:
-    """Print what the model says about one test scene, and what is true; write OUT/scene.png."""
+    """Print the model's answers about one test scene next to the true ones; write OUT/scene.png."""
     model = bench.models[bench.cfg.checkpoint]
     S = bench.image_size
     job = Job("seen", "StorageFurniture", 0, bench.cfg.seed)
@@ -436,7 +436,7 @@ def show_dialogue(bench: Bench, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """What the flags ask for; returns the exit code. Raises: ValueError for bad input."""
+    """Do what the flags ask for; returns the exit code. Raises: ValueError for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = cli(EvalConfig, __doc__, argv)
     if cfg.policy == "physics":
@@ -445,12 +445,12 @@ def main(argv: list[str] | None = None) -> int:
         cfg = replace(cfg, **DEMO)
     if not cfg.split and not cfg.objects:
         cfg = replace(cfg, split="both")
-    bench = Bench(cfg)  # a bad policy or checkpoint is named here
+    bench = Bench(cfg)  # raises for a bad policy or checkpoint
     splits = SPLITS[cfg.split] if cfg.split else {}
     if cfg.categories:
         splits = only(splits, cfg.categories)
     broken, held = {}, {}
-    if cfg.objects:  # and here a folder without any usable object
+    if cfg.objects:  # raises for a folder without any usable object
         names, broken, held = find_objects(cfg.objects)
         splits = splits | {"objects": tuple(names)}
     out = Path(cfg.out)
@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if cfg.demo:
             show_dialogue(bench, out)
-        bench.close()  # the workers have scenes of their own
+        bench.close()  # the workers open their own scenes
         results = evaluate(bench, splits, broken, held, shlex.join(["python", "sim_eval.py", *argv]))
         files = write_results(out, results)
         print(f"\n{report(results)}\n")

@@ -2,34 +2,34 @@
 
     python -m data.build --scenes 30000 --out data/cache/train         # once
     python -m data.build --out data/cache/val --split val --scenes 600
-    python train.py --stage vision          # the shipped runs: each stage starts where the one before ended
+    python train.py --stage vision          # the shipped runs: each stage starts from the previous one
     python train.py --stage align
     python train.py --stage cotrain
-    torchrun --nproc-per-node 2 train.py --stage ...    # both cores, or several GPUs: the same global batch
+    torchrun --nproc-per-node 2 train.py --stage ...    # two cores or several GPUs; same global batch
 
-What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are compared bit by bit):
+What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are checked bit by bit):
 
     stage     trained        frozen        loss
-    vision    vision         -             depth, normals, masks, kind, openness of parts; category, colour; of the part
-                                           that an instruction names: contact, direction, mask, motion, moment arm
+    vision    vision         -             depth, normals, masks, part kind and openness; category, colour; for the part
+                                           named in an instruction: contact, direction, mask, motion, moment arm
     align     projector      vision, lm    next token of answers in words
     cotrain   projector, lm  vision        next token of all answers, general and robot questions together
     (policy)  head           all the rest  finetune_policy.py
 
-Differs from the paper. Stage `vision` stands for CLIP's pre-training: no weights can be fetched, so the encoder learns
-from dense labels of the simulator. The language model starts from random weights too. Numbers ("37" of 00..99) are
-learned with Gaussian soft labels (`--soft-numbers`), and an auxiliary head predicts all numbers of an answer at once
-from the last prompt state (`--number-weight`), the state that the policy head will read; both can be switched off.
-Muon halves the steps of stage 1.2 (common/optim.py). Question types are drawn in proportion to the square root of their
-count, times `--more`: where 10 % of the questions were "is there an X?" (`presence`), the answer was not learned.
+Differences from the paper: stage `vision` replaces CLIP's pre-training. No weights can be downloaded, so the encoder
+learns from the simulator's dense labels. The language model also starts from random weights. Numbers ("37" of 00..99)
+are learned with Gaussian soft labels (`--soft-numbers`), and an auxiliary head predicts all of an answer's numbers at
+once from the last prompt state (`--number-weight`), which the policy head will read; both can be switched off. Muon
+halves the steps of stage 1.2 (common/optim.py). Question types are sampled in proportion to the square root of their
+count, times `--more`: when 10 % of the questions were "is there an X?" (`presence`), the model did not learn them.
 
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
     loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,
     normal_degrees, category_accuracy
     align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of the picture) and on --val: exact.TYPE = exact
-    match of answers to questions of a type, blank.TYPE = the same with a grey picture (what the wording alone gives
+    match of answers per question type, blank.TYPE = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees
-and answers.md: what the model says to three fixed questions of --val, beside the truth.
+and answers.md: the model's answers to three fixed questions of --val, next to the truth.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ from data.tokenizer import has_number_tokens, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import RoboMamba, RoboMambaConfig
 
-# The shipped runs: `--stage` alone means these.
+# The shipped runs: `--stage` on its own selects these settings.
 MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"
 RECIPE = {
     "vision": dict(init="", out="runs/vision", max_steps=6000, lr=2e-3, muon=True, more=""),
@@ -59,47 +59,47 @@ RECIPE = {
     "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=3000, lr=2e-3, muon=True, more=MORE),
 }
 TRAINED = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
-NUMERIC = {"align": (0.0, 0.0), "cotrain": (0.35, 0.15)}  # fraction of questions for a contact; for where or box
-QUESTIONS = 4  # asked of each picture in a step
+NUMERIC = {"align": (0.0, 0.0), "cotrain": (0.35, 0.15)}  # fractions of contact questions; of where and box questions
+QUESTIONS = 4  # per picture and step
 WARMUP = 80  # steps
-WEIGHT_DECAY = 0.05  # of matrices only
-CLIP = 1.0  # largest gradient norm
+WEIGHT_DECAY = 0.05  # matrices only
+CLIP = 1.0  # maximum gradient norm
 LOG_EVERY = 20  # steps
 SAVE_EVERY = 200
 EVAL_EVERY = 500
-EVAL_RECORDS = 100  # of --val, align and cotrain
+EVAL_RECORDS = 100  # records of --val used by align and cotrain
 SHIPPED_VOCABULARY = Path(__file__).parent / "data/vocab.tiktoken"
 
 
 @dataclass
 class TrainConfig:
-    stage: str = flag("vision", "which part is trained", choices=tuple(RECIPE))
-    data: str = flag("data/cache/train", "folder made by data.build, or (align, cotrain) a file in LLaVA's layout")
-    images: str = flag("", "folder the image paths are relative to (default: where the conversation file lies)")
+    stage: str = flag("vision", "training stage", choices=tuple(RECIPE))
+    data: str = flag("data/cache/train", "folder made by data.build, or (align, cotrain) a file in LLaVA's format")
+    images: str = flag("", "root folder of the image paths (default: the conversation file's folder)")
     val: str = flag("data/cache/val", 'folder made by data.build --split val; "" = no validation')
-    init: str = flag("", 'checkpoint folder to start from; "" = a new model of --preset')
+    init: str = flag("", 'checkpoint folder to start from; "" = a new model from --preset')
     preset: str = flag("tiny-rgbd", "shapes of a new model", choices=tuple(PRESETS))
-    vision_weights: str = flag("", "published CLIP folder to start from; the rest is the paper's, or --preset small's")
-    lm_weights: str = flag("", "published Mamba folder with a tokenizer.json; goes with --vision-weights")
-    out: str = flag(RECIPE["vision"]["out"], "folder of the new checkpoint")
-    cache: str = flag("", "folder of cached visual tokens (default: the data folder; OUT where that is read-only)")
-    resume: bool = flag(False, "go on from OUT/checkpoint.pt, bit for bit")
+    vision_weights: str = flag("", "published CLIP folder to start from; the rest follows the paper, or --preset small")
+    lm_weights: str = flag("", "published Mamba folder with a tokenizer.json; requires --vision-weights")
+    out: str = flag(RECIPE["vision"]["out"], "output folder for the new checkpoint")
+    cache: str = flag("", "folder for cached visual tokens (default: the data folder, or OUT if that is read-only)")
+    resume: bool = flag(False, "resume from OUT/checkpoint.pt, bit for bit")
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    workers: int = flag(0, "further processes that make batches in advance, for a GPU", low=0)
-    seed: int = flag(0, "of weights, order of the data, augmentation", low=0)
-    max_steps: int = flag(RECIPE["vision"]["max_steps"], "how many steps", low=1)
-    batch_size: int = flag(32, "pictures a step, over all processes", low=1, high=65536)
-    lr: float = flag(RECIPE["vision"]["lr"], "peak: linear warm-up, then cosine", low=1e-9)
-    muon: bool = flag(RECIPE["vision"]["muon"], "wide matrices step orthogonally (Muon), the rest with AdamW")
-    more: str = flag("", "factors on how often question types are drawn (vision: on terms of the loss): plan=0,past=4")
-    turns: str = flag("branch", "turns see the picture alone, or follow each other", choices=("branch", "pack"))
-    soft_numbers: float = flag(1.9, "sd of a number's soft label in bins of 1/100; 0 = one-hot", low=0, high=50)
-    number_weight: float = flag(3.0, "of the auxiliary head that predicts an answer's numbers; 0 = off", low=0)
+    workers: int = flag(0, "extra processes that prepare batches in advance, for a GPU", low=0)
+    seed: int = flag(0, "random seed for weights, data order and augmentation", low=0)
+    max_steps: int = flag(RECIPE["vision"]["max_steps"], "number of training steps", low=1)
+    batch_size: int = flag(32, "pictures per step, over all processes", low=1, high=65536)
+    lr: float = flag(RECIPE["vision"]["lr"], "peak learning rate: linear warm-up, then cosine decay", low=1e-9)
+    muon: bool = flag(RECIPE["vision"]["muon"], "Muon (orthogonal updates) for wide matrices, AdamW for the rest")
+    more: str = flag("", "sampling factors of question types (vision: factors of loss terms), such as plan=0,past=4")
+    turns: str = flag("branch", "each turn sees the picture only, or earlier turns too", choices=("branch", "pack"))
+    soft_numbers: float = flag(1.9, "std of a number's soft label, in bins of 1/100; 0 = one-hot", low=0, high=50)
+    number_weight: float = flag(3.0, "loss weight of the auxiliary head for an answer's numbers; 0 = off", low=0)
     unfreeze_vision: bool = flag(False, "align, cotrain: train the encoder too (a deviation from the paper)")
 
 
 def recipe(stage: str, **changes) -> TrainConfig:
-    """The shipped run of a stage, with changes."""
+    """The settings of a stage's shipped run, with changes."""
     return TrainConfig(stage=stage, **(RECIPE[stage] | changes))
 
 
@@ -107,7 +107,7 @@ def recipe(stage: str, **changes) -> TrainConfig:
 
 
 def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
-    """Published parts, or --init's checkpoint, or a new model of --preset with the vocabulary of the data."""
+    """Load published parts or --init's checkpoint, or build a new --preset model with the data's vocabulary."""
     if bool(cfg.vision_weights) != bool(cfg.lm_weights):
         raise ValueError("--vision-weights and --lm-weights: give both, or neither")
     torch.manual_seed(cfg.seed)
@@ -127,12 +127,12 @@ def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
 
 
 def conversation_file(data: str) -> Path:
-    """--data is a folder of data.build or a file."""
+    """--data is either this file or a folder made by data.build."""
     return Path(data) / "conversations.json" if Path(data).is_dir() else Path(data)
 
 
 def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
-    """The model with its parts frozen or not, the digests of the frozen ones, and the run."""
+    """The model with some of its parts frozen, the digests of those parts, and the run."""
     processes = Processes(cfg.device, cfg.workers)
     if cfg.batch_size % processes.size:
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide among {processes.size} processes")
@@ -153,7 +153,7 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
 
 
 def prepare(cfg: TrainConfig, run: Run, objective: nn.Module) -> tuple[nn.Module, Muon]:
-    """The objective, wrapped for data parallel, and its optimizer, both as --resume left them."""
+    """The objective, wrapped for data parallelism, and its optimizer; both restored when resuming."""
     objective.to(run.processes.device).train()
     groups = parameter_groups(objective, WEIGHT_DECAY, cfg.muon)
     optimizer = Muon(groups, lr=cfg.lr, betas=(0.9, 0.98))
@@ -162,7 +162,7 @@ def prepare(cfg: TrainConfig, run: Run, objective: nn.Module) -> tuple[nn.Module
 
 
 def descend(loss: Tensor, objective: nn.Module, optimizer, step: int) -> None:
-    """One step of the optimizer down the gradient of the loss."""
+    """One optimizer step on the loss."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     stop_on_nan(step, loss, objective)
@@ -171,7 +171,7 @@ def descend(loss: Tensor, objective: nn.Module, optimizer, step: int) -> None:
 
 
 def after_step(cfg: TrainConfig, run: Run, done: int, loss, parts: dict, objective, optimizer, validate) -> dict | None:
-    """Log; at their times validate and save. done: steps done of the whole run. Returns new validation numbers."""
+    """Log; validate and save when due. done: steps done in the whole run. Returns new validation numbers, if any."""
     means = run.processes.mean([loss.item(), *(part.item() for part in parts.values())])
     run.log(done, **dict(zip(("loss", *parts), means, strict=True)))
     result = None
@@ -201,7 +201,7 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     data = DensePictures(cfg.data, size, model.encoding, depth)
     val = DensePictures(cfg.val, size, model.encoding, depth) if cfg.val else None
     steps = range(run.begin(), cfg.max_steps)
-    torch.manual_seed(cfg.seed + 1)  # the auxiliary heads
+    torch.manual_seed(cfg.seed + 1)  # for the auxiliary heads
     objective = DenseObjective(model, bool(data.parts), cfg.more)
     parallel, optimizer = prepare(cfg, run, objective)
     result = {}
@@ -242,7 +242,7 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)
     steps = range(run.begin(), cfg.max_steps)
-    torch.manual_seed(cfg.seed + 1)  # the auxiliary head
+    torch.manual_seed(cfg.seed + 1)  # for the auxiliary head
     objective = AnswerObjective(model, *weights)
     parallel, optimizer = prepare(cfg, run, objective)
     result = {}
@@ -255,12 +255,12 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     def batch_of_step(step: int) -> tuple[Tensor, Batch]:
         everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
         rng = np.random.default_rng([cfg.seed, step])
-        drawn = data.draw(everyone, rng, questions, *NUMERIC[cfg.stage])  # every process draws for all of them
+        drawn = data.draw(everyone, rng, questions, *NUMERIC[cfg.stage])  # every process draws for the whole batch
         mine = range(processes.rank, len(everyone), processes.size)
         rows = everyone[mine]
         if cached is None:
             images = data.pictures(rows)
-        else:  # an RGB-D encoder: half of the steps without depth
+        else:  # an RGB-D encoder sees no depth in half of the steps
             images = torch.from_numpy(cached[step % len(cached)][rows]).float()
         return images, data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
 
@@ -277,14 +277,14 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
 
 
 def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> list[np.ndarray]:
-    """Visual tokens of the pictures; for an RGB-D encoder without and with depth."""
+    """Visual tokens of the pictures: without depth and, for an RGB-D encoder, also with depth."""
     names = [record.get("image", "") for record in data.records]
     place = (run.processes, cfg.cache, cfg.out)
     return [visual_tokens(model.vision, data.root, names, *place, way) for way in ways(model.vision, data.root, names)]
 
 
 def finish(model: RoboMamba, frozen: dict[str, str], run: Run) -> None:
-    """Nothing that was frozen may have moved by a single bit; then the checkpoint is written."""
+    """Check that frozen parts have not changed by a single bit, then write the checkpoint."""
     check_frozen(model, frozen)
     if run.processes.first:
         model.save_pretrained(run.out)

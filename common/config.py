@@ -1,4 +1,4 @@
-"""The shapes of RoboMamba, their JSON and the presets (`python -m extras.costs` lists them). Letters: robomamba.py."""
+"""RoboMamba's model shapes, their JSON and the presets (listed by `python -m extras.costs`). Letters: robomamba.py."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -14,11 +14,11 @@ class VisionConfig:  # the image encoder; defaults are the `tiny` preset, CLIP's
     n_layer: int = 4
     n_head: int = 6
     mlp_ratio: int = 4
-    stem: tuple = (24, 48, 96)  # channels of 3x3 stride-2 convolutions, before the last; () = CLIP's patch convolution
+    stem: tuple = (24, 48, 96)  # channels of all but the last 3x3 stride-2 convolution; () = CLIP's patch convolution
     select_layer: int = -1  # block whose output is returned; -1 = the last, -2 = the one before it (the paper's)
     output_norm: bool = True  # apply post_layernorm to the tokens (CLIP's recipe for LLaVA-like models: no)
     depth: bool = False  # RGB-D: 4 more channels, relative depth and the normal's x, y, z (data/depth.py, `geometry`)
-    fine: int = 0  # channels of the fine map that the pointing head reads, 4 x 4 cells a patch; 0 = none of both
+    fine: int = 0  # channels of the fine map that the pointing head reads, 4 x 4 cells per patch; 0 = no map, no head
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,10 +50,10 @@ class LMConfig:  # the language model; fields named as in Mamba's own config whe
 
 @dataclass
 class HeadConfig:  # the policy head (paper section 3.3, appendix Table 6)
-    kind: str = "two_mlp"  # pixel and rotation apart (the paper's choice) | "one_mlp": one MLP with 8 outputs
+    kind: str = "two_mlp"  # separate MLPs for pixel and rotation (the paper's choice) | "one_mlp": one with 8 outputs
     hidden: tuple = (8,)  # hidden widths; the paper's text fits (d_model / 4, d_model / 8)
     pool: str = "last"  # "last" | "first_last" (the paper's code) | "mean" of the text states
-    turn: float = 180.0  # degrees by which a depth image may turn a predicted direction; set by finetune_policy.py
+    turn: float = 180.0  # maximum degrees a depth image may turn a predicted direction; set by finetune_policy.py
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Greedy answers to many questions at once: what RoboMamba.generate gives for each alone, several times as fast.
+"""Greedy answers to many questions at once: the same as RoboMamba.generate one by one, but several times faster.
 
     answers = generate_batch(model, [image, image, ..], ["what is this object?", ..])
 
-Prompts differ in length, but nothing is padded: all rows read as many tokens as the shortest prompt has in one pass;
-from there each step feeds a row the next token of its prompt, or what it said last. A row that ends leaves the batch.
+Prompts differ in length, but nothing is padded: one pass reads each prompt up to the length of the shortest; after
+that, each step feeds every row its next prompt token or its last generated one. Finished rows leave the batch.
 """
 
 import os
@@ -12,10 +12,10 @@ import torch
 
 
 def generate_batch(model, images, questions: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Answers to `questions`, in their order. Raises: ValueError as RoboMamba.generate, and for lists of other lengths.
+    """Answers to `questions`, in order. Raises: ValueError like RoboMamba.generate, and for lists of unequal length.
 
-    images: one image (as RoboMamba.generate takes it, or None) for all questions, or a list with one for each; an image
-    that occurs several times is encoded once.
+    images: one image (as RoboMamba.generate takes it, or None) for all questions, or a list with one per question; an
+    image that occurs several times is encoded once.
     """
     return [model.text(ids) for ids in generate_ids(model, images, questions, max_new_tokens)]
 
@@ -60,7 +60,7 @@ def generate_ids(model, images, questions: list[str], max_new_tokens: int = 64) 
 
 
 def _prefill(model, images, n: int) -> list | None:
-    """The state of every block before `n` questions: after one image for all, or a list of one each; None: no image."""
+    """Every block's state before `n` questions: after one image for all, or a list with one each; None: no image."""
     if images is None:
         return None
     images = list(images) if isinstance(images, list | tuple) else [images] * n

@@ -1,10 +1,10 @@
-"""Files: written whole or not at all, read as UTF-8, and one error that names the file.
+"""Files: written whole or not at all, read as UTF-8, with one kind of error, which names the file.
 
     write_text(path, text)      write_json(path, value)      write_atomically(path, write)
     read_text(path)             read_json(path, dict)        read_json_lines(path) -> (line number, object) pairs
     read_npz(path, names)
 
-Every reader raises ValueError for whatever a missing, cut, mis-encoded, oversized or deeply nested file does.
+Every reader raises ValueError for any missing, truncated, mis-encoded, oversized or too deeply nested file.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def write_text(path, text: str) -> None:
 
 
 def write_json(path, value, indent: int | None = 1) -> None:
-    """`value` as JSON, whole or not at all. Raises: ValueError for NaN and infinity, which JSON cannot say."""
+    """`value` as JSON, whole or not at all. Raises: ValueError for NaN and infinity, which JSON cannot express."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
@@ -94,6 +94,6 @@ def read_npz(path, names: tuple[str, ...], hint: str = "") -> dict[str, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except Exception as error:  # a cut or damaged archive makes numpy raise nearly anything
+    except Exception as error:  # a truncated or damaged archive makes numpy raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({reason})" + (f"; {hint}" if hint else "")) from None

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-WIDE = 32  # a matrix whose sides are both at least this long is Muon's
+WIDE = 32  # Muon updates matrices with both sides at least this long
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except in groups with `orthogonal`: there the step of a matrix is its momentum made orthogonal.
+    """AdamW, except in groups with `orthogonal`, where a matrix's step is its orthogonalised momentum.
 
-    The gradient of a weight matrix has a few large directions and many small ones. Made orthogonal, all of them step
-    alike: M = U S V^T becomes nearly U V^T by five Newton-Schulz iterations, scaled so that lr means what it means to
-    AdamW. torch.optim.Muon does it in bfloat16, 28 times slower than float32 on a CPU without such instructions.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale is that of arXiv 2502.16982, section 2.2.
+    The gradient of a weight matrix has a few large directions and many small ones. Orthogonalised, all take equal
+    steps: five Newton-Schulz iterations turn M = U S V^T into nearly U V^T, scaled so that lr means the same as in
+    AdamW. torch.optim.Muon does this in bfloat16, 28 times slower than float32 on a CPU without such instructions.
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale is from arXiv 2502.16982, section 2.2.
     """
 
     MOMENTUM = 0.95
@@ -21,7 +21,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             if group["orthogonal"]:
-                alike: dict = {}  # by shape on a GPU, which takes them in one product; a CPU is faster one by one
+                alike: dict = {}  # grouped by shape on a GPU, for one batched product; a CPU is faster one by one
                 for p in group["params"]:
                     if p.grad is not None:
                         alike.setdefault(p if p.device.type == "cpu" else p.shape, []).append(p)
@@ -30,14 +30,14 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """A step of matrices of one shape."""
+        """One step for matrices of the same shape."""
         steps = []
         for p in matrices:
-            if not self.state[p]:  # AdamW looks for a step in every state that it loads
+            if not self.state[p]:  # AdamW expects a step in every state that it loads
                 self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
             momentum = self.state[p]["momentum"].mul_(self.MOMENTUM).add_(p.grad)
             steps.append(p.grad + self.MOMENTUM * momentum)
-            p.grad = None  # AdamW passes over it
+            p.grad = None  # so that AdamW skips it
         steps = self.orthogonal(torch.stack(steps)) * 0.2 * max(p.shape) ** 0.5
         for p, step in zip(matrices, steps, strict=True):
             p.mul_(1 - lr * weight_decay).sub_(lr * step)
@@ -55,9 +55,9 @@ class Muon(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Decay for matrices only; none for A_log, D, norms, biases, embeddings, positions.
+    """Weight decay for matrices only; none for A_log, D, norms, biases, embeddings, positions.
 
-    muon: matrices of at least 32 x 32 are a group with `orthogonal`; narrow ones (dt_proj, x_proj) stay AdamW's.
+    muon: matrices of at least 32 x 32 form a group with `orthogonal`; narrow ones (dt_proj, x_proj) stay with AdamW.
     """
     decay, rest, wide = [], [], []
     for name, p in module.named_parameters():

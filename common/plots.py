@@ -1,6 +1,6 @@
-"""Curves as pictures, where matplotlib is installed (an optional extra; training and evaluation run without it).
+"""Curves as pictures, if matplotlib is installed (an optional extra; training and evaluation run without it).
 
-python -m common.plots runs/cotrain/metrics.csv --out curves.png      (train.py and finetune_policy.py draw theirs)
+python -m common.plots runs/cotrain/metrics.csv --out curves.png      (train.py and finetune_policy.py draw their own)
 """
 
 import argparse
@@ -15,7 +15,7 @@ from common.scripts import run_main
 
 
 def new_figure(width: float, height: float):
-    """An empty matplotlib figure, inches. Raises: ValueError where matplotlib is not installed."""
+    """An empty matplotlib figure, size in inches. Raises: ValueError if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def as_image(figure) -> Image.Image:
 
 
 def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = True) -> Image.Image:
-    """{title: {line: [(x, y), ..]}} -> a panel a title, four a row, without what is not finite. Raises: `new_figure`"""
+    """{title: {line: [(x, y), ..]}} -> one panel per title, four a row, finite points only. Raises: as `new_figure`"""
     columns = min(4, max(len(panels), 1))
     rows = max(math.ceil(len(panels) / columns), 1)
     figure = new_figure(3.2 * columns, 2.2 * rows)
@@ -50,7 +50,7 @@ def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: b
 
 
 def draw_curves_file(metrics_csv, out_png) -> bool:
-    """One panel a curve of a metrics.csv, its last value in the title. False, and a hint, without matplotlib."""
+    """One panel per curve of a metrics.csv, its last value in the title. Without matplotlib: False, and a hint."""
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
         for row in csv.DictReader(read_text(metrics_csv).splitlines()):

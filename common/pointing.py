@@ -1,11 +1,11 @@
-"""A second way to name the contact, beside the paper's head: point at a cell of a fine map of the picture.
+"""A second way to predict the contact, besides the paper's head: point at a cell of a fine map of the picture.
 
     stem 32 x 32, 16 x 16 --.
     tokens 8 x 8 ------------> FineMap (B, C, 32, 32) --.
-    last state of the words ----------------------------> PointingHead -> a logit and a direction a cell -> peak
+    last state of the words ----------------------------> PointingHead -> a logit and a direction per cell -> peak
 
-The paper's head regresses one point, the mean of all that are likely: of two good contacts it names the place between
-them. A map has room for both. The preset tiny-rgbd has these parts (common/config.py, `fine`); all sizes are its.
+The paper's head regresses one point, the mean of all likely ones: given two good contacts, it predicts the point
+between them. A map has room for both. The preset tiny-rgbd has these parts (common/config.py, `fine`) and these sizes.
 """
 
 import math
@@ -20,10 +20,10 @@ SPREAD = 0.6  # standard deviation of the contact's Gaussian soft label, in cell
 
 
 class FineMap(nn.Module):
-    """What the tokens mean at the resolution of the stem, four times theirs: a map that the pointing head reads.
+    """Brings the tokens to the stem's resolution, four times theirs: the map that the pointing head reads.
 
-    Top-down as in a feature pyramid (arXiv 1612.03144): the tokens as a map, twice doubled in size, each time added to
-    what the stem saw at that size and mixed by a convolution. Not in the paper.
+    Top-down as in a feature pyramid (arXiv 1612.03144): the tokens as a map, doubled in size twice, each time added to
+    the stem's features at that size and mixed by a convolution. Not in the paper.
     """
 
     def __init__(self, cfg: VisionConfig):
@@ -57,7 +57,7 @@ class PointingHead(nn.Module):
     of the parameters. Not in the paper.
     """
 
-    NARROW = 64  # width of the layer through which the state passes
+    NARROW = 64  # width of the bottleneck that the state passes through
 
     def __init__(self, d_model: int, channels: int, hidden: int, outputs: int = 4):
         super().__init__()

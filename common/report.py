@@ -24,15 +24,15 @@ THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
 SUCCESS = """Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m (or half of
-what was left of its range, where that is less than 0.1). px / deg off: median distance to the expert's contact. Scenes
-are those that the expert (the oracle) solves; the last row counts all that were tried."""
+its remaining range, if that is less than 0.1). px / deg off: median distance to the expert's contact. Only scenes that
+the expert (the oracle) solves are used; the last row counts all sampled scenes."""
 SENTENCES = ("policy", "ms a prediction", "nearest to the named part", "chance", "right sentence", "wrong sentence")
 SENTENCES_TEXT = """Scenes with several parts: how often the predicted pixel is nearest to the named part, and how often
-by chance; how often the named part moves >= 0.01 with its own instruction, and with that of another part. ms:
-median, batch 1, one thread."""
+it would be by chance; how often the named part moves >= 0.01 with its own instruction, and with the instruction for
+another part. ms: median, batch 1, one thread."""
 OURS = """Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,
-other objects, another gripper. Their columns are for orientation; the numbers must not be compared.**"""
-ON_PART = """Scored as the released evaluator of ManipLLM, the paper's ancestor, does: episodes whose predicted pixel
+other objects, another gripper. Their columns are for orientation only; do not compare the numbers.**"""
+ON_PART = """Scored like the released evaluator of ManipLLM, on which the paper builds: episodes whose predicted pixel
 lies on no movable part are left out of n. Every other table here counts them as failures."""
 LONGEST_CELL = 200  # characters
 
@@ -263,11 +263,11 @@ SHOWN = ("model", "image-blind", "majority")
 REASONING_COLUMNS = ("answers", "robot exact", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "general exact")
 REASONING_COLUMNS += ("presence", "precision", "recall", "F1", "yes")
 EXACT = """Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as
-POPE scores object hallucination ("yes" is positive). Greedy decoding, every question asked alone."""
+POPE scores object hallucination ("yes" is positive). Greedy decoding, each question asked on its own."""
 KINDS = "Words: exact match. Where, contact: median distance. Box: median IoU."
 OUR_QUESTIONS = """\
 Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and
-models pre-trained on text. Their rows are for orientation; the numbers must not be compared.**"""
+models pre-trained on text. Their rows are for orientation only; do not compare the numbers.**"""
 
 
 def place(scores: dict) -> str:
@@ -365,12 +365,12 @@ SPEED_NOTES = """
 | OpenVLA 7B | 3.4 |
 | ManipLLM 7B | 1.1 |
 
-Theirs ran on an A100, without quantisation or other acceleration. These numbers must not be compared with those above,
-nor their differences explained: sizes, encoders, picture sizes and answer lengths differ; RoboMamba reads an action off
-one pass and a head, the others spell it in tokens; batch, precision and whether 9.0 Hz is head or text are not stated;
-there is no Transformer of RoboMamba's size. Above, sizes, encoder, precision, hardware and answer length are equal. But
-a few million parameters at batch 1 mostly cost the calls of many small operations, of which a Mamba block has more than
-attention has; a model of billions does not feel them.
+Theirs ran on an A100, without quantisation or other acceleration. Do not compare these numbers with those above: sizes,
+encoders, picture sizes and answer lengths differ; RoboMamba reads an action off one pass and a head, the others spell
+it out in tokens; batch size, precision and whether 9.0 Hz is head or text are not stated; there is no Transformer of
+RoboMamba's size. In the tables above sizes, encoder, precision, hardware and answer length are equal. But with a few
+million parameters at batch 1 most of the time goes into calling many small operations, of which a Mamba block has more
+than attention; in a model with billions of parameters this overhead is negligible.
 """
 
 

@@ -1,6 +1,6 @@
-"""What all scripts share: flags, errors in one line, workers, progress. Loads no torch.
+"""Shared by all scripts: flags, one-line errors, workers, progress. Does not load torch.
 
-What only training needs is in common/training.py.
+Helpers that only training needs are in common/training.py.
 
     cfg = cli(Config, __doc__)         every field of a dataclass is a flag; booleans are --x / --no-x
     run_main(main)                     bad input and Ctrl-C end with one line, exit codes 2 and 130
@@ -71,7 +71,7 @@ def cli(config_class, doc: str, argv: list[str] | None = None, recipes: dict[str
     """Flags from a dataclass made of `flag(..)` fields.
 
     Args: doc: the script's docstring; its first paragraph is the description. recipes: {value of the first field:
-        {field: default}}, so that `--stage align` alone means a whole recipe; --help shows the defaults of that stage.
+        {field: default}}, so that `--stage align` alone selects a whole recipe; --help shows that stage's defaults.
     Raises: ValueError for an unknown flag or a value outside its range.
     """
     style = argparse.ArgumentDefaultsHelpFormatter
@@ -126,9 +126,9 @@ def end_with_parent() -> None:
     launcher = os.getppid()
 
     def watch() -> None:
-        if parent is not None:  # of multiprocessing: known to have ended even if it did so before this call
+        if parent is not None:  # started by multiprocessing: join returns even if it ended before this call
             parent.join()
-        while parent is None and os.getppid() == launcher:  # of torchrun
+        while parent is None and os.getppid() == launcher:  # started by torchrun
             time.sleep(0.2)
         os._exit(1)
 
@@ -136,7 +136,7 @@ def end_with_parent() -> None:
 
 
 def start_worker(counter, setup: Callable | None = None, arguments: tuple = ()) -> None:
-    """First thing in a process of a pool: a core of its own, Ctrl-C left to the parent, an end with the parent."""
+    """Initialise a pool worker: pin it to its own core, leave Ctrl-C to the parent, and end when the parent ends."""
     with counter.get_lock():
         pin_to_core(counter.value)
         counter.value += 1
@@ -149,7 +149,7 @@ def start_worker(counter, setup: Callable | None = None, arguments: tuple = ()) 
 def parallel(
     function: Callable, jobs: Iterable, workers: int, setup: Callable | None = None, arguments: tuple = ()
 ) -> Iterator[tuple]:
-    """Yield (job, function(job)) as they are done, in `workers` fresh processes.
+    """Yield (job, function(job)) as jobs finish in `workers` fresh processes.
 
     Args: jobs: hashable. setup(*arguments): called once in every worker, before its first job.
     Raises: BrokenProcessPool when workers die twice; after the first death the unfinished jobs are run once more.
@@ -171,14 +171,14 @@ def parallel(
             died = True
             print(f"\na worker process died; {len(left)} unfinished jobs are run again", file=sys.stderr)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what is being worked on is finished and kept
+            pool.shutdown(wait=True, cancel_futures=True)  # jobs in progress are finished and kept
 
 
 # ---- where and how ---------------------------------------------------------------------------------------------------
 
 
 def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
-    """One updating line of `what` is done, with rate and time left; where it cannot update, one line every tenth."""
+    """One updating line: `what` done so far, rate and time left; if it cannot update, one line every tenth."""
     rate = done / max(time.monotonic() - start, 1e-9)
     line = f"{what} {done}/{total}  {rate:.1f}/s  {(total - done) / max(rate, 1e-9):.0f} s left"
     if sys.stdout.isatty():
@@ -205,7 +205,7 @@ def hardware() -> str:
 
 
 def environment() -> dict:
-    """What a committed result says of the machine it was made on: commit, hardware, versions."""
+    """What a committed result records about where it was made: commit, hardware, versions."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,14 +1,14 @@
-"""What training scripts share: processes, freezing, checkpoints and metrics of a run, and what to do about a NaN.
+"""Shared by the training scripts: processes, freezing, checkpoints and metrics of a run, and stopping on a NaN.
 
     processes = Processes(cfg.device)       one process, or one of several under torchrun
     for batch in processes.ahead(make, range(n)):   make(0), make(1), ..; with --workers made in advance
-    frozen = freeze(model, ("projector",))  .. check_frozen(model, frozen): not a bit of the other parts may have moved
-    with Run(cfg, processes, total) as run: OUT is ours alone
-        first = run.begin()                 run.json, metrics.csv; with --resume the step to go on from
-        run.load(modules, optimizer)        OUT/checkpoint.pt, if the run goes on from one
+    frozen = freeze(model, ("projector",))  .. check_frozen(model, frozen): no bit of the other parts may have changed
+    with Run(cfg, processes, total) as run: OUT is locked for this run
+        first = run.begin()                 run.json, metrics.csv; with --resume the step to resume from
+        run.load(modules, optimizer)        OUT/checkpoint.pt, if the run resumes from one
         run.log(step, loss=..)              metrics.csv and one updating line
         run.save(step, modules, optimizer)
-        run.finish()                        OUT/curves.png; the checkpoint goes
+        run.finish()                        OUT/curves.png; deletes the checkpoint
 
 Exact resume needs no saved random state: whatever is random at step i is drawn from a generator seeded by (seed, i).
 """
@@ -36,10 +36,10 @@ from common.scripts import end_with_parent, pin_to_core
 
 try:
     import fcntl
-except ImportError:  # Windows: there two runs in one folder are not noticed
+except ImportError:  # Windows, where two runs in one folder go unnoticed
     fcntl = None
 
-PARTS = ("vision", "projector", "lm", "head", "point")  # of RoboMamba; what a stage trains and freezes
+PARTS = ("vision", "projector", "lm", "head", "point")  # of RoboMamba; a stage trains or freezes each
 
 
 class Processes:
@@ -70,7 +70,7 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """PyTorch's own data parallel when there are several processes."""
+        """Wrap `module` in PyTorch's own data parallel if there are several processes."""
         return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
 
     def mean(self, values: list[float]) -> list[float]:
@@ -82,7 +82,7 @@ class Processes:
         return (total / self.size).tolist()
 
     def first_says(self, value: bool) -> bool:
-        """What the first process found, told to all, so that all of them take the same way."""
+        """The first process's value, broadcast so that all processes take the same branch."""
         return self.mean([float(value and self.first)])[0] > 0
 
     def gather(self, x: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ class Processes:
         return torch.cat(parts)
 
     def ahead(self, make: Callable[[int], Any], numbers: range) -> Iterable:
-        """make(n) of each number in order; with workers so many further processes make the next ones meanwhile.
+        """make(n) for each n in order; with workers, that many extra processes make the next ones in advance.
 
-        Raises: what `make` raises, in its turn. What it returns is tensors, or tuples of them.
+        Raises: whatever `make` raises, when its turn comes. `make` must return tensors, or tuples of them.
         """
         if not self.workers or len(numbers) < 2:
             return map(make, numbers)
@@ -143,7 +143,7 @@ def order_of_pass(seed: int, number: int, n: int) -> np.ndarray:
 
 
 def rows_of_step(seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of n records step `step` trains on: pass after pass in fresh order, a function of (seed, step) alone."""
+    """Which of n records step `step` trains on: each pass in a fresh order, a function of (seed, step) alone."""
     places = (divmod(position, n) for position in range(step * batch, (step + 1) * batch))
     return np.array([order_of_pass(seed, number, n)[k] for number, k in places])
 
@@ -151,7 +151,7 @@ def rows_of_step(seed: int, step: int, batch: int, n: int) -> np.ndarray:
 def stop_on_nan(step: int, loss: Tensor, module: nn.Module) -> None:
     """Raise FloatingPointError naming the step and the tensor at fault when the loss is not finite.
 
-    Weights come first, frozen ones included, then gradients: a bad weight makes bad gradients everywhere.
+    Weights are checked first, frozen ones included, then gradients: a bad weight makes bad gradients everywhere.
     """
     if torch.isfinite(loss):
         return
@@ -201,7 +201,7 @@ def check_frozen(model: nn.Module, frozen: dict[str, str]) -> None:
 
 
 def finished(out: Path, last_file: str) -> bool:
-    """Is there nothing left to --resume in OUT? `last_file` is written at the end, when the checkpoint goes."""
+    """Is there nothing left to --resume in OUT? `last_file` is written at the end, when the checkpoint is deleted."""
     there = (out / last_file).exists() and not (out / "checkpoint.pt").exists()
     if there:
         print(f"{out / last_file} is there and no checkpoint.pt: this run has finished; remove {out} to train again")
@@ -211,9 +211,9 @@ def finished(out: Path, last_file: str) -> bool:
 class Run:
     """One training run in folder cfg.out: its lock, metrics, checkpoint. Only the first process writes.
 
-    A context: two runs in one folder would mix their files, so OUT is locked until the block ends. The lock belongs to
-    the process, not to the file: after a kill there is none.
-    Raises: ValueError when another run holds OUT, or OUT cannot be written.
+    A context manager: two runs in one folder would mix their files, so OUT is locked until the block ends. The lock
+    belongs to the process, not to the file, so a kill releases it.
+    Raises: ValueError if another run has locked OUT, or OUT cannot be written.
     """
 
     FREE = ("out", "resume", "device", "workers", "cache")  # settings that a resumed run may change
@@ -226,7 +226,7 @@ class Run:
         self.log_every = log_every
         self.averages: dict[str, list[float]] = {}  # logged since the last row
         self.answers: list[str] = []  # rows of OUT/answers.md
-        self.loaded: dict = {}  # the checkpoint this run goes on from
+        self.loaded: dict = {}  # the checkpoint this run resumes from
         self.first_step = 0
         self.start_time = time.monotonic()
 
@@ -238,7 +238,7 @@ class Run:
         if self.lock:
             (self.out / "run.lock").unlink(missing_ok=True)
             self.lock.close()
-        if error[0] is None:  # else the others still wait for this one; torchrun ends them
+        if error[0] is None:  # otherwise the others still wait for this one; torchrun ends them
             self.processes.close()
 
     def _take_lock(self):
@@ -268,10 +268,10 @@ class Run:
         return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in self.FREE}
 
     def begin(self) -> int:
-        """Called when all input is checked; returns the first step to do, and writes run.json.
+        """Call once all input is checked: writes run.json and returns the first step to do.
 
-        With --resume: the step of OUT/checkpoint.pt, if there is one, and what was logged later is removed.
-        Raises: ValueError for a checkpoint that cannot be read, or names the first setting that differs from its run's.
+        With --resume, that is the step of OUT/checkpoint.pt, if there is one; anything logged later is removed.
+        Raises: ValueError for an unreadable checkpoint, or naming the first setting that differs from its run's.
         """
         path = self.out / "checkpoint.pt"
         if self.cfg.resume and path.exists():
@@ -291,7 +291,7 @@ class Run:
         try:
             state = torch.load(path, map_location=self.processes.device, weights_only=True)
             was = state["settings"]
-        except Exception as error:  # a cut or damaged file makes torch.load raise nearly anything
+        except Exception as error:  # a truncated or damaged file makes torch.load raise nearly anything
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"{path}: cannot be read ({reason}); remove it to start from the beginning") from None
         for name, value in self.settings().items():
@@ -301,7 +301,7 @@ class Run:
         return state
 
     def load(self, modules: list[nn.Module], optimizer) -> None:
-        """Put the checkpoint, if there is one, into modules and optimizer."""
+        """Load the checkpoint, if there is one, into modules and optimizer."""
         if self.loaded:
             for module, values in zip(modules, self.loaded["modules"], strict=True):
                 module.load_state_dict(values)
@@ -309,7 +309,7 @@ class Run:
         self.loaded = {}
 
     def save(self, step: int, modules: list[nn.Module], optimizer) -> None:
-        """Everything that the next step depends on, in one file that appears whole or not at all."""
+        """Save everything that the next step depends on, in one file that appears whole or not at all."""
         if self.processes.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
             state |= {"settings": self.settings(), "averages": self.averages, "answers": self.answers}
@@ -318,9 +318,9 @@ class Run:
         self.processes.barrier()
 
     def finish(self) -> None:
-        """The run is complete: draw OUT/curves.png; the checkpoint, and what kills left half written, can go."""
+        """The run is complete: draw OUT/curves.png, delete the checkpoint and files that kills left half written."""
         if self.processes.first:
-            from common.plots import draw_curves_file  # here: models and data are used without plots
+            from common.plots import draw_curves_file  # imported here: models and data are used without plots
 
             draw_curves_file(self.out / "metrics.csv", self.out / "curves.png")
             for path in (*self.out.glob("*.tmp*"), self.out / "checkpoint.pt"):
@@ -330,7 +330,7 @@ class Run:
     # -- metrics
 
     def log(self, step: int, **values: float) -> None:
-        """Collect; every `log_every` steps write the means to metrics.csv and refresh the line. `step`: steps done."""
+        """Collect values; every `log_every` steps write means to metrics.csv and refresh the line. step: steps done."""
         for key, value in values.items():
             self.averages.setdefault(key, []).append(float(value))
         if step % self.log_every and step != self.total:
@@ -349,7 +349,7 @@ class Run:
             print(f"{text:110s}", end=end, flush=True)
 
     def write(self, step: int, **values: float) -> None:
-        """Append one row a value to metrics.csv: step, seconds, name, value."""
+        """Append one row per value to metrics.csv: step, seconds, name, value."""
         if not self.processes.first:
             return
         seconds = f"{time.monotonic() - self.start_time:.1f}"
@@ -361,7 +361,7 @@ class Run:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _cut_metrics(self) -> None:
-        """Leave the header and the rows up to the step this run goes on from; a killed run may have left half a row."""
+        """Keep the header and the rows up to the step this run resumes from; a killed run may have left half a row."""
         path = self.out / "metrics.csv"
         rows = [["step", "seconds", "name", "value"]]
         if self.first_step:
@@ -370,7 +370,7 @@ class Run:
         write_text(path, "".join(",".join(row) + "\n" for row in rows))
 
     def add_answers(self, step: int, rows: list[tuple[str, ...]]) -> None:
-        """Rows (picture, question, model, truth) for OUT/answers.md, so that a person sees the model learn."""
+        """Rows (picture, question, model, truth) for OUT/answers.md, so that people can watch the model learn."""
         for row in rows:
             cells = [" ".join(text.split()).replace("|", "\\|") for text in row]
             self.say("  {1}  model: {2}  truth: {3}".format(*cells))

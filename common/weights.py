@@ -4,8 +4,8 @@
     load_tensors(model, [file])             fill a model built on the meta device
     dataclass_from_dict(Config, values)     JSON -> dataclass; an unknown key or an absurd value is an error
 
-Reading a file executes nothing and allocates nothing before the names and shapes of ALL tensors fit the model. Then the
-tensors are read one at a time into the model's own memory and dtype: there is never a second copy of the weights.
+Reading a file executes nothing, and allocates nothing until the names and shapes of ALL tensors match the model. Then
+the tensors are read one at a time into the model's own memory and dtype: there is never a second copy of the weights.
 """
 
 import math
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from common.files import write_atomically
 
-# Ends of parameter names that are never 16-bit: a rounded decay is applied again with every token.
+# Endings of parameter names that are never 16-bit: a rounded decay is applied again at every token.
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 LARGEST = {"n_layer": 2**10, "expand": 64, "mlp_ratio": 64, "d_state": 2**12, "image_size": 2**14}  # others: 2**20
 LOWEST = {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}  # others: 1
-RETIRED = (("mixer", "mamba"),)  # what older configs say and nothing depends on
+RETIRED = (("mixer", "mamba"),)  # entries of older configs that nothing depends on
 
 
 def count(module: nn.Module) -> int:
-    """Number of parameters; tied ones once."""
+    """Number of parameters, counting tied ones once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -46,7 +46,7 @@ def check_number(name: str, value, whole: bool, low: float, key: str = "") -> in
 def dataclass_from_dict(cls, values, source: str):
     """A (nested) dataclass with the values of a JSON object; fields that are left out keep their defaults.
 
-    Raises: ValueError naming `source` and the key that is unknown, of another type, or out of all reason.
+    Raises: ValueError naming `source` and the key that is unknown, of the wrong type, or has an absurd value.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
@@ -59,7 +59,7 @@ def dataclass_from_dict(cls, values, source: str):
             raise ValueError(f"{source}: unknown key {key!r}; known keys are {', '.join(defaults)}")
     try:
         return cls(**checked)
-    except ValueError as error:  # from __post_init__, which knows no file
+    except ValueError as error:  # from __post_init__, which does not know the file
         raise ValueError(f"{source}: {error}") from None
 
 
@@ -82,7 +82,7 @@ def _check_field(key: str, value, default, name: str):
 
 
 def save_tensors(path: Path, module: nn.Module, rename: Callable[[str], str] = str, half: bool = False) -> None:
-    """All parameters of `module` (tied ones once) as safetensors. half: matrices, but A_log, as float16."""
+    """All parameters of `module` (tied ones once) as safetensors. half: matrices except A_log as float16."""
     weights = {}
     for name, p in module.named_parameters():
         p = p.detach().cpu().contiguous()
@@ -94,14 +94,14 @@ def save_folder(folder, write: Callable[[Path], None], owned: tuple = ()) -> Non
     """Replace the files of a checkpoint folder together; other files in it stay.
 
     `write(staging)` makes the new files in an empty folder: a full disk or a kill meanwhile leaves the old checkpoint.
-    Then config.json goes first and comes back last: no moment shows a config beside weights of another save. `owned`:
-    further files of a checkpoint, removed where `write` makes none. Raises: ValueError naming what cannot be written.
+    Then config.json is removed first and replaced last, so a config is never beside weights of another save. `owned`:
+    other files of a checkpoint, removed if `write` makes none. Raises: ValueError naming what cannot be written.
     """
     folder = Path(folder)
     staging = folder / "saving.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed save
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed save
         staging.mkdir()
         write(staging)
         for name in ("config.json", *owned):
@@ -115,7 +115,7 @@ def save_folder(folder, write: Callable[[Path], None], owned: tuple = ()) -> Non
 
 
 def open_safetensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
-    """({name: shape, or dtype where that is no floating point}, function that reads one tensor)."""
+    """({name: shape, or dtype if that is not floating point}, function that reads one tensor)."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -130,9 +130,9 @@ def open_safetensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
 def load_tensors(model, files, rename=str, tied=None, dtype=torch.float32, open_file=open_safetensors) -> None:
     """Fill a model built on the meta device; one ValueError names every missing, surplus or misshaped tensor.
 
-    Args: files: paths. rename: a file's name -> the model's, or None for a tensor to leave out. tied: {name that may be
-        there: the parameter it must equal}. dtype: of the parameters in memory; KEEP_FLOAT32 are never 16-bit.
-    Raises: ValueError, also for a tensor with a number that is not finite.
+    Args: files: paths. rename: name in the file -> name in the model, or None to skip the tensor. tied: {optional
+        name: the parameter it must equal}. dtype: of the parameters in memory; KEEP_FLOAT32 are never 16-bit.
+    Raises: ValueError, also for a tensor with non-finite numbers.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
     found, readers, problems = {}, {}, []
@@ -159,10 +159,10 @@ def load_tensors(model, files, rename=str, tied=None, dtype=torch.float32, open_
         file, theirs, read = readers[name]
         kept = torch.promote_types(dtype, torch.float32) if name.endswith(KEEP_FLOAT32) else dtype
         try:
-            value = read(theirs).to(kept, copy=True)  # a copy: the file may be mapped
+            value = read(theirs).to(kept, copy=True)  # a copy: the file may be memory-mapped
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{file}: {theirs} cannot be read ({error})") from None
-        if not all(math.isfinite(extreme) for extreme in value.aminmax()):  # makes no second tensor, as isfinite would
+        if not all(math.isfinite(extreme) for extreme in value.aminmax()):  # no second tensor, unlike isfinite
             raise ValueError(f"{file}: {theirs} holds numbers that are not finite")
         return value
 

@@ -3,28 +3,28 @@
     python -m data.build --scenes 30000 --out data/cache/train
     python -m data.build --scenes 600 --split val --out data/cache/val
 
-What lies in DIR afterwards:
+Files in DIR (--out) after a build:
 
-    images/00012/00001234.png   the pictures, numbered by scene; beside each .depth.png, as an imperfect camera sees it:
+    images/00012/00001234.png   pictures, numbered by scene; beside each a .depth.png, as an imperfect camera sees it:
                                 16-bit millimetres, 0 = nothing measured (data/depth.py)
-    conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns a picture
-    manipulation.jsonl          a line a contact that works: {image, depth, intrinsics, category, part, instruction,
+    conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns per image
+    manipulation.jsonl          one line per working contact: {image, depth, intrinsics, category, part, instruction,
                                 u, v, approach, ..}; with --full-labels also camera and mask
-    dense.npz                   per picture: 16 x 16 depth, normals, masks, kind of part; 32 x 32 number of the part,
-                                direction in which to work it, moment arm; its category and colour
-    facts.jsonl                 the ground truth of each picture, from which the questions were made
+    dense.npz                   per picture: 16 x 16 depth, normals, masks, part kind; 32 x 32 part number, gripper
+                                direction for moving the part, moment arm; the object's category and colour
+    facts.jsonl                 the ground truth of each picture, from which the questions are generated
     manifest.json               settings, counts, intrinsics, versions, seconds
 
-Deterministic in --seed and --scenes, whatever --workers. A run that was stopped goes on where it was: finished groups
-of scenes lie in DIR/parts until all are there.
+Deterministic given --seed and --scenes, for any --workers. An interrupted build resumes where it stopped: finished
+groups of scenes stay in DIR/parts until all are done.
 
-A train split shows the 20 seen categories; objects of the grammar (sim/grammar.py) with all labels; and, under the
-paper's rule (README, "Unseen"), unseen categories with general questions only: no part, contact, plan or
-affordance. --hold-out treats seen categories as unseen ones and leaves archetypes out; --split transfer shows exactly
-those, so that transfer is chosen without the test categories (--hold-out Display,Toaster,trays,latch).
+A train split shows the 20 seen categories; grammar objects (sim/grammar.py) with all labels; and, under the paper's
+rule (README, "Unseen"), unseen categories with general questions only: no part, contact, plan or affordance.
+--hold-out treats seen categories as unseen and leaves archetypes out; --split transfer shows exactly those, so that
+choices about transfer can be made without the test categories (--hold-out Display,Toaster,trays,latch).
 
 Sources: successful poses as in RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question types of RoboVQA (arXiv
-2311.00899). Differs: a contact is the middle of the region that works, tested with small jitters, not a random point.
+2311.00899). Differs: a contact is the centre of the region that works, tested with small jitters, not a random point.
 """
 
 import functools
@@ -50,40 +50,40 @@ from sim.grammar import ARCHETYPES, PREFIX, STRICT
 from sim.objects import BACKGROUND, BASE, COLOURS
 
 SPLITS = ("train", "val", "transfer", "test-seen", "test-unseen")
-CATEGORY_NAMES = (*SEEN, *UNSEEN, "object")  # what `category` of dense.npz counts; the last one: the grammar
-CATEGORY_WEIGHT = {"StorageFurniture": 3.0, "Refrigerator": 2.0}  # the rest 1: furniture has the most kinds of fronts
+CATEGORY_NAMES = (*SEEN, *UNSEEN, "object")  # `category` in dense.npz indexes these; the last is the grammar
+CATEGORY_WEIGHT = {"StorageFurniture": 3.0, "Refrigerator": 2.0}  # others 1: furniture has the most kinds of fronts
 GOES_ON = "nothing is lost: the same command goes on"
-POINTS = 3  # of either answer, for "can this point be moved?"
-NEAR_SHARE = 1 / 24  # of the side: how far from the object a point of the background may lie
-DENSE = ("targets", "kinds", "part", "act", "arm")  # of dense.npz, made by sim/expert.py
-UNTOLD = -3  # of dense.npz's part: not told
-HIDDEN = {"kinds": -1, "part": UNTOLD, "act": 0, "arm": 0}  # fill dense.npz for pictures of unseen categories
-GROUP = 100  # scenes a worker makes at a time; also the unit of resuming
-ANYWHERE = {"workers": 0, "out": ""}  # the settings in which two builds of one folder may differ
+POINTS = 3  # points per answer to "can this point be moved?"
+NEAR_SHARE = 1 / 24  # of the image side: how far from the object a background point may lie
+DENSE = ("targets", "kinds", "part", "act", "arm")  # arrays of dense.npz, made by sim/expert.py
+UNTOLD = -3  # in `part` of dense.npz: unlabelled
+HIDDEN = {"kinds": -1, "part": UNTOLD, "act": 0, "arm": 0}  # fill values in dense.npz for unseen categories
+GROUP = 100  # scenes a worker makes per job; also the unit of resuming
+ANYWHERE = {"workers": 0, "out": ""}  # settings that may differ between two builds of one folder
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    scenes: int = flag(2000, "pictures", low=1)
-    demos: int = flag(10_000, "at most so many samples of seen categories (the paper's 10K), as many of grammar", low=0)
-    workers: int = flag(2, "processes", low=1, high=256)
-    seed: int = flag(0, "of everything that is drawn", low=0)
-    out: str = flag("data/cache/train", "folder")
-    split: str = flag("train", "which range of scene seeds, which categories", choices=SPLITS)
-    image_size: int = flag(128, "pixels, a multiple of 16", low=32, high=1024)
-    grammar: float = flag(0.4, "fraction of pictures with objects of the grammar (train only)", low=0, high=1)
-    archetypes: str = flag("all", "of the grammar: all | strict (none near an unseen category) | a number | a list")
-    hold_out: str = flag("", "categories and archetypes without labels in train, shown by --split transfer: a list")
-    categories: str = flag("", "only these seen categories: a list, or drawer-door")
-    unseen: float = flag(0.08, "fraction of unseen categories (0: strict rule; train only)", low=0, high=1)
-    opened: float = flag(0.08, "fraction with parts already open: state, no contact labels", low=0, high=1)
-    after: float = flag(0.14, "fraction after an attempt, good or bad: past and success", low=0, high=1)
-    full_labels: bool = flag(False, "camera pose and part masks as well, for other people's models")
-    vocab: int = flag(1021, "byte-pair ranks learned on a train split's texts (+ 3 special tokens); 0: none", low=0)
+    scenes: int = flag(2000, "number of pictures", low=1)
+    demos: int = flag(10_000, "maximum samples each from seen categories (the paper's 10K) and from the grammar", low=0)
+    workers: int = flag(2, "number of worker processes", low=1, high=256)
+    seed: int = flag(0, "random seed", low=0)
+    out: str = flag("data/cache/train", "output folder")
+    split: str = flag("train", "selects the range of scene seeds and the categories", choices=SPLITS)
+    image_size: int = flag(128, "side of the pictures in pixels, a multiple of 16", low=32, high=1024)
+    grammar: float = flag(0.4, "fraction of pictures with grammar objects (train only)", low=0, high=1)
+    archetypes: str = flag("all", "grammar archetypes: all | strict (none near an unseen category) | a number | a list")
+    hold_out: str = flag("", "list of categories and archetypes without labels in train; --split transfer shows them")
+    categories: str = flag("", "use only these seen categories: a list, or drawer-door")
+    unseen: float = flag(0.08, "fraction of pictures of unseen categories (0: strict rule; train only)", low=0, high=1)
+    opened: float = flag(0.08, "fraction with parts already open: state questions, no contact labels", low=0, high=1)
+    after: float = flag(0.14, "fraction taken after a good or bad attempt: past and success questions", low=0, high=1)
+    full_labels: bool = flag(False, "also write camera poses and part masks, for other people's models")
+    vocab: int = flag(1021, "byte-pair ranks to learn from a train split's texts (+ 3 special tokens); 0: none", low=0)
 
 
 def check(cfg: BuildConfig) -> None:
-    """Raises: ValueError for settings that no data can be made with, before anything is rendered."""
+    """Raises: ValueError, before anything is rendered, for settings that cannot produce data."""
     check_flags(cfg)
     if cfg.image_size % 16:
         raise ValueError(f"--image-size {cfg.image_size}: must be a multiple of 16, the side of the dense targets")
@@ -96,7 +96,7 @@ def check(cfg: BuildConfig) -> None:
 
 
 def chosen_archetypes(cfg: BuildConfig) -> tuple[str, ...]:
-    """--archetypes; a number takes the first of a fixed random order, so that more archetypes include the fewer."""
+    """Resolve --archetypes; N takes the first N of a fixed random order, so that larger sets contain smaller ones."""
     every = tuple(ARCHETYPES)
     named = {"all": every, "strict": STRICT}
     if not cfg.archetypes.isdecimal():
@@ -110,7 +110,7 @@ def chosen_archetypes(cfg: BuildConfig) -> tuple[str, ...]:
 def draw_from(cfg: BuildConfig) -> dict[str, tuple[str, ...]]:
     """Names that can be spawned: "labelled", "grammar" (labelled too) and "general" (general questions only).
 
-    Raises: ValueError for an unknown name, and where nothing is left to draw from.
+    Raises: ValueError for an unknown name, and if nothing is left to draw from.
     """
     held = listed("--hold-out", cfg.hold_out, (*SEEN, *ARCHETYPES))
     held_categories = tuple(name for name in held if name in SEEN)
@@ -127,7 +127,7 @@ def draw_from(cfg: BuildConfig) -> dict[str, tuple[str, ...]]:
 
 
 def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
-    """Scene number -> (category, scene seed, question set, scene state), from the seed and the number alone.
+    """Scene number -> (category, scene seed, question set, scene state), determined by --seed and the number alone.
 
     Question set: "all" or "general"; scene state: "closed", "opened" or "after" (an attempt).
     """
@@ -146,9 +146,9 @@ def scene_kind(cfg: BuildConfig, index: int) -> tuple[str, int, str, str]:
 
 
 def draw_points(links: np.ndarray, rng: np.random.Generator) -> list[list]:
-    """[[u, v, on a movable part], ..]: POINTS of either answer (fewer where there is no room), none at an edge.
+    """[[u, v, on a movable part], ..]: POINTS for each answer (fewer if there is no room), none at an edge.
 
-    links (S, S): number of the part, BASE, or BACKGROUND. One "no" lies on the background close to the object.
+    links (S, S): part number, BASE or BACKGROUND. One "no" point lies on the background close to the object.
     """
     movable = windows(links >= 0, 1).all(-1)
     fixed = windows(links < 0, 1).all(-1)
@@ -163,7 +163,7 @@ def draw_points(links: np.ndarray, rng: np.random.Generator) -> list[list]:
 
 
 def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Scene number `index`, rendered in `scene` -> (row of facts.jsonl, pictures by their ending, row of dense.npz).
+    """Render scene number `index` in `scene` -> (row of facts.jsonl, pictures by suffix, row of dense.npz).
 
     Pictures: ".png" (S, S, 3) uint8, ".depth.png" (S, S) uint16 millimetres and, with full_labels, ".parts.png"
     (S, S) uint8: 0 background, 1 body, 2 + j part j.
@@ -175,7 +175,7 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     rng = np.random.default_rng([seed, 1])
     scene.spawn(category, seed)
     event = expert.attempt(scene, rng) if state == "after" else None
-    if state == "opened":  # most parts, by 30 to 80 % of what is left
+    if state == "opened":  # open most parts by 30 to 80 % of their remaining range
         pairs = zip(scene.spec.parts, scene.joints, strict=True)
         left = [(joint, part.upper - joint) for part, joint in pairs]
         scene.set_joints([q + rng.uniform(0.3, 0.8) * room if rng.random() < 0.7 else q for q, room in left])
@@ -184,11 +184,11 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     if event:
         facts["event"] = event
     for contact in filter(None, (part["contact"] for part in facts["parts"])):
-        rotation = rotation_from_approach(contact["approach"])  # the head's target: its approach, then its forward
+        rotation = rotation_from_approach(contact["approach"])  # the head's target: approach axis, then forward axis
         contact["rotation6d"] = [round(float(x), 5) for x in (*rotation[:, 2], *rotation[:, 0])]
     dense = dict(zip(DENSE, (*expert.dense_targets(scene), *expert.part_targets(scene)), strict=True))
     if question_set == "general":
-        dense["targets"][..., 5:] = -1  # -1 = not told
+        dense["targets"][..., 5:] = -1  # -1 = unlabelled
         for name, fill in HIDDEN.items():
             dense[name][...] = fill
     else:
@@ -204,11 +204,11 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     return row, pictures, dense
 
 
-_scene = None  # one PyBullet world a process
+_scene = None  # one PyBullet world per process
 
 
 def make_group(job: tuple[BuildConfig, int, int]) -> int:
-    """Render and label scenes [first, last) into DIR/parts and DIR/images, in a worker; returns their number."""
+    """Run in a worker: render and label scenes [first, last) into DIR/parts and DIR/images; returns how many."""
     global _scene
     from sim.scene import Scene  # here, so that only the workers load PyBullet
 
@@ -234,14 +234,14 @@ def make_group(job: tuple[BuildConfig, int, int]) -> int:
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:  # a file, because savez adds .npz to a name
+        with open(temporary, "wb") as file:  # a file object, because savez appends .npz to a name
             np.savez_compressed(file, **arrays)
 
     write_atomically(path, write)
 
 
 def write_samples(row: dict, rng: np.random.Generator) -> list[dict]:
-    """Lines of manipulation.jsonl; with full labels also camera (4 x 4, world from camera), mask and the part in it."""
+    """Lines of manipulation.jsonl; full labels add camera (4 x 4, world from camera), mask and the part's value."""
     facts, image, samples = row["facts"], Path(row["image"]), []
     for j, part in enumerate(facts["parts"]):
         if contact := part["contact"]:
@@ -262,7 +262,7 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
     rows = [row for group in groups for row in json.loads(group["rows"].tobytes())]
     dense = {name: np.concatenate([group[name] for group in groups]) for name in DENSE}
     names = [row["facts"]["category"] for row in rows]
-    shares = {name: n / len(rows) for name, n in sorted(Counter(names).items())}  # "no" takes its words in these
+    shares = {name: n / len(rows) for name, n in sorted(Counter(names).items())}  # weights of the words of "no"
     conversations, samples, taken = [], [], Counter()
     for row, name in zip(rows, names, strict=True):
         rng = np.random.default_rng([cfg.seed, row["index"], 2])
@@ -295,16 +295,16 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
 
 
 def remove_parts(parts: Path) -> None:
-    """The groups go first and the settings last: what a kill leaves behind still says which build it belongs to."""
+    """Delete the groups first and the settings last: what a kill leaves behind still says which build it belongs to."""
     for path in parts.glob("*.npz*"):
         path.unlink()
     shutil.rmtree(parts, ignore_errors=True)
 
 
 def build(cfg: BuildConfig) -> dict:
-    """Make the data set of cfg.out, or go on where a build with the same settings was stopped; returns the manifest.
+    """Make the data set in cfg.out, or resume an interrupted build with the same settings; returns the manifest.
 
-    Raises: ValueError for bad settings, for a folder that holds another build, and when workers keep dying.
+    Raises: ValueError for bad settings, for a folder that holds another build, and if workers keep dying.
     """
     check(cfg)
     out = Path(cfg.out)

@@ -4,12 +4,12 @@
 
 A conversation file is LLaVA's JSON, `[{id, image, conversations: [{from: "human" | "gpt", value}, ..]}, ..]`; image
 paths are relative to `--images` (default: the file's folder) and may not leave it. Records without `image` are text
-alone; they see a flat grey picture. Ours also have `families`: the question type of each turn.
+only and get a flat grey picture. Ours also have `families`: the question type of each turn.
 
 Two ways to read a record with several turns, `Conversations(turns=...)`:
-    "branch"  every turn is asked of the picture alone. The picture is a prefix that the questions share, so four
-              questions cost little more than one, and none gives away another's answer. For independent questions.
-    "pack"    the turns follow each other in one sequence, as LLaVA trains them. For turns that speak of earlier ones.
+    "branch"  each turn is asked on its own, given only the picture. All questions share the picture as a prefix, so
+              four cost little more than one, and none gives away another's answer. For independent questions.
+    "pack"    the turns are concatenated in one sequence, as LLaVA trains them. For turns that refer to earlier ones.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from data.depth import check_intrinsics, geometry, read_depth, resample
 from data.prompts import QUESTION_TYPES
 from data.tokenizer import NUMBER_BASE, NUMBERS, SPECIAL_TOKENS, has_number_tokens
 
-IGNORE = -100  # label of a token that is not to be predicted
-N_NUMBERS = 5  # an answer holds at most so many numbers: u, v and the approach's x, y, z
+IGNORE = -100  # label of tokens that are not predicted
+N_NUMBERS = 5  # maximum number of numbers in an answer: u, v and the approach's x, y, z
 GREY = 128
 MAX_LENGTH = 1024  # tokens; longer turns are cut
 MAX_RECORDS_NAMED = 20  # in one error
@@ -47,9 +47,9 @@ MAX_RECORDS_NAMED = 20  # in one error
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB the way a viewer shows it: turned by its EXIF mark, transparency on white, 16 bits scaled.
+    """Any PIL picture as RGB the way a viewer shows it: EXIF rotation applied, transparency on white, 16 bits scaled.
 
-    Raises: ValueError for pictures of floats, whose range nobody knows.
+    Raises: ValueError for pictures of floats, whose range is unknown.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
@@ -65,8 +65,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(path) -> Image.Image:
-    """A picture file, opened but not yet decoded; refuses what is no plain file, and decompression bombs."""
-    if not Path(path).is_file():  # a named pipe would wait for ever
+    """A picture file, opened but not yet decoded; refuses decompression bombs and anything but a regular file."""
+    if not Path(path).is_file():  # a named pipe would block for ever
         raise ValueError("no such file")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -74,7 +74,7 @@ def open_picture(path) -> Image.Image:
 
 
 def read_picture(path, size: int) -> np.ndarray:
-    """Any picture file -> uint8 (size, size, 3); resized when its size is another."""
+    """Any picture file -> uint8 (size, size, 3); resized if needed."""
     try:
         with open_picture(path) as file:
             picture = upright_rgb(file)
@@ -91,7 +91,7 @@ def to_tensor(pictures) -> Tensor:
 
 
 def grey_picture(size: int) -> np.ndarray:
-    """What records without a picture see."""
+    """The picture for records that have none."""
     return np.full((size, size, 3), GREY, np.uint8)
 
 
@@ -115,7 +115,7 @@ def load_records(file, root=None) -> list[dict]:
 
 
 def check_image(image: str, root) -> str | None:
-    """What is wrong with an image path, or None: it must be a file inside `root`, also after links are followed."""
+    """What is wrong with an image path, or None: it must be a file inside `root`, even after following links."""
     try:
         path = Path(root, image)
         if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image.replace("\\", "/")).parts:
@@ -129,10 +129,10 @@ def check_image(image: str, root) -> str | None:
 
 
 def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
-    """What is wrong with one record of a LLaVA-format file, a line each: "source, record index: field: problem".
+    """The problems in one record of a LLaVA-format file, one line each: "source, record index: field: problem".
 
-    Unknown keys are fine; `image` may be missing (text alone), `families` too. Whether an image can be decoded is found
-    out when it is read.
+    Unknown keys are fine; `image` (text only) and `families` may be missing. Whether an image can be decoded only
+    shows when it is read.
     """
     problems = []
 
@@ -175,9 +175,9 @@ def check_record(record, root: str | Path, index: int, source: str) -> list[str]
 def load_manipulation(file) -> list[dict]:
     """manipulation.jsonl as data/build.py writes it: samples with image, instruction, u, v, approach, rotation6d.
 
-    Each gets "size", (width, height) of its picture in pixels: what u and v count in.
-    Raises: ValueError with file, line and field for a sample that cannot be right: a pixel off the picture, a direction
-        or a rotation of no length.
+    Each sample gets "size": the (width, height) in pixels of its picture, in which u and v are measured.
+    Raises: ValueError with file, line and field for an invalid sample, such as a pixel outside the picture, or a
+        direction or rotation of zero length.
     """
     file = Path(file)
     sizes: dict[str, tuple[int, int]] = {}
@@ -211,7 +211,7 @@ def picture_size(image: str, root) -> tuple[int, int]:
 
 
 def check_sample(sample: dict, width: int, height: int) -> None:
-    """Raises: ValueError naming the field that cannot be right for a picture of this size."""
+    """Raises: ValueError naming the field that is invalid for a picture of this size."""
     text = sample.get("instruction")
     if not isinstance(text, str) or not text.strip(" .!?\t\n"):
         raise ValueError(f"field 'instruction' is {text!r}")
@@ -240,26 +240,26 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B * Q, T) int64, right-padded with <|endoftext|>
     lengths: Tensor  # (B * Q,) int64, true lengths
     labels: Tensor  # (B * Q, T) int64, IGNORE outside answers
-    prompts: Tensor  # (B * Q,) int64, length of the first prompt: the policy head will read its last token's state
+    prompts: Tensor  # (B * Q,) int64, length of the first prompt: the policy head reads the state of its last token
     numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers / 100, NaN where there are fewer
 
 
 class Item(NamedTuple):
-    """One question with its answer, or with turns "pack" a whole conversation, as token numbers."""
+    """One question with its answer, or a whole conversation if turns is "pack", as token ids."""
 
     tokens: list[int]
     labels: list[int]  # IGNORE outside answers
     prompt: int  # length of the (first) prompt
-    numbers: list[float]  # of the answer / 100
-    weight: float  # how often it is drawn, relative to the others of its record
+    numbers: list[float]  # the answer's numbers / 100
+    weight: float  # how often it is drawn, relative to the others in its record
 
 
 def pack(turns: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], int]:
-    """Turns that follow each other, as one sequence; only replies are to be predicted.
+    """Join consecutive turns into one sequence; only replies are predicted.
 
     Args: turns: token ids of each (prompt, reply); the reply ends with <|endoftext|>, which is predicted too.
-    Returns: tokens; labels, as long, the token itself inside replies and IGNORE elsewhere (not shifted: the loss does
-        that); the length of the first prompt, whose last token's state is what the policy head will read.
+    Returns: tokens; labels of the same length, the token itself inside replies and IGNORE elsewhere (not shifted: the
+        loss does that); the length of the first prompt, whose last token's state the policy head reads.
     """
     # exercise 6: loss mask and packing of a conversation
     tokens, labels = [], []
@@ -290,9 +290,9 @@ def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def question_weights(records: list[dict], more: str) -> dict[str, float]:
-    """How often each question type is drawn, relative to the others of its record: 1 / sqrt(number of its questions).
+    """How often each question type is drawn, relative to the others in its record: 1 / sqrt(number of its questions).
 
-    more: factors on top, "presence=4,plan=0"; 0 leaves a type out. Raises: ValueError for one that is not written so.
+    more: extra factors, "presence=4,plan=0"; 0 leaves a type out. Raises: ValueError if it is malformed.
     """
     tally = Counter(kind for record in records for kind in record.get("families", ()))
     times = factors(more, {*tally, *QUESTION_TYPES}, "question type")
@@ -300,10 +300,10 @@ def question_weights(records: list[dict], more: str) -> dict[str, float]:
 
 
 def factors(more: str, known, what: str) -> dict[str, float]:
-    """--more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}.
+    """Parse --more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}.
 
-    Raises: ValueError for an entry of another form, and for a name that is not in `known` or is there twice. what: what
-    the names are, for the message.
+    Raises: ValueError for a malformed entry, and for a name that is not in `known` or occurs twice. what: what the
+    names stand for, used in the message.
     """
     found = {}
     for pair in filter(None, more.split(",")):
@@ -324,9 +324,9 @@ class Conversations:
     """A conversation file, tokenized. `draw` chooses questions, `collate` makes tensors, `pictures` reads pictures.
 
     Args: file; encoding (tiktoken.Encoding); image_size in pixels; images, root of the image paths (default: the file's
-        folder); turns "branch" | "pack"; limit, first records only (0 = all); more, see `question_weights` (records
-        that do not name their types stay whole; one of which nothing is left keeps its first question).
-    Attributes: records; items, a list of Item for each record; cut, how many were longer than MAX_LENGTH tokens.
+        folder); turns "branch" | "pack"; limit, read only the first N records (0 = all); more, see `question_weights`
+        (records without question types keep everything; a record left with no question keeps its first).
+    Attributes: records; items, a list of Item for each record; cut, how many items were longer than MAX_LENGTH tokens.
     """
 
     def __init__(self, file, encoding, image_size: int, images="", turns: str = "branch", limit: int = 0, more=""):
@@ -373,9 +373,9 @@ class Conversations:
     def draw(self, rows, rng, per_picture: int, contact: float, grounding: float) -> list[Item]:
         """`per_picture` questions for each record, row by row.
 
-        contact, grounding: chance that a question is one for a contact (an answer of N_NUMBERS numbers), or another one
-        answered with numbers (where, box); the rest is answered in words. Where a record has none of the wanted sort,
-        any of its questions will do.
+        contact, grounding: probability that a question asks for a contact (N_NUMBERS numbers), or is another one that
+        is answered with numbers (where, box); the rest are answered in words. If a record has no question of the drawn
+        sort, any of its questions is used.
         """
         chosen = []
         for row in rows:
@@ -406,13 +406,13 @@ class Conversations:
 
 
 def read_geometry(folder, name: str, size: int) -> np.ndarray:
-    """(4, size, size) float32: what an RGB-D encoder sees beside the picture `name` of a folder made by data.build."""
+    """(4, size, size) float32: an RGB-D encoder's extra channels for picture `name` of a folder made by data.build."""
     depth = read_depth(Path(folder, name).with_suffix(".depth.png"))
     return geometry(*resample(depth, _intrinsics(Path(folder)), size))
 
 
 def ways(vision, folder, names: list[str]) -> tuple[bool, ...]:
-    """How the pictures can be shown: without depth; and with it to an RGB-D encoder, where the folder has depth."""
+    """How the pictures can be shown: without depth and, for an RGB-D encoder, also with it if the folder has depth."""
     name = next(filter(None, names), "")
     depth = vision.cfg.depth and name and Path(folder, name).with_suffix(".depth.png").exists()
     return (False, True) if depth else (False,)
@@ -420,7 +420,7 @@ def ways(vision, folder, names: list[str]) -> tuple[bool, ...]:
 
 @functools.cache
 def _intrinsics(folder: Path) -> tuple[float, ...]:
-    """Of all pictures of a folder made by data.build."""
+    """The intrinsics of all pictures in a folder made by data.build."""
     values = read_json(folder / "manifest.json", dict, "`python -m data.build` makes it").get("intrinsics")
     if not values:
         raise ValueError(f"{folder / 'manifest.json'}: no intrinsics; remove the folder and build it again")
@@ -433,13 +433,13 @@ def visual_tokens(
 ) -> np.ndarray:
     """Visual tokens (n, P, W) float16 of picture files `names` under `folder`; "" is the grey picture.
 
-    depth: an RGB-D encoder sees the depth pictures too; otherwise zeros in their place.
+    depth: an RGB-D encoder also sees the depth pictures; otherwise it sees zeros in their place.
 
-    Computed once and kept on disk. The cache's name is a digest of the encoder and of name, size and time of change of
-    every picture, so other weights or other pictures never read it; a checksum at its end shows that it is whole.
+    Computed once and cached on disk. The file name is a digest of the encoder and of every picture's name, size and
+    modification time, so other weights or pictures never read it; a checksum at its end shows that it is complete.
     Several processes share the work. Memory-mapped: only the rows that are used are read.
 
-    Args: cache: folder of the file; default `folder`, or `out` where nothing can be written there.
+    Args: cache: folder of the file; default `folder`, or `out` if `folder` is not writable.
     """
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
@@ -480,9 +480,9 @@ def _pictures_digest(vision, folder, names: list[str]) -> str:
 def _encode(
     vision, folder, names: list[str], processes, depth: bool, batch: int = 64, fine: bool = False
 ) -> Iterator[list[np.ndarray]]:
-    """Blocks of [visual tokens], with `fine` of [tokens, maps], in the order of `names`.
+    """Blocks of [visual tokens], or with `fine` of [tokens, maps], in the order of `names`.
 
-    Every process encodes its part of each block.
+    Every process encodes its share of each block.
     """
     size = vision.cfg.image_size
     step = batch * processes.size
@@ -491,7 +491,7 @@ def _encode(
         first = start + processes.rank * batch
         part = names[first : first + batch]
         images = [read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part]
-        if processes.size > 1:  # gather wants equal shapes
+        if processes.size > 1:  # gather needs equal shapes
             images += [grey_picture(size)] * (batch - len(part))
         channels = None
         if depth:
@@ -510,7 +510,7 @@ def _encode(
 
 
 def _write_tokens(path: str, shape: tuple, blocks: Iterator[np.ndarray]) -> None:
-    """An .npy file, then the CRC-32 of its numbers. Written with a file: on a full disk a memory map ends in SIGBUS."""
+    """An .npy file, then the CRC-32 of its data. Not written as a memory map: on a full disk that ends in SIGBUS."""
     checksum = 0
     with open(path, "wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -532,7 +532,7 @@ def _is_whole(path: Path, shape: tuple) -> bool:
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
             return int.from_bytes(file.read(), "big") == checksum
-    except (OSError, ValueError, EOFError):  # none there, or cut
+    except (OSError, ValueError, EOFError):  # missing or truncated
         return False
 
 
@@ -543,7 +543,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         records = load_records(args.file, args.images)
-    except ValueError as error:  # a line for each bad record, which run_main would join
+    except ValueError as error:  # one line per bad record; run_main would join them
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{args.file}: {len(records)} records, {sum(len(r['conversations']) // 2 for r in records)} turns, all good")

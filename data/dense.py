@@ -1,7 +1,7 @@
-"""Pictures with dense targets, for stage 0: what the simulator knows of each of the 16 x 16 cells of a picture.
+"""Pictures with dense targets, for stage 0: what the simulator knows about each of a picture's 16 x 16 cells.
 
-The folder is one that data.build made: dense.npz, facts.jsonl with the parts that can be asked for, and
-conversations.json with the pictures' names, all in the same order.
+Reads a folder made by data.build: dense.npz, facts.jsonl with the parts that can be asked for, and
+conversations.json with the picture names, all in the same order.
 """
 
 import re
@@ -18,43 +18,43 @@ from sim import objects
 from sim.catalogue import SEEN, UNSEEN
 
 GRID = 16  # cells along one side
-FINE = 32  # the same of what is told of a named part
-ASKED = 2  # parts asked for in a picture
-DEPTH_DROPPED = 0.5  # fraction of the pictures whose depth an RGB-D encoder does not see (modality dropout)
+FINE = 32  # cells along one side in the labels of named parts
+ASKED = 2  # parts asked for per picture
+DEPTH_DROPPED = 0.5  # fraction of pictures whose depth is hidden from an RGB-D encoder (modality dropout)
 N_KINDS = len(objects.PART_KINDS)
 N_CATEGORIES = len(SEEN) + len(UNSEEN) + 1
 N_COLOURS = len(objects.COLOURS)
-MAX_SHIFT = 2  # augmentation: pictures are shifted by up to so many cells
+MAX_SHIFT = 2  # augmentation: maximum shift of a picture, in cells
 LIGHT = 0.15  # augmentation: brightness and contrast vary by this fraction
 
 
 class Cells(NamedTuple):
-    """What is known of the cells of B pictures, or predicted: then mask, movable and kind are logits."""
+    """Labels for the cells of B pictures, or predictions, in which mask, movable and kind are logits."""
 
     geometry: Tensor  # (B, 16, 16, 4): relative depth, then the surface normal x, y, z in the camera frame
     mask: Tensor  # (B, 16, 16): fraction of the cell that the object fills
-    movable: Tensor  # (B, 16, 16): 1 on a movable part, 0 elsewhere, -1 = not told (held-out categories)
+    movable: Tensor  # (B, 16, 16): 1 on a movable part, 0 elsewhere, -1 = unlabelled (held-out categories)
     openness: Tensor  # (B, 16, 16): of the part in the cell, 0 closed .. 1 open
     kind: Tensor  # (B, 16, 16) int64, index into objects.PART_KINDS; predicted: (B, 16, 16, N_KINDS)
 
 
 class NamedParts(NamedTuple):
-    """Parts that the words of an instruction pick out, M of them; fewer than ASKED a picture where it has no more."""
+    """M parts, each picked out by the words of an instruction: ASKED per picture, or as many as it has."""
 
-    owners: Tensor  # (M,) int64: the picture of each
-    words: Tensor  # token ids of all "verb label", one after the other
-    starts: Tensor  # (M,) int64: where each begins in words
+    owners: Tensor  # (M,) int64: index of the picture each part is in
+    words: Tensor  # token ids of all "verb label" texts, concatenated
+    starts: Tensor  # (M,) int64: where each text starts in words
     contact: Tensor  # (M, 2) float32: column and row of the contact in cells of the 32 x 32 raster
     approach: Tensor  # (M, 3) float32: the gripper's direction there, camera frame
     mask: Tensor  # (M, 32, 32) float32: 1 on the part
-    act: Tensor  # (M, 32, 32, 3) float32: direction in which to work the surface seen there, 0 off the movable parts
+    act: Tensor  # (M, 32, 32, 3) float32: gripper direction for moving the surface seen there, 0 off the movable parts
     arm: Tensor  # (M, 32, 32) float32: moment arm there, 0 at the hinge .. 1
 
 
 class DenseBatch(NamedTuple):
     pictures: Tensor  # (B, 3, S, S) uint8
     geometry: Tensor | None  # (B, 4, S, S) float32, for an RGB-D encoder
-    named: NamedParts | None  # None where the folder has no such labels
+    named: NamedParts | None  # None if the folder has no such labels
     cells: Cells
     category: Tensor  # (B,) int64
     colour: Tensor  # (B,) int64, index into objects.COLOURS
@@ -102,7 +102,7 @@ class DensePictures:
             if "image" not in record:
                 raise ValueError(f"{self.folder / 'conversations.json'}, record {index}: image: stage vision needs one")
         self.names = [record["image"] for record in records]
-        self.parts: list[list[dict]] = []  # of each picture, those with a contact
+        self.parts: list[list[dict]] = []  # for each picture, the parts with a contact
         if (self.folder / "facts.jsonl").exists():
             self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder again").values()
             self.parts = read_parts(self.folder / "facts.jsonl")
@@ -140,7 +140,7 @@ class DensePictures:
         )
 
     def draw_parts(self, row: int, how: "Augmentation", rng) -> list[dict]:
-        """ASKED parts of picture `row` whose contact is still in the picture after the augmentation."""
+        """Up to ASKED parts of picture `row` whose contact is still in the picture after the augmentation."""
         if not self.parts:
             return []
         inside = [part for part in self.parts[row] if 0 <= contact_column(part, how, self.size) < self.size]
@@ -148,7 +148,7 @@ class DensePictures:
         return [inside[k] for k in rng.permutation(len(inside))[:ASKED]]
 
     def name_parts(self, named: list[tuple]) -> NamedParts:
-        """named: (place in the batch, row, part of facts.jsonl, augmentation) each."""
+        """named: one (index in the batch, row, part from facts.jsonl, augmentation) per part."""
         words, contacts, approaches, masks, acts, arms = [], [], [], [], [], []
         for _, row, part, how in named:
             text = f"{part['verb']} {part['label']}"
@@ -189,7 +189,7 @@ def read_parts(file: Path) -> list[list[dict]]:
 
 
 def flat(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids one after the other, and where each sequence begins: what nn.EmbeddingBag takes."""
+    """The token ids concatenated, and where each sequence starts: the input of nn.EmbeddingBag."""
     lengths = [len(ids) for ids in sequences]
     return torch.tensor([token for ids in sequences for token in ids]), torch.tensor([0, *lengths[:-1]]).cumsum(0)
 
@@ -202,8 +202,8 @@ class Augmentation(NamedTuple):
 
     dy: int = 0  # down, in cells of the 16 x 16 raster
     dx: int = 0  # to the right
-    mirror: bool = False  # left and right change places, after the shift
-    gain: float = 1.0  # of the brightness, about mid-grey
+    mirror: bool = False  # swap left and right, after the shift
+    gain: float = 1.0  # contrast about mid-grey
     offset: float = 0.0
 
 
@@ -215,7 +215,7 @@ def draw_augmentation(rng) -> Augmentation:
 
 
 def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.ndarray:
-    """(H, W, ..) shifted and mirrored. x_channel: the channel with the x of a direction, which a mirror turns round."""
+    """(H, W, ..) shifted and mirrored. x_channel: the channel with the x of a direction, which mirroring negates."""
     cell = len(x) // GRID
     x = shift(x, how.dy * cell, how.dx * cell)
     if how.mirror:
@@ -241,7 +241,7 @@ def contact_row(part: dict, how: Augmentation, size: int) -> float:
 
 
 def swap_sides(text: str) -> str:
-    """ "left" for "right" and the other way round, for mirrored pictures."""
+    """Swap the words "left" and "right", for mirrored pictures."""
     return re.sub(r"\b(left|right)\b", lambda side: "right" if side[0] == "left" else "left", text)
 
 

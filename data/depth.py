@@ -1,4 +1,4 @@
-"""Depth pictures: read, resampled, as input channels, as a real camera would see them, and as help for a contact.
+"""Depth pictures: reading, resampling, input channels for the ViT, a simulated real camera, refining a contact.
 
     depth file --read_depth--> depth (H, W) --lift(u, v)--> a point in metres
                                   '--resample--> (S, S) --geometry--> (4, S, S): relative depth and normals, for the ViT
@@ -8,7 +8,7 @@ Depth is metres along the camera's z; 0 or not finite where nothing was measured
 z forward. Intrinsics are (fx, fy, cx, cy) in pixels, with pixel centres at whole numbers. numpy only.
 
 `camera_depth` errs as structured-light and stereo cameras do: noise that grows with z^2 (Khoshelham and Elberink 2012:
-1.425 mm x (z / 1 m)^2 for the first Kinect), whole millimetres, and at a jump in depth either side or nothing.
+1.425 mm x (z / 1 m)^2 for the first Kinect), rounding to millimetres, and at a jump either side's depth or none.
 """
 
 import math
@@ -19,13 +19,13 @@ from PIL import Image
 
 MM_PER_M = 1000
 HOLE = 2  # pixels: `lift` takes the median of (2 HOLE + 1)^2 pixels, which bridges the holes that depth cameras leave
-UNIT_M, CLIP = 0.3, 3.0  # of the relative depth
+UNIT_M, CLIP = 0.3, 3.0  # scale and clipping of the relative depth
 JUMP = 0.03  # share of the depth: neighbours that differ by more lie on different surfaces
 NOISE = 0.0015  # camera_depth: standard deviation in metres at 1 m, grows with z^2
-HOLES, HOLE_SIDE = 4, 0.03  # at most so many blobs, each of radius up to this share of the side
+HOLES, HOLE_SIDE = 4, 0.03  # up to HOLES blobs, each with a radius up to HOLE_SIDE of the side
 EDGE_MIXED, EDGE_LOST = 0.5, 0.2  # shares of the pixels beside a jump that see a random neighbour's depth, or nothing
-SIDE, SIGMA, FLAT_REACH, POWER = 128, 7.0, 4, 6  # refine, chosen on validation scenes; pixels of a picture of SIDE
-FLAT_M = 0.002  # so much off the plane, plus one standard deviation of the camera's noise there, is flat
+SIDE, SIGMA, FLAT_REACH, POWER = 128, 7.0, 4, 6  # of `refine`, tuned on validation scenes; in pixels at side SIDE
+FLAT_M = 0.002  # flat: up to this far off the plane, plus one standard deviation of the camera's noise there
 
 
 def read_depth(path: str | Path) -> np.ndarray:
@@ -41,7 +41,7 @@ def read_depth(path: str | Path) -> np.ndarray:
             if picture.format != "PNG" or not picture.mode.startswith("I"):
                 raise ValueError(f"expected a 16-bit grey PNG in millimetres, got {picture.format} {picture.mode}")
             return np.asarray(picture, np.float32) / MM_PER_M
-    except Exception as error:  # numpy and Pillow raise a dozen kinds for damaged files
+    except Exception as error:  # numpy and Pillow raise a dozen exception types for damaged files
         raise ValueError(f"{path}: cannot be read as depth ({error})") from None
 
 
@@ -56,8 +56,8 @@ def check_intrinsics(intrinsics) -> tuple[float, float, float, float]:
 def lift(u: float, v: float, side: int, depth: np.ndarray, intrinsics) -> np.ndarray:
     """Pixel (u, v) of the model's picture of `side` x `side` pixels -> point (3,) in metres, camera frame.
 
-    depth (H, W), intrinsics: of what the picture shows, any resolution. Raises: ValueError for absurd intrinsics, and
-    where nothing was measured.
+    depth (H, W), intrinsics: of the same view, at any resolution. Raises: ValueError for absurd intrinsics, and if
+    nothing was measured there.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     H, W = depth.shape
@@ -76,7 +76,7 @@ def lift(u: float, v: float, side: int, depth: np.ndarray, intrinsics) -> np.nda
 def resample(depth: np.ndarray, intrinsics, side: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """Depth (H, W) and its intrinsics -> (depth (side, side) float32, intrinsics) of the model's square picture.
 
-    Nearest neighbour, since a mean of two depths is a surface that is not there; not finite becomes 0.
+    Nearest neighbour, since the mean of two depths is a surface that does not exist; non-finite values become 0.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     H, W = depth.shape
@@ -97,8 +97,8 @@ def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
     """Depth (H, W) -> unit normals (H, W, 3) float32, camera frame, towards the camera (z < 0); 0 where unknown.
 
     With x = (u - cx) / fx and y = (v - cy) / fy a plane n . X = k is 1 / z = (n / k) . (x, y, 1): linear in the pixel.
-    A line fitted to 1 / z in the 5 x 5 window (least squares; pixels across a jump in depth do not count) gives n: 5
-    degrees of median error on validation objects seen by `camera_depth`, with a 3 x 3 window 9.
+    A least-squares linear fit to 1 / z in the 5 x 5 window (ignoring pixels across a jump in depth) gives n. Median
+    error on validation objects seen by `camera_depth`: 5 degrees; 9 with a 3 x 3 window.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     measured = np.isfinite(depth) & (depth > 0)
@@ -114,7 +114,7 @@ def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
     ii, ij, jj = sii - si * si / n, sij - si * sj / n, sjj - sj * sj / n
     di, dj = sdi - si * sd / n, sdj - sj * sd / n
     determinant = ii * jj - ij * ij
-    known = determinant > 0.5  # three pixels or more that do not lie in line
+    known = determinant > 0.5  # three or more pixels, not all in one line
     determinant[~known] = 1
     a, b = fx * (jj * di - ij * dj) / determinant, fy * (ii * dj - ij * di) / determinant
     c = middle - a * (columns - cx) / fx - b * (rows - cy) / fy
@@ -134,7 +134,7 @@ def geometry(depth: np.ndarray, intrinsics) -> np.ndarray:
 
 
 def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Perfect depth (S, S), metres -> a camera's, float32, 0 = nothing: noise, round holes, ragged edges at jumps."""
+    """Perfect depth (S, S), metres -> a camera's, float32, 0 = none: noise, round holes, ragged edges at jumps."""
     S = len(depth)
     exact = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
     around = windows(exact, 1, "edge")
@@ -152,14 +152,14 @@ def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def refine(
     u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0
 ) -> tuple[float, float, np.ndarray | None]:
-    """A contact near the predicted one that suits a suction cup, by the depth picture alone: no training.
+    """Find a contact near the predicted one that suits a suction cup, from the depth picture alone: no training.
 
-    The pixel of highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, flatness =
-    share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new approach goes
-    straight against the plane fitted to those pixels.
-    u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None: not used.
-    turn: degrees; the contact is refused if its approach is further than that from the predicted one.
-    Returns (u, v, approach); the arguments where nothing was found, or it was refused.
+    The pixel with the highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, where
+    flatness is the share of the 9 x 9 pixels around it within FLAT_M + NOISE z^2 of the plane through it. The new
+    approach goes perpendicularly into the plane fitted to those pixels.
+    u, v: pixel of `depth` (S, S), see `resample`. approach: unit (3,), camera frame, or None to ignore it.
+    turn: degrees; the contact is rejected if its approach differs from the predicted one by more than this.
+    Returns (u, v, approach), unchanged if nothing was found or the contact was rejected.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     S = len(depth)

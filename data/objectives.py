@@ -1,6 +1,6 @@
 """What the stages of train.py minimise. The layers made here are auxiliary heads: no checkpoint keeps them.
 
-DenseObjective    stage 0: dense labels of the simulator for each patch token; `NamedPart` asks for a part by words
+DenseObjective    stage 0: the simulator's dense labels for each patch token; `NamedPart` asks for a part in words
 AnswerObjective   stages 1.1 and 1.2: the model's own next-token loss (RoboMamba section 3.2), and its numbers
 """
 
@@ -14,17 +14,17 @@ from data.dataset import N_NUMBERS, factors
 from data.dense import FINE, GRID, N_CATEGORIES, N_COLOURS, N_KINDS, Cells, DenseBatch, NamedParts
 from data.tokenizer import NUMBERS
 
-WEIGHTS = {"geometry": 2.0, "mask": 1.0, "movable": 1.0, "kinds": 0.3, "openness": 1.0, "words": 0.2}  # of a picture
-NAMED_WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}  # of a named part
+WEIGHTS = {"geometry": 2.0, "mask": 1.0, "movable": 1.0, "kinds": 0.3, "openness": 1.0, "words": 0.2}  # per picture
+NAMED_WEIGHTS = {"contact": 1.0, "aim": 1.5, "motion": 0.5, "part": 2.0, "dice": 0.7, "arm": 0.5}  # per named part
 
 
 class DenseObjective(nn.Module):
     """Stage 0, dense supervision: each patch token predicts the simulator's labels for its 2 x 2 cells (data/dense.py).
 
-    The mean of the tokens predicts category and colour of the object; where a folder tells of named parts, `NamedPart`
-    asks for them. All read-outs are auxiliary heads and thrown away after the stage.
-    Args: named: the data tell of named parts. more: factors on terms of the loss, "arm=0,kinds=2".
-    Raises: ValueError for patches that do not share out the cells of the labels, and for a bad `more`.
+    The mean of the tokens predicts the object's category and colour; if the data have labels for named parts,
+    `NamedPart` predicts those. All read-outs are auxiliary heads, discarded after the stage.
+    Args: named: whether the data have labels for named parts. more: factors on loss terms, "arm=0,kinds=2".
+    Raises: ValueError if the label cells do not divide evenly among the patches, and for a bad `more`.
     """
 
     def __init__(self, model: nn.Module, named: bool = False, more: str = ""):
@@ -49,7 +49,7 @@ class DenseObjective(nn.Module):
         self.register_buffer("kind_weight", weight, persistent=False)
 
     def predict(self, b: DenseBatch) -> tuple[list[Tensor], Cells, Tensor, Tensor]:
-        """-> maps (B, channels, side, side): tokens and perhaps fine; predicted Cells, category and colour logits."""
+        """-> maps (B, channels, side, side): tokens and, if any, fine; predicted Cells, category and colour logits."""
         fine = []
         if self.vision.cfg.fine:
             x, *fine = self.vision(b.pictures, b.geometry, fine=True)
@@ -62,7 +62,7 @@ class DenseObjective(nn.Module):
         return [as_map(x), *fine], cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts. All but the mask is averaged over the object's cells; background teaches little."""
+        """The loss and its terms. All but the mask are averaged over the object's cells; background teaches little."""
         maps, said, category, colour = self.predict(b)
         true = b.cells
         solid = true.mask > 0.5
@@ -78,8 +78,8 @@ class DenseObjective(nn.Module):
         }
         terms = [parts]
         if self.named and b.named is not None:
-            terms += self.named(maps, b.named)  # a term a map
-        # Times its weight also where that is 0, so that every layer has a gradient, as data parallel wants
+            terms += self.named(maps, b.named)  # one dict of terms per map
+        # Multiplied by its weight even if that is 0, so that every layer has a gradient, as data parallel requires
         loss = sum(self.weights[name] * part for term in terms for name, part in term.items())
         if len(terms) == 1:
             unused = [*maps[1:], *(self.named.parameters() if self.named else ())]
@@ -88,11 +88,11 @@ class DenseObjective(nn.Module):
 
 
 class NamedPart(nn.Module):
-    """Words pick out one part of the picture: where to grip it, its mask, how each of its points moves, its moment arm.
+    """Predicts for the part named in words: where to grip it, its mask, how each of its points moves, its moment arm.
 
-    A bag of words takes the place of the language model's state before a `PointingHead`, one that reads the tokens
-    (each tells of its own cells of the 32 x 32 raster) and, where the encoder has one, another that reads its fine map.
-    Without this the encoder learns what a picture shows, but not what an instruction will ask of it.
+    A bag of words replaces the language model's state as the input of a `PointingHead`. One head reads the tokens (each
+    predicts its own cells of the 32 x 32 raster); if the encoder has a fine map, a second head reads that. Without this
+    the encoder learns what a picture shows, but not what an instruction will ask of it.
     """
 
     WORDS = 64  # width of the bag of words
@@ -108,24 +108,24 @@ class NamedPart(nn.Module):
             maps.append((vision.fine, vision.fine, 4 * side))
         self.heads = nn.ModuleList()
         for channels, hidden, side in maps:
-            outputs = sum(self.CHANNELS) * (FINE // side) ** 2  # for each cell of the raster in a cell of the map
+            outputs = sum(self.CHANNELS) * (FINE // side) ** 2  # for each raster cell inside a map cell
             self.heads.append(PointingHead(self.WORDS, channels, hidden, outputs))
 
     def predict(self, maps: list[Tensor], named: NamedParts) -> list[Tensor]:
-        """Maps of the pictures, of tokens and perhaps fine -> for each (M, 6, 32, 32), see CHANNELS."""
+        """Maps of the pictures (tokens and, if any, fine) -> for each map (M, 6, 32, 32), see CHANNELS."""
         words = self.words(named.words, named.starts)
         out = [head(words, x[named.owners]) for head, x in zip(self.heads, maps, strict=True)]
         return [F.pixel_shuffle(x, FINE // x.shape[-1]) for x in out]
 
     def forward(self, maps: list[Tensor], named: NamedParts) -> list[dict[str, Tensor]]:
-        """The terms of the loss for each map."""
+        """The loss terms for each map."""
         return [named_losses(out.float(), named) for out in self.predict(maps, named)]
 
 
 def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
-    """The terms of `NamedPart` for out (M, 6, 32, 32): cross-entropies in nats, the rest without unit.
+    """The loss terms of `NamedPart` for out (M, 6, 32, 32): cross-entropies in nats, the rest unitless.
 
-    Motion and arm are means over the part's cells; dice is that of arXiv 1606.04797, for parts of few cells.
+    Motion and arm are means over the part's cells; dice (arXiv 1606.04797) is for parts with few cells.
     """
     heat, mask, way, arm = out.split(NamedPart.CHANNELS, 1)
     away = way - named.act.permute(0, 3, 1, 2)
@@ -167,8 +167,8 @@ class AnswerObjective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: images, owners, .. labels as in RoboMamba.forward; prompts, numbers as in data.dataset.Batch.
 
-        all_targets, all_numbers: what sums are divided by, the mean counts per process: averaging gradients over
-        processes then gives the mean over all of them.
+        all_targets, all_numbers: what sums are divided by, the mean counts per process, so that averaging gradients
+        over processes gives the mean over all of them.
         """
         _, answer, states = self.model(
             images, tokens, lengths, labels, owners=owners, soft=self.soft, normalizer=all_targets, return_states=True

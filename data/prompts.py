@@ -1,4 +1,4 @@
-"""Wordings: what training, the model and the evaluation must agree on, and how questions are asked (numpy only).
+"""Wordings that training, the model and the evaluation must agree on, and how questions are asked (numpy only).
 
     instruction -> contact_question -> (the model) -> "37 52 05 71 93" -> parse_contact -> pixel and direction
 
@@ -13,8 +13,8 @@ import numpy as np
 
 ROBOT_TYPES = ("plan", "success", "possible", "past", "future", "movable")  # answered in words
 GENERAL_TYPES = ("object", "caption", "colour", "size", "relation", "parts", "count", "state", "presence")
-COORDINATE_TYPES = {"where": 2, "box": 4, "contact": 5}  # how many numbers make an answer
-CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens and the end
+COORDINATE_TYPES = {"where": 2, "box": 4, "contact": 5}  # how many numbers an answer has
+CONTACT_TOKENS = 16  # "37 52 05 71 93" is nine tokens plus the end token
 QUESTION_TYPES = (*GENERAL_TYPES, *ROBOT_TYPES, *COORDINATE_TYPES)
 
 
@@ -26,7 +26,7 @@ def number(c: float, size: float = 1.0) -> str:
 
 
 def contact_question(instruction: str) -> str:
-    """The question around an instruction, the same in training and in use. ValueError when the instruction is empty."""
+    """Wrap an instruction in a question, the same in training and at inference. ValueError if it is empty."""
     text = " ".join(instruction.split()).rstrip(".!? ")
     if not text:
         raise ValueError("the instruction is empty; say what to do, for example 'open the top drawer'")
@@ -35,25 +35,25 @@ def contact_question(instruction: str) -> str:
 
 def contact_answer(contact: Mapping, image_size: int) -> str:
     """ "u v a b c" from contact["u"], ["v"] (pixels) and ["approach"]: a unit vector in the camera frame (x right,
-    y down, z forward) along which the gripper comes."""
+    y down, z forward) along which the gripper approaches."""
     pixel = [number(contact[key], image_size) for key in ("u", "v")]
     return " ".join(pixel + [number(d + 1, 2) for d in contact["approach"]])
 
 
 def parse_contact(text: str) -> tuple[float, float, np.ndarray] | None:
-    """Back from text: u, v as shares of the picture (0..1), approach as (3,) unit vector. None if it is no contact.
+    """Parse text: u, v as shares of the picture (0..1), approach as (3,) unit vector. None if it is not a contact.
 
-    Strict: five two-digit numbers with single spaces, only white space around them is forgiven. A number stands for the
-    middle of its bin: u and v are at most 0.005 off, a component of the direction 0.01 (before normalisation).
+    Strict: five two-digit numbers separated by single spaces; only white space around them is ignored. A number stands
+    for the centre of its bin: u and v are at most 0.005 off, a component of the direction 0.01 (before normalisation).
     """
     if not re.fullmatch(r"[0-9]{2}( [0-9]{2}){4}", text.strip()):
         return None
     u, v, *direction = ((int(word) + 0.5) / 100 for word in text.split())
-    approach = 2 * np.array(direction) - 1  # never zero: middles of bins are odd hundredths
+    approach = 2 * np.array(direction) - 1  # never zero: bin centres are odd hundredths
     return u, v, approach / np.linalg.norm(approach)
 
 
-# Question type, or a kind of it -> its wordings.
+# Question type, or a variant of one -> its wordings.
 ASK = {
     "object": ("What is this?", "What is this object?", "What object is in the picture?", "Name this object.",
                "What do you see?", "What kind of thing is this?"),
@@ -113,6 +113,6 @@ ASK = {
                 "Which actions are possible on this object?", "What can be done with this object now?"),
 }  # fmt: skip
 
-# Half with the object's noun, a quarter with "object", a quarter with neither: the part is told by its own name.
+# Half with the object's noun, a quarter with "object", a quarter with neither, only the part's name.
 INSTRUCTIONS_NOUN = ("{act} of the {noun}", "{act} on the {noun}", "{act} of this {noun}", "on the {noun}, {act}")
 INSTRUCTIONS_PLAIN = ("{act} of the object", "{act} of this object", "{act}", "{act}, please")

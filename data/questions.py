@@ -1,4 +1,4 @@
-"""Questions and answers about one rendered picture, written from what the simulator knows about it (numpy only).
+"""Questions and answers about one rendered picture, generated from what the simulator knows about it (numpy only).
 
     turns(facts, rng)             questions of every type           -> [Turn, ...] -> to_llava -> LLaVA's JSON
     turns(facts, rng, "general")  only: what is it, its colour, a caption, is there a cabinet
@@ -21,18 +21,18 @@
 | plan     | how to do it, what next, the next five    | "move to the lid, grip it, swing it open"                   |
 |          | steps, what can be done                   |                                                             |
 | success  | was the goal reached (after an attempt)   | "yes", "no"                                                 |
-| past     | what has just been done (the same)        | "opened the lid", "nothing, the attempt failed"             |
+| past     | what was just done (after an attempt)     | "opened the lid", "nothing, the attempt failed"             |
 | future   | what a pull or a push will do             | "the lid swings open", "nothing, the lid is already closed" |
 | movable  | can the point (37,52) be moved            | "yes", "no": on a movable part, on anything else            |
 | contact  | where to touch, and from which direction  | "37 52 05 71 93": pixel (u, v), approach (x, y, z)          |
 
 Every fact has ONE wording as an answer (the metric is exact match) and 4 to 8 wordings as a question. Questions about
 "this object" come first, then those that name a part, half of them without the object's noun, so that none gives away
-another's answer. An ANSWER still helps the turns after it: evaluation asks each question alone.
-"No" is as frequent as "yes", its words are drawn as often as the catalogue has them, and only for kinds of parts that
-no category shows as a fixed piece (a cabinet has handles, but none of them is a movable part of its own). Of a grammar
-object nobody asks for its name or a kind of part: its fixed discs and panels look like lids and drawers, and one and
-the same plate is called a lid, a cover or a flap.
+another's answer. An ANSWER still helps later turns, so evaluation asks each question on its own.
+"No" is as frequent as "yes". Its words are drawn as often as they occur in the catalogue, and only for kinds of parts
+that no category has as a fixed piece (a cabinet has handles, but none of them is a movable part of its own). Grammar
+objects get no questions about their name or kinds of parts: their fixed discs and panels look like lids and drawers,
+and the same plate is called a lid, a cover or a flap.
 
 Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the robot's types
 (possible and contact: discriminative and generative affordance); ManipLLM for movable; LLaVA (arXiv 2304.08485) for the
@@ -54,26 +54,26 @@ from sim.objects import PART_KINDS
 
 MIN_VISIBLE = 0.001  # share of the picture's pixels below which a part is not asked about (16 pixels at 128 x 128)
 CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks closed; the start jitter is 0.08
-OPEN_FROM = 0.25  # openness from which a part looks open; in between nothing about its state is asked
-STATE_CLOSED = 0.2  # share of the pictures with nothing open that are asked for a state, or nearly all were "closed"
-ABSENT_COUNT = 0.3  # share of "how many drawers" that is asked where there is none
-CLOSE_CLOSED = 0.15  # share of "no" that asks to close what is closed: as frequent as "close", "yes" in opened scenes
-CATALOGUE_SAMPLES = 40  # instances of a category from which the frequency of its part words is counted
+OPEN_FROM = 0.25  # openness from which a part looks open; in between, its state is not asked for
+STATE_CLOSED = 0.2  # share of pictures with nothing open that get a state question, or nearly all would be "closed"
+ABSENT_COUNT = 0.3  # share of "how many drawers" questions asked where there are none
+CLOSE_CLOSED = 0.15  # share of "no" that is about closing a closed part: as frequent as "yes" to closing an open one
+CATALOGUE_SAMPLES = 40  # instances per category from which the frequency of its part words is counted
 
-# Longer side of the box as a share of the frame, up to: word; near a limit nothing is asked.
+# (Upper limit of the box's longer side as a share of the frame, word); near a limit nothing is asked.
 SIZES = ((0.50, "small"), (0.56, ""), (0.66, "medium"), (0.72, ""), (9, "large"))
-LARGER = 1.6  # ratio of pixels from which one part is plainly larger than another
-ASIDE = 0.08  # of the frame, from which something is plainly to the left of, or above, something else
-ASKED_POINTS = 2  # "can this point be moved?" of a picture
+LARGER = 1.6  # pixel ratio from which one part is clearly larger than another
+ASIDE = 0.08  # share of the frame from which something is clearly to the left of, or above, something else
+ASKED_POINTS = 2  # "can this point be moved?" questions per picture
 FIVE = 5  # steps of a long plan that are asked for at once
-# What becomes of a part, by the verb of its instruction; PAST only of the verbs of CLOSABLE_KINDS.
+# What happens to a part, by the verb of its instruction; PAST has only the verbs of CLOSABLE_KINDS.
 FUTURE = {"pull off": "comes off", "lift": "comes up", "pull up": "comes up", "raise": "comes up", "tilt": "tilts",
           "fold up": "folds up", "slide": "slides", "swing out": "swings out", "press down": "goes down",
           "push back": "slides back"}  # fmt: skip
 PAST = {"open": "opened", "lift": "lifted", "pull off": "pulled off", "push back": "pushed back"}
 
-PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no category shows one that is fixed
-CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # "open" and "closed" are words for these
+PLAIN_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover", "slider")  # no category has a fixed one
+CLOSABLE_KINDS = ("drawer", "door", "lid", "cap", "flap", "cover")  # the words "open" and "closed" apply to these
 SIDES = ("top", "upper", "front", "left", "middle", "right", "lower", "bottom", "back")  # order of listing
 COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *map(str, range(10, 99)))
 
@@ -116,13 +116,13 @@ def draw_one(rng: Generator, options: Sequence):
 
 
 def draw_weighted(rng: Generator, weights: Mapping):
-    """A key of `weights`, as often as its weight says; None if there is none."""
+    """A key of `weights`, drawn in proportion to its weight; None if there are none."""
     p = np.array(list(weights.values()))
     return list(weights)[int(rng.choice(len(p), p=p / p.sum()))] if weights else None
 
 
 def fit_together(noun: str, label: str) -> bool:
-    """May noun and label stand together? Not "the door of the door", "the lamp head of the lamp"."""
+    """Can noun and label be combined? Not in "the door of the door" or "the lamp head of the lamp"."""
     return not set(noun.split()) & set(label.split())
 
 
@@ -160,20 +160,20 @@ def visible_parts(facts: Mapping) -> list[dict]:
 
 
 def part_state(part: Mapping) -> str | None:
-    """ "open", "closed", or None where these are no words for it or the picture does not decide."""
+    """ "open", "closed", or None if neither word applies to the part or the picture does not settle it."""
     if part["kind"] not in CLOSABLE_KINDS or CLOSED_UP_TO < part["openness"] < OPEN_FROM:
         return None
     return "open" if part["openness"] >= OPEN_FROM else "closed"
 
 
 def is_decided(part: Mapping) -> bool:
-    """Does the picture tell what can be done with it now?"""
+    """Does the picture show what can be done with the part now?"""
     return part_state(part) is not None or part["openness"] <= CLOSED_UP_TO
 
 
 @functools.cache
 def plain_parts(category: str) -> dict[tuple[str, str], float]:
-    """(verb, label) -> chance to be a random plain part of a random instance, counted on fixed sample instances."""
+    """(verb, label) -> probability of being a random plain part of a random instance, from fixed sample instances."""
     found: dict[tuple[str, str], float] = {}
     for seed in range(CATALOGUE_SAMPLES):
         parts = make_object(category, np.random.default_rng(seed)).parts
@@ -220,7 +220,7 @@ def draw_turn(rng: Generator, question_type: str, answer: str, wording=None, par
 
 
 def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) -> tuple[list, list]:
-    """(turns about "this object", turns that name a thing), not a word about parts: as in any set of pictures."""
+    """(turns about "this object", turns that name a thing), none about parts: as in any set of pictures."""
     noun = NOUNS[facts["category"]]
     has_name = not facts["category"].startswith(PREFIX)  # "an object" would be the answer to any unknown thing
     whole = [draw_turn(rng, "object", with_article(noun))] if has_name else []
@@ -231,7 +231,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) ->
             whole.append(draw_turn(rng, "size", looks))
         if abs(aside := (x0 + x1) / 2 - 0.5) > ASIDE:
             whole.append(draw_turn(rng, "relation", "left" if aside < 0 else "right", "side"))
-    # Not "is there a door?" - "no" where the object has a door without being a Door
+    # Avoids "is there a door?" - "no" for an object that has a door without being a Door
     others = {n: w for n, w in nouns.items() if n != noun and all(fit_together(n, p["label"]) for p in facts["parts"])}
     other = draw_weighted(rng, others) if has_name else None
     if other is None:
@@ -242,7 +242,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) ->
 
 
 def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
-    """How many parts, which, and what can be done with them, of "this object": no part is named."""
+    """How many parts "this object" has, which ones, and what can be done with them; no question names a part."""
     found = [draw_turn(rng, "count", COUNT_WORDS[len(parts)])]
     if parts:
         found.append(draw_turn(rng, "caption", caption(facts, parts), "full caption"))
@@ -268,7 +268,7 @@ def part_turns(facts: Mapping, words: Mapping[tuple[str, str], float], rng: Gene
 
 
 def place_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
-    """The object's box; of every part where it is, and where to touch it if that is known."""
+    """The object's box; for every part, where it is and, if known, where to touch it."""
     noun, size, box = NOUNS[facts["category"]], facts["image_size"], facts["box"]
     found = [draw_turn(rng, "box", write_pixels(box, size), the="this object")] if box else []
     for part in parts:
@@ -299,9 +299,9 @@ def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list
 
 
 def pair_turns(parts: Sequence[Mapping], size: int, rng: Generator) -> list[Turn]:
-    """Which of two parts looks larger, and how they lie to each other in the picture, where that is plain to see.
+    """Which of two parts looks larger, and their relative position in the picture, if these are clear to see.
 
-    Not asked of parts whose names tell it ("above or below: the top drawer, the bottom drawer").
+    The position is not asked if their names give it away ("above or below: the top drawer, the bottom drawer").
     """
     if len(parts) < 2:
         return []
@@ -323,7 +323,7 @@ def pair_turns(parts: Sequence[Mapping], size: int, rng: Generator) -> list[Turn
 
 
 def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: Generator) -> list[Turn]:
-    """Is there a part of this kind, and how many. Where only one answer could be given nothing is asked: balance."""
+    """Is there a part of this kind, and how many? For balance, nothing is asked if only one answer is possible."""
     kinds = sorted({p["kind"] for p in parts} & set(PLAIN_KINDS))
     absent: dict[str, float] = {}
     for (_, label), weight in words.items():
@@ -344,7 +344,7 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
 
 
 def movable_turns(facts: Mapping, rng: Generator) -> list[Turn]:
-    """Can this point be moved? Of facts["points"], [[u, v, on a movable part], ..]; "yes" and "no" equally often."""
+    """Can this point be moved? For facts["points"], [[u, v, on a movable part], ..]; "yes" and "no" equally often."""
     points = {answer: [p for p in facts.get("points", ()) if p[2] == answer] for answer in (True, False)}
     found = []
     for _ in range(min(ASKED_POINTS, len(points[True]), len(points[False]))):
@@ -356,10 +356,10 @@ def movable_turns(facts: Mapping, rng: Generator) -> list[Turn]:
 
 
 def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng: Generator) -> list[Turn]:
-    """Can this be done now? At most one turn. The answer is drawn first, one half each.
+    """Can this be done now? At most one turn. The answer is drawn first, half "yes", half "no".
 
-    Something is absent when its name is no part's name with words added or dropped: where there is a "top left drawer"
-    nobody asks for a "top drawer", but "the middle drawer" of two drawers is a fair question.
+    Something counts as absent if its name is no part's name with words added or dropped: next to a "top left drawer" we
+    do not ask for a "top drawer", but "the middle drawer" of two drawers is a fair question.
     """
     plain = [p for p in parts if p["kind"] in PLAIN_KINDS]
     opened = [p for p in plain if part_state(p) == "open"]
@@ -367,7 +367,7 @@ def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
     names = [set(p["label"].split()) for p in facts["parts"]]
     asked = {key: set(key[1].split()) for key in words}
     absent = {key: n for key, n in words.items() if not any(asked[key] <= x or x <= asked[key] for x in names)}
-    grammar = facts["category"].startswith(PREFIX)  # "no" only of what is open, or closed, already
+    grammar = facts["category"].startswith(PREFIX)  # "no" only for what is already open or closed
     other = draw_weighted(rng, {} if grammar else absent)
     closable = [p for p in closed if part_state(p)]
     if not (opened or closed) or not (other or grammar):
@@ -391,7 +391,7 @@ def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
 
 
 def plan_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Turn]:
-    """How to work one part, or what comes next; and the next five steps of everything, some of them done."""
+    """How to operate one part, or what comes next; and the next five steps for all parts, some already done."""
     if not decided:
         return []
     part = draw_one(rng, decided)
@@ -417,7 +417,7 @@ def plan_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Tu
 
 
 def future_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Turn]:
-    """What a pull at one part, or a push against it, will do to it as it stands."""
+    """What a pull or a push will do to one part in its present state."""
     movable = [p for p in decided if p["verb"] == "open" or p["verb"] in FUTURE]
     movable = [p for p in movable if p["primitive"] == "pull" or part_state(p) != "open"]
     if not movable:
@@ -434,7 +434,7 @@ def future_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[
 
 
 def event_turns(event: Mapping | None, parts: Sequence[Mapping], noun: str, rng: Generator) -> tuple[list, list]:
-    """(past, success) of a picture after an attempt, where the parts' states tell it."""
+    """(past, success) turns for a picture after an attempt, if the parts' states show the outcome."""
     whole, naming = [], []
     states = {p["label"]: (part_state(p), p["verb"]) for p in parts if part_state(p)} if event else {}
     if event and event["acted"] in states:
@@ -455,10 +455,10 @@ def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None 
 
     Args     facts: one picture, as data/build.py writes them. allowed: "all", or "general" for pictures of unseen
              categories (no part, position, contact, affordance or plan). shares: category -> its share of the data set,
-             in which "no" takes its nouns and part words; default: equal shares of SEEN, so that no word of an unseen
-             category occurs (strict rule). untold: categories of which the nouns are used, but never the parts.
-    Returns  turns with different questions: in random order those about "this object", then in random order the rest.
-    Raises   ValueError for another `allowed`, an unknown category, or facts that lack a field.
+             by which nouns and part words for "no" are drawn; default: equal shares of SEEN, so that no word of an
+             unseen category occurs (strict rule). untold: categories whose nouns are used, but never their parts.
+    Returns  turns with distinct questions: those about "this object" in random order, then the rest in random order.
+    Raises   ValueError for any other `allowed`, an unknown category, or facts that lack a field.
     """
     if allowed not in ("all", "general"):
         raise ValueError(f"allowed={allowed!r}; choose 'all' or 'general'")
@@ -475,7 +475,7 @@ def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None 
     found: dict[str, Turn] = {}
     for group in (whole, naming):
         for i in rng.permutation(len(group)):
-            found.setdefault(group[i].question, group[i])  # "Is there a door?": of the object, and of a part
+            found.setdefault(group[i].question, group[i])  # "Is there a door?": about the object, or about a part
     return list(found.values())
 
 
@@ -494,7 +494,7 @@ def dialogue(facts: Mapping, rng: Generator) -> list[Turn]:
 def to_llava(record_id: str, image: str | None, turns: Sequence[Turn]) -> dict:
     """LLaVA's {"id", "image", "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", ..}]}.
 
-    image: path relative to the data folder, or None for text alone. ValueError without turns.
+    image: path relative to the data folder, or None for text only. ValueError if there are no turns.
     """
     if not turns:
         raise ValueError(f"record {record_id!r}: no turns")

@@ -1,20 +1,20 @@
 """The tokenizer: byte-pair encoding learned here, read by tiktoken from a file on disk. Nothing is ever downloaded.
 
     ranks = train_ranks(texts, size=768)            # learn merges on our own questions and answers
-    write_ranks("data/vocab.tiktoken", ranks)       # tiktoken's file format: base64(token) rank, one a line
+    write_ranks("data/vocab.tiktoken", ranks)       # tiktoken's file format: base64(token) rank, one per line
     python -m data.tokenizer "open the top drawer: (37,52)" [data/vocab.tiktoken]     # look at the pieces
 
     0 .. 255      the single bytes: any Unicode text can be written
     256 .. 355    the numbers "00" .. "99": number n is id NUMBER_BASE + n, so a coordinate is ONE token out of 100
-    356 .. R-1    the most frequent pieces of words, in the order in which they were learned
+    356 .. R-1    the most frequent pieces of words, in the order they were learned
     R, R+1, R+2   (R = number of ranks) <|endoftext|> (also the padding), <|user|>, <|assistant|>
 
-Numbers never carry the space in front of them ("at 37" is "at", " ", "37"), or each would have two ids to learn. Longer
-numbers fall into pairs from the left ("123" = "12" "3"). Text that people wrote goes through
-`encoding.encode_ordinary(text)`: there a typed "<|user|>" is plain characters.
+Numbers never include the space before them ("at 37" is "at", " ", "37"), or each would have two ids to learn. Longer
+numbers are split into pairs from the left ("123" = "12" "3"). Text written by people goes through
+`encoding.encode_ordinary(text)`, which treats a typed "<|user|>" as plain characters.
 
 Source: Sennrich et al. 2016 (byte-pair encoding); github.com/openai/tiktoken (file format, merges by lowest rank).
-Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too large to learn on a laptop; published weights come with them, in a
+Differs: RoboMamba uses GPT-NeoX's 50,280 tokens, too many to learn on a laptop. Published weights come with those, in a
 tokenizer.json (`PublishedEncoding`), without the number tokens above.
 """
 
@@ -30,18 +30,18 @@ import tiktoken
 
 from common.files import write_text
 
-# Two digits | a lone digit | a word or one mark, with the space before it | one white space. Every character falls into
+# Two digits | a lone digit | a word or one mark, with the space before it | one white space. Every character must match
 # some branch: tiktoken silently DROPS text that its pattern does not match.
 PATTERN = r"[0-9]{2}|[0-9]| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}0-9]|\s"
 
 NUMBER_BASE, NUMBERS = 256, 100  # number n is id NUMBER_BASE + n
 SPECIAL_TOKENS = END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"  # ids R, R+1, R+2
 SAMPLE = "a na\u00efve \u4e00 drawer"
-FILES = RANKS, PUBLISHED = "vocab.tiktoken", "tokenizer.json"  # one of them lies in a checkpoint folder
+FILES = RANKS, PUBLISHED = "vocab.tiktoken", "tokenizer.json"  # a checkpoint folder holds one of them
 
 
 def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
-    """Join, from the left, every two neighbours that spell `token`: [a, b, a] and "ab" give [ab, a]."""
+    """Join, from the left, each pair of neighbours that spells `token`: [a, b, a] and "ab" give [ab, a]."""
     out = []
     for piece in pieces:
         if out and len(out[-1]) + len(piece) == len(token) and out[-1] + piece == token:
@@ -52,20 +52,20 @@ def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """Learn byte-pair ranks: again and again the most frequent pair of neighbours inside words becomes a token.
+    """Learn byte-pair ranks: repeatedly turn the most frequent pair of neighbours inside words into a token.
 
-    Args     texts: any strings, each read once. size: wanted number of ranks, >= 356, special tokens not counted.
-    Returns  token -> rank, ranks 0 .. len-1; fewer than `size` when the texts run out of pairs. Of equal counts the
-             smaller bytes win, whatever the order of the texts. Raises ValueError for a smaller size.
+    Args     texts: any strings, each read once. size: number of ranks wanted, >= 356, not counting special tokens.
+    Returns  token -> rank, ranks 0 .. len-1; fewer than `size` if the texts run out of pairs. Ties go to the smaller
+             bytes, whatever the order of the texts. Raises ValueError for size < 356.
     Differs  from the textbook: pairs are counted by what they SPELL ("a"+"bc" and "ab"+"c" are one entry), because
-             tiktoken joins any two neighbours whose spelling has a rank. So it cuts words as they were cut here.
+             tiktoken joins any two neighbours whose spelling has a rank. So it splits words as they were split here.
     """
     if size < NUMBER_BASE + NUMBERS:
         raise ValueError(f"size={size}: {NUMBER_BASE} bytes and {NUMBERS} numbers need {NUMBER_BASE + NUMBERS}")
     pieces = [*(bytes([b]) for b in range(NUMBER_BASE)), *(b"%02d" % n for n in range(NUMBERS))]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    # Each different word is kept once, with its count. All texts of data.build are made of some hundred words, so it
-    # is cheap to count all pairs again after every merge. Numbers stay out: they have their ranks.
+    # Each distinct word is kept once, with its count. The texts of data.build use only a few hundred words, so it is
+    # cheap to recount all pairs after every merge. Numbers are left out: they already have ranks.
     found = (word for text in texts for word in regex.findall(PATTERN, text))
     counts = collections.Counter(word for word in found if not word.isdecimal())
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
@@ -83,7 +83,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
-    """Write tiktoken's own format, a line "base64(token) rank" each. Atomic."""
+    """Write tiktoken's own format, one "base64(token) rank" per line. Atomic."""
     in_order = sorted(ranks, key=ranks.__getitem__)
     write_text(path, "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in in_order))
 
@@ -115,17 +115,17 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 class PublishedEncoding:
-    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`: what this project uses of a
-    tiktoken.Encoding.
+    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`, with the part of
+    tiktoken.Encoding's interface that this project uses.
 
-    USER and ASSISTANT get the first ids behind the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
+    USER and ASSISTANT get the first ids after the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
     embedding of 50,280. Raises: ValueError naming the file and what is wrong with it, or that the package is missing;
     FileNotFoundError.
     """
 
     def __init__(self, path: str | Path):
         try:
-            from tokenizers import Tokenizer  # an optional extra: nothing but published weights needs it
+            from tokenizers import Tokenizer  # an optional extra that only published weights need
         except ModuleNotFoundError:
             raise ValueError(f"{path}: read by the package tokenizers; `pip install tokenizers`") from None
         if not Path(path).is_file():
@@ -161,7 +161,7 @@ class PublishedEncoding:
 def load_encoding(path: str | Path) -> tiktoken.Encoding | PublishedEncoding:
     """The tokenizer from a file written by `write_ranks`, or from a tokenizer.json in the same folder.
 
-    `n_vocab` is the size of the embedding, `eot_token` end and padding. Raises: as the two readers above.
+    `n_vocab` is the size of the embedding, `eot_token` the end and padding token. Raises: like the two readers above.
     """
     published = Path(path).with_name(PUBLISHED)
     if published.is_file():

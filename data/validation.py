@@ -1,4 +1,4 @@
-"""Validation during training: teacher-forced answers, dense predictions, and three questions to read along."""
+"""Validation during training: teacher-forced answers, dense predictions, and three sample answers to read."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from data.dataset import GREY, IGNORE, Conversations
 from data.dense import FINE, DensePictures
 from data.prompts import parse_contact
 
-SHOWN_TYPES = ("caption", "plan", "contact")  # answers.md: a question of each, on different pictures
+SHOWN_TYPES = ("caption", "plan", "contact")  # answers.md: one question of each type, on different pictures
 
 
 @torch.no_grad()
 def evaluate_dense(objective, data: DensePictures, device, batch: int = 64) -> dict[str, float]:
-    """Movable-part IoU and part-kind accuracy in cells, normal error in degrees on the object, category accuracy.
+    """Movable-part IoU and part-kind accuracy over cells, normal error in degrees on the object, category accuracy.
 
-    Where the folder tells of named parts also the contact's error in pixels and the IoU of the part that is asked for.
+    If the folder has labels for named parts, also the contact error in pixels and the IoU of the part asked for.
     Args: objective: data.objectives.DenseObjective.
     """
     both = either = right = parts = categories = 0
@@ -61,7 +61,7 @@ def evaluate_answers(model, data: Conversations, cached: np.ndarray | None, devi
 
     Teacher-forced: all tokens of an answer are correct if and only if greedy decoding is correct.
     Args: model: a RoboMamba; cached: visual tokens (n, P, W) of `data`, None = read the pictures.
-    Returns: exact.TYPE, blank.TYPE, and where there are contacts contact_px and contact_degrees (medians).
+    Returns: exact.TYPE, blank.TYPE and, if there are contacts, contact_px and contact_degrees (medians).
     """
     hits: dict[str, list[bool]] = {}
     blanks: dict[str, list[bool]] = {}
@@ -97,7 +97,7 @@ def evaluate_answers(model, data: Conversations, cached: np.ndarray | None, devi
 
 
 def teacher_forced(model, images: Tensor, b, owners: Tensor, device) -> Tensor:
-    """The likeliest token at each place of the answers, IGNORE elsewhere: (n, T - 1), aligned with labels[:, 1:]."""
+    """The most likely token at each answer position, IGNORE elsewhere: (n, T - 1), aligned with labels[:, 1:]."""
     inputs = (x.to(device) for x in (images, b.tokens, b.lengths))
     logits, _ = model(*inputs, owners=owners.to(device))
     inside = b.labels[:, 1:] != IGNORE
@@ -105,9 +105,9 @@ def teacher_forced(model, images: Tensor, b, owners: Tensor, device) -> Tensor:
 
 
 def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
-    """(picture file, question, answer) of three records: the first question of each of SHOWN_TYPES that there is.
+    """(picture file, question, answer) of up to three records: the first question of each of SHOWN_TYPES in the data.
 
-    A file without question types shows its first questions.
+    For a file without question types, its first questions.
     """
     found: dict[int, tuple[str, str, str]] = {}
     for kind in SHOWN_TYPES:
@@ -123,7 +123,7 @@ def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
 
 
 def show_answers(model, shown: list[tuple[str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """What the model says to `shown_questions`, greedily decoded: rows (picture, question, model, truth)."""
+    """The model's greedily decoded answers to `shown_questions`: rows (picture, question, model, truth)."""
     rows = []
     for image, question, truth in shown:
         rows.append((Path(image).name, question, model.generate(image, question), truth))

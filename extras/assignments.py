@@ -1,18 +1,18 @@
-"""Assignments, for teachers: eight exercises, a student's tree without their solutions, a grader.
+"""Assignments for teachers: eight exercises, a student's tree without the solutions, and a grader.
 
     python -m extras.assignments --student OUT                     # this repository, solutions left out
     python -m extras.assignments --student OUT --exercises 1,2,3   # the others stay solved
     python -m extras.assignments --grade TREE [TREE ..]            # points per exercise; also to score.json
 
-A solution stands between two comment lines, `# exercise N: what` and `# end of exercise N`, in one or several places;
-NotImplementedError in the student's tree. TEACHER_ONLY, files that give answers away, is left out of it. Students run
+A solution sits between two comment lines, `# exercise N: what` and `# end of exercise N`, in one or more places; the
+student's tree has NotImplementedError there and leaves out TEACHER_ONLY, the files that give answers away. Students run
 `pytest -m exN`. The grader runs the same checks (tests/test_exercises.py) in its own process, with inputs from another
-seed: a student's process returns numbers, so right numbers alone earn points. (One is a count that a submission could
-understate: what autograd keeps in exercise 3.)
+seed: a student's process only returns numbers, and only correct numbers earn points. (One of them is a count that a
+submission could understate: what autograd keeps in exercise 3.)
 
 A submission runs on a copy of its .py files, with limits on time, memory and file size. Where `unshare` is allowed
-(Linux), it has a root directory of its own, which holds Python and that copy only, no network, and ends with all that
-it started. Where it is not, the grader says so: then grade strangers in a container each.
+(Linux), it runs without network, in a separate root directory that holds only Python and that copy, and every process
+it started ends with it. Where it is not allowed, the grader says so: then grade strangers in one container each.
 """
 
 import argparse
@@ -58,11 +58,11 @@ TEACHER_ONLY = {
 MARKER = re.compile(r"^ *# (end of )?exercise \d+(: .+)?\n", re.M)
 BEGIN = r"^(?P<begin>(?P<indent> *)# exercise (?P<number>\d+): (?P<what>.+)\n)"
 SOLUTION = re.compile(BEGIN + r"(?P<body>(?:.*\n)*?)(?P<end> *# end of exercise (?P=number)\n)", re.M)
-SOURCE_BYTES, REPLY_BYTES = 2**20, 2**22  # of a submission's file, larger ones are not copied; of the longest answer
-START_SECONDS = 120  # loading torch may take so long
+SOURCE_BYTES, REPLY_BYTES = 2**20, 2**22  # limits: a submission's file (larger ones are not copied), an answer
+START_SECONDS = 120  # time allowed for loading torch
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1"}
 UNPROTECTED = "none (no unshare here): it can read your files, use the network and leave processes; use a container"
-# Shell: $new becomes the root directory; read-only in it: what Python stands on, and $visible.
+# Shell: $new becomes the root directory; it contains, read-only, what Python needs and $visible.
 NEW_ROOT = """set -e
 mount -t tmpfs -o size=64m none "$new"
 mkdir -m 1777 "$new/tmp" "$new/old" "$new/proc"
@@ -85,7 +85,7 @@ umount -l old
 
 
 def solutions(text: str, file: str) -> list[re.Match]:
-    """Every marked solution (groups of SOLUTION). Raises: ValueError naming the file and line of a lonely marker."""
+    """Every marked solution (groups of SOLUTION). Raises: ValueError naming the file and line of an unpaired marker."""
     found = [match for match in SOLUTION.finditer(text) if int(match["number"]) in EXERCISES]
     paired = {match.start(part) for match in found for part in ("begin", "end")}
     for marker in MARKER.finditer(text):
@@ -105,9 +105,9 @@ def stub(text: str, file: str, exercises=tuple(EXERCISES)) -> str:
 
 
 def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
-    """Write a student's tree to the new folder `out`, whole or not at all; returns where each exercise is to be done.
+    """Write a student's tree to the new folder `out`, completely or not at all; returns the files of each exercise.
 
-    Raises: ValueError where `out` exists.
+    Raises: ValueError if `out` exists.
     """
     out = Path(out)
     partial = Path(f"{out}.tmp{os.getpid()}")
@@ -133,7 +133,7 @@ def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
 
 
 def copy_sources(tree: Path, out: Path) -> None:
-    """The .py files of a submission but its tests. No links and pipes: they may lead to what is not its own."""
+    """Copies the .py files of a submission except its tests. No links or pipes: they may lead outside of it."""
     for folder, folders, files in os.walk(tree):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "site-packages"]
         for path in (Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("test_")):
@@ -143,7 +143,7 @@ def copy_sources(tree: Path, out: Path) -> None:
 
 
 def isolated(new: Path, visible: list, hidden: list) -> list[str]:
-    """A command that runs what follows it with `new` as its root directory, without network and rights."""
+    """A command prefix that runs what follows with `new` as its root directory, without network or privileges."""
     unshare = ["unshare", "--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child"]
     drop = "setpriv --no-new-privs --inh-caps=-all --bounding-set=-all"
     if os.geteuid() == 0:
@@ -156,9 +156,9 @@ def isolated(new: Path, visible: list, hidden: list) -> list[str]:
 
 
 class Student:
-    """A submission's process, started when it is first asked and again after it has ended.
+    """A submission's process, started at the first call and restarted after it has ended.
 
-    folder: an empty one, for the copy of `tree`; seconds: of one exercise.
+    folder: an empty one, for the copy of `tree`; seconds: time limit per exercise.
     """
 
     def __init__(self, folder: Path, tree: Path, hidden: list, seconds: int):
@@ -184,7 +184,7 @@ class Student:
     def call(self, name: str, *arguments, weights=None, count=False) -> dict:
         """`exercise_calls.answer` in the student's process.
 
-        Raises: ChildProcessError where it ends before it answers; RuntimeError with what the student's code raised.
+        Raises: ChildProcessError if it ends before it answers; RuntimeError with what the student's code raised.
         """
         if self.process is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -193,7 +193,7 @@ class Student:
             self.read(time.monotonic() + START_SECONDS)
             self.end = time.monotonic() + self.seconds
         asked = {"name": name, "arguments": arguments, "weights": weights, "count": count}
-        with contextlib.suppress(BrokenPipeError):  # then it has ended, which `read` finds
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `read` reports
             self.process.stdin.write(json.dumps(asked, default=np.ndarray.tolist).encode() + b"\n")
         reply = self.read(self.end)
         if "error" in reply:
@@ -201,7 +201,7 @@ class Student:
         return reply
 
     def read(self, end: float) -> dict:
-        """The next reply, which must be there at `end`, of time.monotonic()."""
+        """The next reply, which must arrive before `end` (of time.monotonic())."""
         text = b""
         while not text.endswith(b"\n"):
             left = end - time.monotonic()
@@ -225,7 +225,7 @@ class Student:
 
 
 def grade_exercise(student: Student, exercise: int, checks, seed: int, seconds: int) -> dict:
-    """One exercise: {points, max_points, title, passed: [check], failed: {check: message}}."""
+    """Grades one exercise: {points, max_points, title, passed: [check], failed: {check: message}}."""
     title, most = EXERCISES[exercise]
     names = [name for name, (number, _) in checks.CHECKS.items() if number == exercise]
     failed = {}
@@ -246,10 +246,10 @@ def grade_exercise(student: Student, exercise: int, checks, seed: int, seconds: 
 
 
 def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int = 20, hidden=()) -> dict:
-    """The score of a tree: {points, max_points, isolation, exercises: {number: as `grade_exercise` says}}.
+    """The score of a tree: {points, max_points, isolation, exercises: {number: as from `grade_exercise`}}.
 
-    Args: checks, the module tests/test_exercises.py; seconds, of one exercise; hidden, folders it must not see.
-    Raises: ValueError where `tree` is no folder. Whatever is wrong inside it is a result.
+    Args: checks: the module tests/test_exercises.py; seconds: per exercise; hidden: folders it must not see.
+    Raises: ValueError if `tree` is not a folder. Anything wrong inside it is part of the score.
     """
     tree = Path(tree).resolve()
     if not tree.is_dir():
@@ -265,7 +265,7 @@ def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int 
 
 
 def summary(tree, score: dict) -> str:
-    """A score for people: a line an exercise, then a line for each way in which its checks failed."""
+    """A readable score: one line per exercise, followed by one line per way in which its checks failed."""
     lines = [f"{tree}: {score['points']:g} of {score['max_points']:g} points; isolation: {score['isolation']}"]
     for number, s in score["exercises"].items():
         lines.append(f"  exercise {number}  {s['points']:4g}/{s['max_points']:2}  {s['title']}")

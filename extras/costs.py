@@ -1,8 +1,8 @@
-"""What a model costs: parameters, bytes of weights, and bytes that one sequence needs beside a Transformer's.
+"""What a model costs: parameters, bytes of weights, and bytes per sequence compared with a Transformer's.
 
     python -m extras.costs      # every preset of robomamba.py
 
-A Mamba keeps a state of one size; a Transformer keeps keys and values of every token it has read (its "KV cache").
+Mamba keeps a state of fixed size; a Transformer keeps keys and values of every token it has read (its "KV cache").
 """
 
 import torch
@@ -12,14 +12,14 @@ from common.config import PRESETS
 from common.weights import KEEP_FLOAT32, count
 from robomamba import RoboMamba
 
-TOKENS = (1024, 8192, 65536)  # lengths at which the cache is told
+TOKENS = (1024, 8192, 65536)  # sequence lengths at which the KV cache is reported
 ASSUMED = """MB are 10^6 bytes. State: at any length; convolution inputs bfloat16, h float32.
 KV: a Transformer's cache at so many tokens, with as many layers of the same width, multi-head attention, bfloat16.
 (A Transformer with as many parameters has about half as many layers: halve these numbers.)"""
 
 
 def memory(model: nn.Module) -> dict[str, int]:
-    """Bytes: weights "float32" and "bfloat16", recurrent "state" of one sequence, Transformer "cache" of one token."""
+    """Bytes: weights in "float32" and "bfloat16", recurrent "state" per sequence, Transformer "cache" per token."""
     lm = model.config.lm
     kept = sum(p.numel() for name, p in model.named_parameters() if name.endswith(KEEP_FLOAT32))
     return {

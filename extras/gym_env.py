@@ -1,31 +1,31 @@
 """The simulator as a Gymnasium environment: a picture and a sentence in, one grip out, the part's motion as reward.
 
-    python -m extras.gym_env --episodes 100 --split seen      # a random agent beside the committed row `random`
+    python -m extras.gym_env --episodes 100 --split seen      # a random agent next to the committed row `random`
 
     import gymnasium
     import extras.gym_env  # registers the name
     env = gymnasium.make("RoboMamba/Grip-v0", split="train", grips=3)
     observation, info = env.reset(seed=0)
     for _ in range(100):
-        action = policy(observation)  # yours; info["expert"] of a reset is one that works
+        action = policy(observation)  # yours; info["expert"] from reset is one that works
         observation, reward, terminated, truncated, info = env.step(action)
         if terminated or truncated:
             observation, info = env.reset()
     env.close()
 
-observation  "picture" (S, S, 3) uint8; "depth" (S, S) metres, of an imperfect camera, 0 = not measured; "intrinsics"
+observation  "picture" (S, S, 3) uint8; "depth" (S, S) metres, from an imperfect camera, 0 = not measured; "intrinsics"
              fx, fy, cx, cy; "sentence"; its "tokens" (default checkpoint's), padded with the end token; their "length"
 action       (5,): pixel u, v in 0..S; direction of the gripper, camera frame (x right, y down, z forward), any length
-reward       how far this grip moved the named part, rad or m, in the instructed sense (sim/scene.py)
-terminated   since the reset the part has moved by 0.01 (threshold="initial"), by 0.1 or half of its way ("long")
-truncated    after `grips` grips, or the named part is out of sight. A grip starts where the last one left the parts
-info         of a reset: split, category, scene_seed, part, expert (privileged); of a step: reason (sim.scene.Outcome,
+reward       how far this grip moved the named part, rad or m, in the instructed direction (sim/scene.py)
+terminated   the part has moved since reset by 0.01 (threshold="initial"), by 0.1 or half its remaining range ("long")
+truncated    after `grips` grips or when the named part is out of sight. A grip starts where the last one left the parts
+info         from reset: split, category, scene_seed, part, expert (privileged); from step: reason (sim.scene.Outcome,
              or "zero direction"), moved (since the reset), is_success
 
 reset(seed=n, options={"split": .., "category": .., "round": r}) is round r of the category in sim_eval.py --seed n.
-What is not given is drawn, but for the round, which is 0. Train on "train", choose on "val"; "seen" and "unseen" are
-the test scenes. PyBullet has one world a process: with make_vec(.., vectorization_mode="sync") environments take turns
-and load their scene again, in 30 ms; "async" needs vector_kwargs={"shared_memory": False}, or its sentences stay blank.
+What is not given is drawn, except the round, which is 0. Train on "train", select on "val"; "seen" and "unseen" are the
+test scenes. PyBullet has one world per process: with make_vec(.., vectorization_mode="sync") environments take turns
+and reload their scene, in 30 ms; "async" needs vector_kwargs={"shared_memory": False}, or its sentences stay blank.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ except ImportError:
     raise (SystemExit if __name__ == "__main__" else ImportError)(missing) from None
 
 CATEGORIES = {"train": SPLITS["val"]["val"], **SPLITS["val"], **SPLITS["both"]}  # of each split
-LONGEST, TOKENS = 64, 16  # of a sentence: characters, tokens; the catalogue's have up to 50 and 10
+LONGEST, TOKENS = 64, 16  # limits of a sentence: characters, tokens; the catalogue's have up to 50 and 10
 RESULTS = ROOT / "data/results/random.json"  # sim_eval.py --policy random --split both --episodes 550
-BENCH = Bench(EvalConfig(policy="random"))  # the world of this process; reset opens it
+BENCH = Bench(EvalConfig(policy="random"))  # this process's world; reset opens it
 
 
 def check(name: str, values, choices) -> None:
@@ -60,10 +60,10 @@ def check(name: str, values, choices) -> None:
 
 
 class RoboMambaEnv(gymnasium.Env):
-    """See the top. categories: those to draw from; empty: all of the split. Raises: ValueError for bad input."""
+    """See the module. categories: those to draw from; empty: all of the split. Raises: ValueError for bad input."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
-    present = None  # the environment whose scene is in the world of this process
+    present = None  # the environment whose scene is loaded in this process's world
 
     def __init__(
         self, split="train", categories=(), grips=3, threshold="initial", image_size=REFERENCE_S, render_mode=None
@@ -76,7 +76,7 @@ class RoboMambaEnv(gymnasium.Env):
         self.split, self.categories, self.grips = split, categories, grips
         self.threshold, self.image_size, self.render_mode = threshold, image_size, render_mode
         self.encoding = load_encoding(ROOT / EvalConfig.checkpoint / "vocab.tiktoken")
-        self.joints = None  # of all parts, as they now stand
+        self.joints = None  # current values, of all parts
         S = image_size
         self.action_space = spaces.Box(np.float32([0, 0, -1, -1, -1]), np.float32([S, S, 1, 1, 1]))
         self.observation_space = spaces.Dict(
@@ -121,7 +121,7 @@ class RoboMambaEnv(gymnasium.Env):
         if outcome.joints is not None:
             scene.set_joints(self.start)
             self.moved = float(scene.opened(scene.target, outcome.joints[scene.target]))
-            limits = [(part.lower, part.upper) for part in scene.spec.parts]  # the solver may pass one by a hair
+            limits = [(part.lower, part.upper) for part in scene.spec.parts]  # the solver may overshoot one slightly
             self.joints = [min(max(q, low), high) for q, (low, high) in zip(outcome.joints, limits, strict=True)]
             scene.set_joints(self.joints)
             scene.render()
@@ -135,13 +135,13 @@ class RoboMambaEnv(gymnasium.Env):
         return self.world().rgb.copy() if self.render_mode else None
 
     def close(self) -> None:
-        """Free PyBullet's client; another environment of the process opens one again when it goes on."""
+        """Free PyBullet's client; another environment of the process reopens one when it continues."""
         if RoboMambaEnv.present is self:
             RoboMambaEnv.present = None
             BENCH.close()
 
     def world(self) -> Scene:
-        """The world of the process, with this environment's scene as it now stands."""
+        """The process's world, with this environment's scene in its current state."""
         scene = BENCH.open()
         if RoboMambaEnv.present is not self:
             RoboMambaEnv.present = self
@@ -160,7 +160,7 @@ class RoboMambaEnv(gymnasium.Env):
 
 
 def grip(scene: Scene, action) -> Outcome:
-    """Scene.act, with a reason for a direction that is none. Raises: ValueError for an action that is not (5,)."""
+    """Scene.act, with a failure reason for a zero direction. Raises: ValueError for an action that is not (5,)."""
     u, v, *direction = np.asarray(action, float).reshape(5)
     if np.linalg.norm(direction) < 1e-9:
         return Outcome(0.0, False, False, "zero direction")
@@ -168,7 +168,7 @@ def grip(scene: Scene, action) -> Outcome:
 
 
 def random_agent(split: str, episodes: int, seed: int) -> dict:
-    """Success rate of one grip in each scene of sim_eval.py: any pixel where depth was measured, any direction."""
+    """Success rate of one grip per scene of sim_eval.py: a random pixel with measured depth, a random direction."""
     rng = np.random.default_rng(seed)
     won = 0
     with RoboMambaEnv(split, grips=1) as env:
@@ -181,9 +181,9 @@ def random_agent(split: str, episodes: int, seed: int) -> dict:
 
 @dataclass
 class RandomConfig:
-    split: str = flag("seen", "which scenes", choices=tuple(SPLITS["both"]))
-    episodes: int = flag(100, "scenes, categories in turn", low=1, high=1_000_000)
-    seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
+    split: str = flag("seen", "split of the scenes", choices=tuple(SPLITS["both"]))
+    episodes: int = flag(100, "number of scenes, cycling through the categories", low=1, high=1_000_000)
+    seed: int = flag(0, "seed of scenes and agent", low=0, high=2**31)
 
 
 def main(argv: list[str] | None = None) -> None:

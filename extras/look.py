@@ -2,22 +2,22 @@
 
     python -m extras.look --image scene.png --act "Open the top drawer." --out DIR     # steps, attention, memory
     python -m extras.look --image scene.png --ask "What is this object?" --out DIR
-    python -m extras.look --out DIR              # the same for a scene of the simulator, and a GIF: a drawer is opened
+    python -m extras.look --out DIR              # the same for a simulated scene, and a GIF of a drawer being opened
 
-DIR/README.md says what to see in each file (CAPTIONS). A hook on every `x_proj` keeps what enters the scan (u), and
-`MambaMixer.selection` recomputes dt, B and C from it; the forward pass is left as it is. Needs matplotlib.
+DIR/README.md explains each file (CAPTIONS). A hook on every `x_proj` records the input of the scan (u), and
+`MambaMixer.selection` recomputes dt, B and C from it; the forward pass is unchanged. Needs matplotlib.
 
-The implicit attention of a Mamba layer. Write the recurrence of selective_scan.py out from token 0 to token t:
+The implicit attention of a Mamba layer: unroll the recurrence of selective_scan.py from token 0 to token t:
 
     y_t = sum_s M[t, s] u_s + sum_n R[t, n] h[n]       h: the state before token 0, zero at the start of a picture
     M[t, s] = sum_n C[t, n] exp(A[n] (dt_{s+1} + .. + dt_t)) dt_s B[s, n]       for s <= t, else 0
     R[t, n] = C[t, n] exp(A[n] (dt_0 + .. + dt_t))
 
 per channel, plus D on the diagonal: a causal attention matrix without a softmax, which the scan never materialises.
-C plays the query, dt B the key, and the exponential is the forgetting in between.
+C acts as the query, dt B as the key, and the exponential is the forgetting in between.
 
 Sources: the matrix form of a selective SSM, Mamba-2 (arXiv 2405.21060, section 3) and "The Hidden Attention of Mamba
-Models" (arXiv 2403.01590). Extra letters: P visual tokens, T prompt tokens, L = P + T; s written, t read.
+Models" (arXiv 2403.01590). Extra letters: P visual tokens, T prompt tokens, L = P + T; s token written, t token read.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from data.prompts import contact_question
 from selective_scan import discretise
 
 SHIPPED = Path(__file__).parent.parent / "data/pretrained/robomamba-tiny-rgbd"
-SHOWN, WORDS = 4, 40  # layers in a picture, words at an axis; of more these many, evenly spread
-SPAN = 0.05  # doublings: colours never show less than this as a difference
-EVERY = 12  # steps of the simulator a frame
+SHOWN, WORDS = 4, 40  # maximum number of layers per picture and of words per axis, evenly spread
+SPAN = 0.05  # doublings: the colour scale always spans at least +- this much
+EVERY = 12  # simulator steps per frame
 EPISODE_SEED, EPISODE_TRIES = 10_700_000, 30  # validation scenes
 
 CAPTIONS = {
@@ -61,18 +61,18 @@ CAPTIONS = {
 }
 
 
-# What one layer's scan was given for one sequence, float64: u, dt (L, E), dt > 0; A (E, N), < 0; B, C (L, N); D (E,)
+# Inputs of one layer's scan for one sequence, float64: u, dt (L, E), dt > 0; A (E, N), < 0; B, C (L, N); D (E,)
 Layer = namedtuple("Layer", "u dt A B C D")
 
-# A moment of the pull, and what the model makes of the picture of this moment alone: view, with the gripper, which the
-# model is not shown; rgb uint8 (S, S, 3); opening, m; dt (P,) of the last layer, mean over the channels; states after
-# the picture, {layer counted from 1: (E, N)}
+# A moment of the pull, and what the model computes from this picture alone: view, with a gripper that the model does
+# not see; rgb uint8 (S, S, 3); opening, m; dt (P,) of the last layer, mean over the channels; states after the
+# picture, {layer counted from 1: (E, N)}
 Frame = namedtuple("Frame", "view rgb opening dt states")
 
 
 @torch.inference_mode()
 def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
-    """One forward pass of picture uint8 (S, S, 3) and prompt ids; picture and words joined to one sequence a layer."""
+    """One forward pass on a picture uint8 (S, S, 3) and prompt ids; per layer, picture and words as one sequence."""
     seen = {block.mixer: [] for block in model.lm.backbone.layers}  # first the picture's u, then the words'
     with contextlib.ExitStack() as hooks:
         for mixer, parts in seen.items():
@@ -101,7 +101,7 @@ def scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = 
 
 
 def mean_matrix(layer: Layer, channels: int = 64) -> np.ndarray:
-    """(L, L): |M| without D, averaged over the channels, some at a time."""
+    """(L, L): |M| without D, averaged over the channels, `channels` at a time."""
     total = torch.zeros(len(layer.dt), len(layer.dt), dtype=layer.dt.dtype)
     for dt, A in zip(layer.dt.split(channels, 1), layer.A.split(channels), strict=True):
         total += scan_matrix(dt, A, layer.B, layer.C)[0].abs().sum(0)
@@ -109,7 +109,7 @@ def mean_matrix(layer: Layer, channels: int = 64) -> np.ndarray:
 
 
 def states(layer: Layer) -> Tensor:
-    """(L, E, N): the state after every token, from zero."""
+    """(L, E, N): the state after every token, starting from zero."""
     decay, write = discretise(layer.u, layer.dt, layer.A, layer.B)
     h = torch.zeros_like(layer.A)
     after = []
@@ -120,12 +120,12 @@ def states(layer: Layer) -> Tensor:
 
 
 def shown(layers: list) -> list[int]:
-    """Which layers are drawn: at most SHOWN, first and last among them."""
+    """Indices of the layers to draw: up to SHOWN, including the first and last."""
     return np.unique(np.linspace(0, len(layers) - 1, min(SHOWN, len(layers))).round().astype(int)).tolist()
 
 
 def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None = None) -> None:
-    """The grey picture (S, S, 3) under `values` (P,), 0 = no colour, as colours of its patches."""
+    """Draws the picture (S, S, 3) in grey, with `values` (P,) as colours of its patches, 0 = no colour."""
     side = math.isqrt(len(values))
     most = max(np.abs(values).max(), SPAN) if most is None else most
     place = (-0.5, len(rgb) - 0.5, len(rgb) - 0.5, -0.5)
@@ -136,13 +136,13 @@ def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None =
 
 
 def name_words(axes, words: list[str], first: int, most: int = WORDS) -> None:
-    """Ticks with the prompt's words, at most `most`, the first of them at x = `first`."""
+    """Sets ticks with up to `most` of the prompt's words, the first at x = `first`."""
     some = range(0, len(words), -(-len(words) // most))
     axes.set_xticks([first + k for k in some], [words[k] for k in some], rotation=90, fontsize="x-small")
 
 
 def log_ratio(values: np.ndarray) -> np.ndarray:
-    """How many doublings above the median."""
+    """Number of doublings above the median."""
     return np.log2(values / np.median(values))
 
 
@@ -186,7 +186,7 @@ def draw_attention(rgb: np.ndarray, words: list[str], layers: list[Layer]):
 
 
 def draw_read(model, rgb: np.ndarray, question: str) -> Image.Image:
-    """What the last token of a prompt reads of each patch, alone: the upper row of attention.png, two layers a row."""
+    """What the last token of a prompt reads from each patch: only the top row of attention.png, two layers per row."""
     ids = model.prompt(question)
     layers = read(model, rgb, ids)
     figure = new_figure(4.8, 5)
@@ -211,7 +211,7 @@ def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]):
 
 
 def save(out: Path, pictures: dict[str, list[Image.Image]]) -> list[Path]:
-    """OUT/README.md with the captions of what is there, then the pictures, one frame or a GIF of many.
+    """Writes OUT/README.md with the captions of the files present, then the pictures: one frame, or a GIF of several.
 
     Raises: ValueError naming a file that cannot be written.
     """
@@ -236,8 +236,8 @@ def pictures_of(model, rgb: np.ndarray, question: str) -> dict[str, list[Image.I
 
 
 def film(model, scene, action, instruction: str) -> list[Frame]:
-    """Carries out `action` in the scene, whose target slides; a frame every EVERY steps."""
-    from sim.pictures import GREEN, draw_gripper  # here: pictures of a prompt need no simulator
+    """Executes `action` in the scene, whose target slides; one frame every EVERY steps."""
+    from sim.pictures import GREEN, draw_gripper  # imported here: pictures of a prompt need no simulator
 
     ids = model.prompt(contact_question(instruction))
     approach = scene.camera_rotation.T @ action.approach
@@ -252,7 +252,7 @@ def film(model, scene, action, instruction: str) -> list[Frame]:
         P = len(layers[0].dt) - len(ids)
         after = {i + 1: states(layers[i])[P - 1] for i in shown(layers)}
         view = draw_gripper(scene, rgb, contact, approach, GREEN)
-        opening = float(np.linalg.norm(contact - start))  # of a slide: the contact goes as far as the part
+        opening = float(np.linalg.norm(contact - start))  # of a slide: the contact moves as far as the part
         frames.append(Frame(view, rgb, opening, layers[-1].dt[:P].mean(1).numpy(), after))
 
     scene.act(action.u, action.v, action.approach, on_frame=on_frame)
@@ -260,7 +260,7 @@ def film(model, scene, action, instruction: str) -> list[Frame]:
 
 
 def draw_film(frames: list[Frame]) -> list[Image.Image]:
-    """Every frame: camera, dt over the patches, and the curves up to then."""
+    """One image per frame: camera, dt over the patches, and the curves so far."""
     first = frames[0]
     ratio = np.log2(np.stack([f.dt for f in frames]) / np.median(first.dt))  # (frames, P)
     most = max(np.abs(ratio).max(), SPAN)
@@ -288,10 +288,10 @@ def draw_film(frames: list[Frame]) -> list[Image.Image]:
 
 
 def episode(model, category: str, seed: int) -> dict[str, list[Image.Image]]:
-    """opening.gif: the model's own action on the first scene from `seed` on where it opens a drawer ("long" success of
-    sim/scene.py); and the pictures of the start of this scene.
+    """opening.gif: the model's own action in the first scene from `seed` on where it opens a drawer ("long" success in
+    sim/scene.py); and the pictures of the start state of that scene.
 
-    Raises: ValueError for an unknown category, or when no such scene is found among EPISODE_TRIES.
+    Raises: ValueError for an unknown category, or if none of EPISODE_TRIES scenes qualifies.
     """
     from sim.scene import Scene
 

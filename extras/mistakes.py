@@ -1,8 +1,8 @@
-"""Eight classic mistakes, planted in the real code one at a time, with what each does to the shipped model.
+"""Eight classic mistakes, planted in the real code one at a time, and what each does to the shipped model.
 
     python -m extras.mistakes                   # the table, on 20 validation scenes
-    python -m extras.mistakes --prove           # and run with each mistake the test that must then fail (needs pytest)
-    python -m extras.mistakes --out runs/mistakes    # mistakes.json and mistakes.md too
+    python -m extras.mistakes --prove           # also run, with each mistake, the test that must fail (needs pytest)
+    python -m extras.mistakes --out runs/mistakes    # also write mistakes.json and mistakes.md
 
 None of them raises an error or changes a shape, which is why each needs a test. A mistake is a function
 that returns a context manager, inside which one function of robomamba.py or selective_scan.py is replaced.
@@ -78,7 +78,7 @@ def no_softplus():
 
     def wrong(self, u):
         dt, A, B, C = right(self, u)
-        return dt + torch.log(-torch.expm1(-dt)), A, B, C  # what the softplus was given
+        return dt + torch.log(-torch.expm1(-dt)), A, B, C  # the input of the softplus
 
     return patch.object(robomamba.MambaMixer, "selection", wrong)
 
@@ -152,7 +152,7 @@ def direction_deg(model, scenes) -> float:
 
 @torch.inference_mode()
 def largest_state(model, scenes) -> float:
-    """The largest number in any layer's state after reading a picture."""
+    """The largest magnitude in any layer's state after reading a picture."""
     states = model.encode_image(batch(model, scenes)[0])
     return max(state.ssm.abs().nan_to_num(math.inf).max().item() for state in states)
 
@@ -173,7 +173,7 @@ def not_finite(model, scenes) -> float:
 
 @torch.inference_mode()
 def moved_by_the_future(model, scenes) -> float:
-    """How far another last word moves the outputs before it, as a share of their size."""
+    """How much a different last word changes the outputs before it, as a share of their size."""
     pictures, tokens, _ = batch(model, scenes[:1])
     changed = tokens.clone()
     changed[0, -1] = 0
@@ -182,7 +182,7 @@ def moved_by_the_future(model, scenes) -> float:
 
 
 def written_px(model, scenes) -> float:
-    """As contact_px, with the contact spelled out in words, one `step` a token; text that is no contact is inf off."""
+    """As contact_px, with the contact generated as text, one `step` per token; text that is no contact is inf off."""
     S, errors = model.config.vision.image_size, []
     for sample in scenes:
         text = model.generate(sample.rgb, contact_question(sample.instruction), max_new_tokens=CONTACT_TOKENS)
@@ -191,7 +191,7 @@ def written_px(model, scenes) -> float:
     return statistics.median(errors)
 
 
-MISTAKES = (  # the function that plants it, what is measured, how that is written, the test_*.py that must fail
+MISTAKES = (  # the function that plants it, what is measured, its format, the test in test_*.py that must fail
     (swapped_b_and_c, contact_px, "{:.1f} px off", "scan.py::test_official_formulas"),
     (no_softplus, largest_state, "largest state {:.2g}", "model.py::test_the_picture_reaches_the_last_state_at_step_0"),
     (state_in_bfloat16, left_of_memory, "{:.2f} left after 1,000 tokens", "scan.py::test_mixed_precision_and_autocast"),
@@ -219,7 +219,7 @@ MISTAKES = (  # the function that plants it, what is measured, how that is writt
 
 
 def rows(model, scenes: list[Sample]) -> list[dict]:
-    """One row a mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; not finite is None."""
+    """One row per mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; None if not finite."""
     table = []
     right = {}
     for plant, measure, form, test in MISTAKES:
@@ -236,7 +236,7 @@ def rows(model, scenes: list[Sample]) -> list[dict]:
 def prove(table: list[dict]) -> None:
     """Adds "caught" to the rows: does its test fail with the mistake in place?
 
-    Raises: ValueError where a test fails without any.
+    Raises: ValueError if a test fails without a mistake.
     """
     import pytest
 

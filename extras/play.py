@@ -1,10 +1,10 @@
-"""A page to click in: scenes and pictures, questions and instructions, and a robot that does what the model says.
+"""An interactive web page: scenes and pictures, questions and instructions, and a robot that does what the model says.
 
     pip install -c constraints.txt ".[sim,play]"
     python -m extras.play         # then open http://127.0.0.1:7860; also --checkpoint DIR, --port N
 
-`page` is what one sees; the functions before it need no gradio. Of a visitor the page keeps (category, seed), and every
-click spawns that scene again, under the lock around this process's one Scene: visitors cannot mix. It works offline.
+`page` builds the user interface; the functions before it need no gradio. Per visitor, the page stores (category, seed);
+every click respawns that scene under a lock on the process's only Scene: visitors cannot interfere. It works offline.
 """
 
 import base64
@@ -34,7 +34,7 @@ ROWS = ("the model (blue)", BLUE), ("vision-free baseline (red)", RED), ("oracle
 CSS = """[data-testid=block-label] {position: static} #seen img {height: 340px; object-fit: contain}
 .prose th, .prose td {padding: 4px 8px !important; overflow-wrap: normal; word-break: normal} #film img {width: 100%}"""
 
-# What a click brings: text; two pictures; the stroke as HTML; a table in Markdown
+# The result of a click: text; two pictures; the stroke as HTML; a table in Markdown
 Answer = namedtuple("Answer", "said contact attention film table", defaults=(None, None, "", ""))
 
 
@@ -50,7 +50,7 @@ def new_scene(bench: Bench, category: str, seed: int | None = None) -> tuple:
 
 
 def own_picture(bench: Bench, path: str) -> tuple:
-    """(None, picture, None, instruction, *Answer) of a picture file."""
+    """(None, picture, None, instruction, *Answer) for a picture file."""
     try:
         picture = read_picture(path, bench.image_size)
     except ValueError:
@@ -85,7 +85,7 @@ def ask(bench: Bench, scene: tuple | None, picture: np.ndarray | None, question:
 
 
 def act(bench: Bench, scene: tuple | None, picture, instruction: str, use_depth: bool, do: bool = False) -> Answer:
-    """Where the model takes hold and from where it comes; do: and what comes of it."""
+    """The contact and approach that the model predicts; do: also carry them out."""
     model, o, rgb, instruction = begin(bench, scene, picture, instruction)
     if o is None and (use_depth or do):
         raise ValueError("only scenes have a robot and a depth image: draw one, or untick 'use depth' and press Act")
@@ -99,7 +99,7 @@ def act(bench: Bench, scene: tuple | None, picture, instruction: str, use_depth:
 
 
 def carry_out(bench: Bench, o, answer: Answer, policy: str) -> Answer:
-    """The answer with the stroke, beside what the vision-free baseline and the oracle would have done."""
+    """The answer with the stroke, next to what the vision-free baseline and the oracle would have done."""
     scene = o.scene
     part = scene.spec.parts[o.part]
     unit = "rad" if part.joint == "revolute" else "m"
@@ -122,7 +122,7 @@ def carry_out(bench: Bench, o, answer: Answer, policy: str) -> Answer:
 
 
 def locked(bench: Bench, lock: threading.Lock, function, kept: tuple, *values) -> tuple:
-    """One call of `function` at a time; for bad input a sentence, after what the outputs before it are then."""
+    """Runs one call of `function` at a time; for bad input, returns `kept` and an Answer that says what is wrong."""
     with lock:
         try:
             return function(bench, *values)
@@ -131,8 +131,8 @@ def locked(bench: Bench, lock: threading.Lock, function, kept: tuple, *values) -
 
 
 def page(bench: Bench):
-    """The page as a web application. Raises: ValueError where gradio is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read as it loads
+    """The page as a web application. Raises: ValueError if gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
     try:
         import gradio as gr
         from fastapi import FastAPI
@@ -183,12 +183,12 @@ def page(bench: Bench):
 @dataclass
 class PlayConfig:
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder written by save_pretrained")
-    port: int = flag(7860, "of http://127.0.0.1", low=1, high=65535)
+    port: int = flag(7860, "port on http://127.0.0.1", low=1, high=65535)
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PlayConfig, __doc__, argv)
-    place = socket.create_server(("127.0.0.1", cfg.port))  # a port that is taken ends it here
+    place = socket.create_server(("127.0.0.1", cfg.port))  # fails here if the port is taken
     app = page(Bench(EvalConfig(policy="model,model-depth,blind,expert", checkpoint=cfg.checkpoint)))
     import uvicorn  # comes with gradio
 

@@ -1,4 +1,4 @@
-"""Folders of other people: published Mamba and CLIP weights (data/tokenizer.py reads the tokenizer.json of the former).
+"""Read and write published folders: Mamba and CLIP weights (data/tokenizer.py reads the tokenizer.json of the former).
 
     lm = read_mamba(folder)                        # a MambaLM
     vision = read_clip(folder)                     # a VisionTransformer
@@ -6,9 +6,9 @@
     save_mamba(lm, folder), save_clip(vision, folder)
 
 config.json   Mamba's original (d_model, n_layer, ssm_cfg, ..) or -hf (hidden_size, ..); CLIP's, or its image tower's
-weights       model.safetensors or pytorch_model.bin, whole or in parts that an .index.json names
-names         backbone.embedding.weight (original), backbone.embeddings.weight (-hf); lm_head.weight, or not;
-              CLIP's tower alone or behind `vision_model.`, beside the text tower
+weights       model.safetensors or pytorch_model.bin, in one file or in shards listed in an .index.json
+names         backbone.embedding.weight (original), backbone.embeddings.weight (-hf); lm_head.weight is optional;
+              CLIP's image tower alone, or under `vision_model.` next to the text tower
 
 Nothing in such a file is executed (a pickle is read with `weights_only=True`), nothing outside the folder is opened.
 Every error names the file.
@@ -33,8 +33,8 @@ from common.weights import check_number, load_tensors, open_safetensors, save_fo
 from data.tokenizer import PUBLISHED, PublishedEncoding
 from robomamba import MambaLM, RoboMamba, VisionTransformer, init_weights
 
-TIED = {"lm_head.weight": "backbone.embedding.weight"}  # may be in a file; must then equal the other
-# Our names of shapes: theirs. What cannot vary here must be as it is in the second table, or be absent.
+TIED = {"lm_head.weight": "backbone.embedding.weight"}  # optional in a file; if present, must equal the other
+# Our names of shapes: theirs. What cannot vary here must match the second table or be absent.
 MAMBA = {k: k for k in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "dt_rank")}
 MAMBA_FIXED = {"layer": "Mamba1", "rms_norm": True, "bias": False, "conv_bias": True}
 MAMBA_FIXED |= {"d_intermediate": 0, "attn_layer_idx": []}
@@ -46,7 +46,7 @@ HF_FIXED = {"model_type": "mamba", "hidden_act": "silu", "use_bias": False, "use
 CLIP = {"image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size"}
 CLIP |= {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "mlp_ratio": "intermediate_size"}
 CLIP_FIXED = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
-# Where a config is silent; CLIP's are those of ViT-B/32.
+# Defaults where a config has no value; CLIP's are for ViT-B/32.
 MAMBA_DEFAULT = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
 CLIP_DEFAULT = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12}
 CLIP_DEFAULT |= {"num_attention_heads": 12, "intermediate_size": 3072}
@@ -62,7 +62,7 @@ def read_shapes(file: Path, config: dict, names: dict, fixed: dict, what: str) -
         value = config.get(key)
         if ours == "dt_rank" and value == "auto":
             value = 0  # ceil(d_model / 16)
-        limit = "" if ours == "mlp_ratio" else ours  # there it is a width still
+        limit = "" if ours == "mlp_ratio" else ours  # here it is still a width
         values[ours] = check_number(f"{file}: {key}", value, True, 0 if ours == "dt_rank" else 1, limit)
     return values
 
@@ -79,7 +79,7 @@ def load(cls, cfg, folder, rename: Callable, tied: dict | None = None, dtype=tor
 
 
 def weight_files(folder) -> list[Path]:
-    """The files that hold the weights of a published folder: one file, or the parts that its index names."""
+    """The weight files of a published folder: a single file, or the shards listed in its index."""
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -91,7 +91,7 @@ def weight_files(folder) -> list[Path]:
         if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
             raise ValueError(f"{index}: `weight_map` is not a table of tensor and file names")
         for part in parts.values():
-            if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", part):  # no separators: it lies in this folder
+            if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", part):  # no path separators: it is in this folder
                 raise ValueError(f"{index}: {part!r} is not the name of a weights file in the index's own folder")
             if not (folder / part).is_file():
                 raise ValueError(f"{folder / part}: no such file, but {index.name} names it")
@@ -100,14 +100,14 @@ def weight_files(folder) -> list[Path]:
 
 
 def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
-    """As `open_safetensors`, for a pickled .bin as well: its tensors are mapped, not read."""
+    """As `open_safetensors`, but also for a pickled .bin, whose tensors are memory-mapped, not read."""
     if file.suffix == ".safetensors":
         return open_safetensors(file)
     try:
         in_zip = zipfile.is_zipfile(file)  # torch.save's format since 2020
         if in_zip:
             with zipfile.ZipFile(file) as parts:
-                if any(part.compress_type for part in parts.infolist()):  # mapping it would give other numbers
+                if any(part.compress_type for part in parts.infolist()):  # mapping it would give wrong numbers
                     raise ValueError("compressed, which torch.save never does")
         with warnings.catch_warnings(action="ignore"):  # about the pickle's age
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=in_zip)
@@ -135,13 +135,13 @@ def mamba_name(name: str) -> str:
 def mamba_config(folder) -> dict:
     """The fields of LMConfig from the config.json of a published folder, -hf or original.
 
-    Raises: ValueError naming the key that is missing, unknown, absurd, or asks for a model that this project has not.
+    Raises: ValueError naming the key that is missing, unknown, absurd, or asks for a model that this project lacks.
     """
     file = Path(folder) / "config.json"
     config = read_json(file, dict)
     multiple, eps = 1, 1e-5
     what = "Mamba-1 with RMSNorm and SiLU"
-    if "hidden_size" in config:  # -hf; asked first, because some of these folders hold the original's keys as well
+    if "hidden_size" in config:  # -hf; checked first, because some of these folders hold the original's keys as well
         eps = check_number(f"{file}: layer_norm_epsilon", config.get("layer_norm_epsilon", eps), False, 1e-12)
         config = {HF[key]: value for key, value in MAMBA_DEFAULT.items()} | config
         values = read_shapes(file, config, HF, HF_FIXED, what)
@@ -162,7 +162,7 @@ def mamba_config(folder) -> dict:
 
 
 def read_mamba(folder, dtype=torch.float32) -> MambaLM:
-    """A published Mamba folder: original or -hf naming, .bin or safetensors, in parts or not."""
+    """A published Mamba folder: original or -hf naming, .bin or safetensors, sharded or not."""
     lm = load(MambaLM, LMConfig(**mamba_config(folder)), folder, mamba_name, TIED, dtype)
     lm.tie()
     return lm
@@ -200,7 +200,7 @@ def save_mamba(lm: MambaLM, folder, naming: str = "hf") -> None:
 
 
 def clip_name(name: str) -> str | None:
-    """A CLIP tensor's name -> ours, None for what is not the image tower (position_ids are a table 0, 1, 2, ..)."""
+    """A CLIP tensor's name -> ours, None for anything outside the image tower (position_ids is just 0, 1, 2, ..)."""
     if name.startswith(("text_model.", "logit_scale", "text_projection", "visual_projection")):
         return None
     return None if name.endswith("position_ids") else name.removeprefix("vision_model.")
@@ -252,8 +252,8 @@ def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_f
     """A RoboMamba ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
 
     preset: "tiny" or "small" for their projector, head, pooling and position code; else the paper's. tokenizer_file:
-    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; what is new,
-    and to be trained, is float32.
+    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; the new
+    parts, which are to be trained, are float32.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")

@@ -1,21 +1,21 @@
 """Reasoning evaluation: greedy-decoded answers to questions about pictures the model was not trained on.
 
-    python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen      # seconds; so for test-unseen
+    python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen      # seconds; also for test-unseen
     python -m extras.reasoning_eval --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 
-Written: reasoning.json, reasoning.md (common/report.py); every answer to answers.jsonl. Four answer every question: the
-model; the same model before a grey picture ("image-blind", the vision-free baseline); "majority", the most frequent
-answer of the question type in the training data, or for coordinates the median of every number; and "copy", which
-repeats the question (a baseline for BLEU). What is reported of each:
+Writes reasoning.json, reasoning.md (common/report.py), and every answer to answers.jsonl. Compares four answerers: the
+model; the same model with a grey picture ("image-blind", the vision-free baseline); "majority", the most frequent
+answer per question type in the training data, or for coordinates the median of each number; and "copy", which repeats
+the question (a baseline for BLEU). Metrics of each:
 
     words         exact match after stripping, k/n with Wilson's 95 % interval
     coordinates   visual grounding and contact: where, contact: median distance in pixels, contact also the median angle
-                  of the direction in degrees; box: median IoU. What is no such tuple counts as infinitely far, 180
-                  degrees, IoU 0
+                  of the direction in degrees; box: median IoU. Anything that is not such a tuple counts as infinitely
+                  far, 180 degrees, IoU 0
     presence      object hallucination (POPE): accuracy, precision, recall, F1 with "yes" as the positive, fraction of
-                  yes; the answer's first word counts, and what is neither yes nor no is wrong
+                  yes; only the answer's first word counts, and anything but yes or no is wrong
     ROBOT_TYPES together: exact match and corpus BLEU-1 to 4; GENERAL_TYPES together: exact match
-    categories    exact match of all answers in words, by the category of the object
+    categories    exact match of all answers in words, per object category
 
 Sources: POPE, arXiv 2305.10355; BLEU, Papineni et al. 2002; Table 1 of RoboMamba (arXiv 2406.04339) for what is asked.
 """
@@ -47,10 +47,10 @@ ANSWERERS = ("model", "image-blind", "majority", "copy")
 class ReasoningConfig:
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder written by save_pretrained")
     data: str = flag("data/cache/test-seen,data/cache/test-unseen", "folders made by data.build, comma separated")
-    train: str = flag("data/cache/train", "data.build folder of the majority baseline")
+    train: str = flag("data/cache/train", "data.build folder for the majority baseline")
     out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")
-    pictures: int = flag(0, "first so many of each folder; 0 = all", low=0)
-    batch_size: int = flag(8, "pictures at a time, with all of their questions", low=1)
+    pictures: int = flag(0, "use only the first N pictures of each folder; 0 = all", low=0)
+    batch_size: int = flag(8, "pictures per batch, with all their questions", low=1)
     device: str = flag("auto", "auto | cpu | cuda")
 
 
@@ -62,11 +62,11 @@ def words(text: str) -> list[str]:
 def bleu(said: Sequence[str], true: Sequence[str]) -> list[float]:
     """Corpus BLEU-1, -2, -3, -4 in 0 .. 100, one reference each, on `words`.
 
-        p_n = sum over pairs of the n-grams of `said` that occur in its `true`, each at most as often as there
+        p_n = sum over pairs of the n-grams of `said` that occur in its `true`, each clipped to its count there
               / sum over pairs of the number of n-grams of `said`
         BLEU-N = 100 min(1, exp(1 - r / c)) (p_1 p_2 .. p_N)^(1/N),  c, r = tokens of all `said`, of all `true`
 
-    No smoothing: where no n-gram is right, or none is long enough, BLEU-n and those after it are 0.
+    No smoothing: if no n-gram matches, or no text is long enough, BLEU-n and all higher orders are 0.
     """
     pairs = [(words(s), words(t)) for s, t in zip(said, true, strict=True)]
     c, r = (sum(len(pair[k]) for pair in pairs) for k in (0, 1))
@@ -99,8 +99,8 @@ def pope(said: Sequence[str], true: Sequence[str]) -> dict:
 
 
 def coordinates(text: str, n: int) -> list[float] | None:
-    """ "(37,52)" or "37 52 05 71 93" -> n shares of the picture in 0..1, middles of their bins; None if it is no such
-    tuple. The last three of five are parts of a direction, (d + 1) / 2."""
+    """ "(37,52)" or "37 52 05 71 93" -> n fractions of the picture in 0..1, centres of their bins; None if it is no
+    such tuple. The last three of five are the components of a direction, (d + 1) / 2."""
     form = r"\d\d( \d\d){4}" if n == 5 else rf"\(\d\d(,\d\d){{{n - 1}}}\)"
     if not re.fullmatch(form, text.strip(), re.ASCII):
         return None
@@ -115,9 +115,9 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def place_scores(question_type: str, said: Sequence[str], true: Sequence[str], size: int) -> dict:
-    """Scores of one of COORDINATE_TYPES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
+    """Scores for one of COORDINATE_TYPES: {"n", "read": k/n that are tuples, "px" | "iou", "degrees"}.
 
-    A median that is not finite (more than half of the answers are no tuples) is None.
+    A median that is not finite (more than half of the answers are not tuples) is None.
     """
     n = COORDINATE_TYPES[question_type]
     pairs = [(coordinates(s, n), coordinates(t, n)) for s, t in zip(said, true, strict=True)]
@@ -139,7 +139,7 @@ def exact(said: Sequence[str], true: Sequence[str]) -> dict:
 
 @dataclass(frozen=True)
 class Question:
-    """One turn, asked of its picture alone."""
+    """One turn, asked about its picture with no other turn before it."""
 
     image: str  # file
     category: str  # of the object, "" where there is no facts.jsonl
@@ -179,7 +179,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
 def majority(questions: Sequence[Question]) -> dict[str, str]:
     """{question type: its most frequent answer; for coordinates the median of every number}.
 
-    Ties: the first in the alphabet. The median is the stronger baseline there: any one tuple is rare.
+    Ties: the alphabetically first. For coordinates the median is the stronger baseline: any single tuple is rare.
     """
     out = {}
     for family in dict.fromkeys(q.question_type for q in questions):
@@ -198,7 +198,7 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
     grey = np.full((side, side, 3), GREY, np.uint8)
     images = list(dict.fromkeys(q.image for q in questions))
     said = [""] * len(questions)
-    blind: dict[str, str] = {}  # question: the answer without a picture, one a wording
+    blind: dict[str, str] = {}  # question: the answer without a picture, one per wording
     tokens = 0
     seconds = 0.0
     groups = range(0, len(images), pictures)
@@ -219,7 +219,7 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
 
 
 def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict:
-    """All scores of one answerer on one folder; groups without a question are left out.
+    """All scores of one answerer on one folder; groups without questions are left out.
 
     Returns {"families": {question type: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact
     matches, "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
@@ -251,7 +251,7 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
 
 
 def split_name(folder: Path) -> tuple[str, dict]:
-    """("seen" of a folder built with --split test-seen, its build settings); without a manifest the folder's name."""
+    """("seen" for a folder built with --split test-seen, its build settings); without a manifest, the folder's name."""
     file = folder / "manifest.json"
     if not file.exists():
         return folder.name, {}
@@ -262,7 +262,7 @@ def split_name(folder: Path) -> tuple[str, dict]:
 
 
 def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]:
-    """Runs all; returns what goes into reasoning.json, and one row a question for answers.jsonl."""
+    """Runs everything; returns the contents of reasoning.json and one row per question for answers.jsonl."""
     from common.training import Processes
     from common.weights import count
     from robomamba import RoboMamba
@@ -272,7 +272,7 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
     named = [split_name(folder) for folder in folders]
     if len({name for name, _ in named}) < len(named):
         raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
-    asked = [read_questions(folder, cfg.pictures) for folder in folders]  # all that can be wrong is named here
+    asked = [read_questions(folder, cfg.pictures) for folder in folders]  # bad input is reported here
     most_frequent = majority(read_questions(cfg.train))
     model = RoboMamba.from_pretrained(cfg.checkpoint, device=Processes(cfg.device).device)
     results = {"checkpoint": cfg.checkpoint, "parameters": count(model), "command": command, **environment()}
@@ -302,7 +302,7 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
 def main() -> None:
     cfg = cli(ReasoningConfig, __doc__)
     out = Path(cfg.out)
-    write_text(out / ".probe", "")  # a folder that cannot be written is named before the work
+    write_text(out / ".probe", "")  # an unwritable folder is reported before the work
     (out / ".probe").unlink()
     results, rows = evaluate(cfg, shlex.join(["python", "-m", "extras.reasoning_eval", *sys.argv[1:]]))
     text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])

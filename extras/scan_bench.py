@@ -4,8 +4,8 @@
     python -m extras.scan_bench --device cuda              # the shapes on a GPU, and a larger one
     python -m extras.scan_bench --figure FILE.png          # what is local to a chunk, and what is carried
 
-Times of the methods are taken in turns, round after round, because the speed of a machine drifts; a ratio is formed
-within a round and told as the smallest and the largest of all rounds. mambapy's column needs the extra `[bench]`.
+The methods are timed in turn, round after round, because the speed of a machine drifts; ratios are computed within a
+round and reported as the minimum and maximum over all rounds. mambapy's column needs the extra `[bench]`.
 """
 
 import importlib.metadata
@@ -26,8 +26,8 @@ from common.training import Processes
 from selective_scan import DT_RANGE, LARGE_DT_RANGE, example_inputs, scan_chunked, scan_parallel, scan_reference
 
 SHAPES = [(4, 256, 512, 16), (8, 128, 512, 16), (1, 1024, 1024, 16), (1, 4096, 256, 16)]  # (B, L, E, N)
-TRAINING_SHAPES = [(64, 65, 384, 8), (256, 24, 384, 8)]  # those of this project's own training
-GPU_SHAPES = [(8, 2048, 2048, 16)]  # a layer of a Mamba of 790 million parameters
+TRAINING_SHAPES = [(64, 65, 384, 8), (256, 24, 384, 8)]  # from this project's own training
+GPU_SHAPES = [(8, 2048, 2048, 16)]  # a layer of a Mamba with 790 million parameters
 QUICK_SHAPES = [(2, 128, 256, 16)]
 INDEXED = "Classic failure: indexing inside the loop is quadratic; (1, L, 128, 16), forward + backward"
 
@@ -35,8 +35,8 @@ INDEXED = "Classic failure: indexing inside the loop is quadratic; (1, L, 128, 1
 @dataclass
 class Config:
     quick: bool = flag(False, "one small shape, one thread, few rounds")
-    rounds: int = flag(5, "how often each method is timed", low=2, high=1000)
-    shapes: int = flag(6, "how many of the six shapes", low=1, high=6)
+    rounds: int = flag(5, "number of timed rounds", low=2, high=1000)
+    shapes: int = flag(6, "how many of the six shapes to run", low=1, high=6)
     device: str = flag("cpu", "where to compute", choices=("cpu", "cuda"))
     out: str = flag("", "write the numbers to this JSON file")
     figure: str = flag("", "only draw chunk boundaries to this PNG file")
@@ -46,7 +46,7 @@ class Config:
 
 
 def scan_indexed(u, dt, A, B, C, D, state):
-    """CLASSIC FAILURE, for show: right, but `decay[:, t]` under autograd makes the backward pass quadratic in L."""
+    """CLASSIC FAILURE, as a demo: correct, but `decay[:, t]` under autograd makes the backward pass quadratic in L."""
     decay = torch.exp(dt[..., None] * A)  # (B, L, E, N)
     write = (dt * u)[..., None] * B[:, :, None]
     ys = []
@@ -57,7 +57,7 @@ def scan_indexed(u, dt, A, B, C, D, state):
 
 
 def scan_cumprod(u, dt, A, B, C, D, state):
-    """CLASSIC FAILURE, for show: no loop, but the product of decays underflows, and 0 / 0 or x / 0 follows."""
+    """CLASSIC FAILURE, as a demo: no loop, but the product of decays underflows, and 0 / 0 or x / 0 follows."""
     product = torch.exp(torch.cumsum(dt, 1)[..., None] * A)  # (B, L, E, N)
     h = product * (state[:, None] + torch.cumsum((dt * u)[..., None] * B[:, :, None] / product, 1))
     return (h * C[:, :, None]).sum(-1) + D * u, h[:, -1]
@@ -86,7 +86,7 @@ def forward(scan, inputs):
 
 
 def peak_mib(function, *args):
-    """Most bytes that tensors made by the call held at once: as CUDA's allocator or PyTorch's profiler recorded."""
+    """Peak memory, MiB, of tensors made by the call, as recorded by CUDA's allocator or PyTorch's profiler."""
     if args[-1][0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -100,14 +100,14 @@ def peak_mib(function, *args):
 
 
 def errors(scan, inputs, exact):
-    """Largest difference from the definition in float64, as a share of the largest number: of y, of any gradient."""
+    """Largest difference from the definition in float64, as a share of the largest value: of y, of any gradient."""
     pairs = list(zip(train(scan, inputs), exact, strict=True))[:-1]  # without the gradient of the state
     gaps = [((got.double() - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in pairs]
     return {"error": gaps[0], "grad_error": max(gaps[1:])}
 
 
 def take_turns(call, scans, inputs, rounds):
-    """{name: [ms of call(scan, inputs) in every round]}; the scans take turns, one more round first is not counted."""
+    """{name: [ms of call(scan, inputs) in every round]}; the scans take turns; a warm-up round is not counted."""
     times = {name: [] for name in scans}
     for _ in range(1 + rounds):
         for name, scan in scans.items():
@@ -120,10 +120,10 @@ def take_turns(call, scans, inputs, rounds):
 
 
 def ladder(shape, methods, threads, rounds, device="cpu"):
-    """{shape, threads, methods: one row each}. `times`: how often chunked goes into this method's time, least, most."""
+    """{shape, threads, methods: one row each}. `times`: this method's time over that of chunked, min and max."""
     torch.set_num_threads(threads)
     inputs = [x.detach().to(device).requires_grad_() for x in example_inputs(*shape)]
-    inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)  # mambapy cannot start anywhere else
+    inputs[-1] = torch.zeros_like(inputs[-1], requires_grad=True)  # mambapy can only start from zero
     exact = train(scan_reference, [x.detach().double().requires_grad_() for x in inputs])
     alone = take_turns(forward, methods, inputs, rounds)
     both = take_turns(train, methods, inputs, rounds)
@@ -159,7 +159,7 @@ def linear(L, rounds):
 
 
 def indexed(L):
-    """The times of a loop that indexes and of one that does not, at (1, L, 128, 16)."""
+    """The times of a loop with indexing and of one without, at (1, L, 128, 16)."""
     scans = {"indexed_ms": scan_indexed, "unbind_ms": scan_reference}
     times = take_turns(train, scans, example_inputs(1, L, 128, 16), 2)
     return {"L": L} | {name: statistics.median(ms) for name, ms in times.items()}
@@ -178,7 +178,7 @@ def cumprod(L):
 
 
 def figure(path):
-    """One channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
+    """Plots one channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
     drawing = new_figure(7, 2.8)
     L, T = 32, 8
     u, dt, A, B, C, _, _ = (x.detach() for x in example_inputs(1, L, 1, 1, (0.05, 0.3), seed=3))
@@ -203,7 +203,7 @@ def figure(path):
 
 
 def main(short=False):
-    """short: what `python selective_scan.py` prints, as --quick does."""
+    """short: the same as --quick, for `python selective_scan.py`."""
     cfg = Config(quick=True) if short else cli(Config, __doc__)
     if cfg.figure:
         return figure(cfg.figure)
@@ -226,7 +226,7 @@ def main(short=False):
     result["shapes"] = [ladder(shape, methods, n, cfg.rounds, device) for shape in shapes for n in threads]
     torch.set_num_threads(before)
     if device.type == "cpu":
-        most = 2 if cfg.quick else 4  # of the lengths
+        most = 2 if cfg.quick else 4  # number of lengths
         result["linear"] = [linear(L, cfg.rounds) for L in (256, 1024, 4096, 16384)[:most]]
         print_rows("Linear in L: chunked at (1, L, 256, 16)", result["linear"])
         result["indexed"] = [indexed(L) for L in (64, 256, 1024)[:most]]

@@ -1,21 +1,21 @@
-"""How long a prediction takes: head or text, Mamba or a Transformer of the same size, a short or a long past.
+"""How long a prediction takes: head or text, Mamba or a Transformer of the same size, short or long context.
 
     python -m extras.speed --out runs/speed      # under two minutes on one core, then the GPU if any
 
-Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; what is
-compared is called in turn, so that a machine that slows down slows all of it.
+Writes OUT/speed.json, OUT/speed.md and OUT/speed.png. Batch 1, float32, CPU on one thread. Times are medians; compared
+calls take turns, so that a machine that slows down affects all of them equally.
 
-    mamba, attention  the model of --checkpoint; the same around a Transformer with as many parameters
-                      (extras.transformer), whose weights are random: no time here depends on them
-    head, text        one pass over picture and prompt, then the policy head, or the action token by token, as many as a
-                      contact and its end have
-    context, state    random tokens read before picture and prompt: what a robot remembers of earlier steps; bytes of
-                      all that is kept of it, without a cache's spare room (up to as much again)
+    mamba, attention  the model of --checkpoint; the same with a Transformer of as many parameters (extras.transformer),
+                      whose weights are random: no time here depends on them
+    head, text        one pass over picture and prompt, then the policy head, or the action generated token by token: as
+                      many tokens as a contact plus the end token
+    context, state    random tokens read before picture and prompt, as if remembered from earlier steps; bytes of
+                      everything kept of them, without a cache's spare capacity (up to as much again)
     closed loop       prediction number STEP of a robot that remembers the earlier pictures and prompts: stateful
-                      ("going on" from the state they left), or recomputed ("reading all again"), as a model without a
-                      state must. Earlier pictures cost their language-model tokens only, as if a cache had them
+                      ("going on" from the state they left) or recomputed ("reading all again"), as a stateless model
+                      must. Earlier pictures cost only their language-model tokens, as if their features were cached
 
-The comparison that the paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks: there the models differ in size too.
+The paper (RoboMamba, arXiv 2406.04339, Fig. 1) lacks this comparison: there the models also differ in size.
 """
 
 import itertools
@@ -44,9 +44,9 @@ LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
 SENTENCE = "open the top drawer"
 ANSWER = "37 52 05 71 93"
 STEP = 8  # of the closed loop
-WARM = 2  # rounds that are not counted
-ROUNDS = 5  # the fewest that are
-RUN = 32  # tokens generated in a row for the time of one
+WARM = 2  # warm-up rounds, not counted
+ROUNDS = 5  # minimum number of counted rounds
+RUN = 32  # tokens generated in a row to time one
 
 
 def clock(calls: dict, seconds: float, device: torch.device) -> dict:
@@ -69,7 +69,7 @@ def clock(calls: dict, seconds: float, device: torch.device) -> dict:
 
 
 def generate(model: RoboMamba, h: Tensor, states: list, n: int) -> None:
-    """n greedy tokens after the state h (1, D), each fed back; as RoboMamba.generate, but no token ends it."""
+    """n greedy tokens after the state h (1, D), each fed back; like RoboMamba.generate, but no token stops it."""
     backbone = model.lm.backbone
     for _ in range(n):
         token = int(model.lm.lm_head(h)[0].argmax())
@@ -77,7 +77,7 @@ def generate(model: RoboMamba, h: Tensor, states: list, n: int) -> None:
 
 
 class Subject:
-    """One model on one device with a picture and prompts: what can be asked of it, as functions to be timed."""
+    """One model on one device with a picture and a prompt: the operations to be timed, as functions."""
 
     def __init__(self, model: RoboMamba, device: torch.device):
         S = model.config.vision.image_size
@@ -86,7 +86,7 @@ class Subject:
         self.device = device
         self.picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, device=device)
         self.ids = torch.tensor([model.prompt(contact_question(SENTENCE))], device=device)
-        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # tokens, and the end
+        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # number of tokens, including the end token
         self.picture_tokens = (S // model.config.vision.patch_size) ** 2
         self.past = self.context((STEP - 1) * (self.picture_tokens + self.ids.shape[1]))  # of the closed loop
         self.past_states = self.read(self.past)[1]
@@ -100,7 +100,7 @@ class Subject:
         return h[:, -1], states
 
     def prefill(self, states: list | None = None) -> tuple[Tensor, list]:
-        """Picture and prompt: the states (1, T, D) of the prompt's tokens, and what is kept of both."""
+        """Reads picture and prompt: hidden states (1, T, D) of the prompt's tokens, and the state after both."""
         h, states = self.backbone(self.model.sequence(self.picture, self.ids), states)
         return h[:, -self.ids.shape[1] :], states
 
@@ -114,7 +114,7 @@ class Subject:
         self.model.lm.lm_head(h[:, -1]).argmax()
 
     def predictions(self) -> dict:
-        """{row: function} of the first table."""
+        """{row: function} for the first table."""
         calls = {"encoder": lambda: self.model.vision(self.picture), "head": self.head, "text": self.text}
         calls["going on"] = lambda: self.head(self.past_states)
         return calls | {"reading all again": lambda: self.head(self.read(self.past)[1])}
@@ -122,7 +122,7 @@ class Subject:
 
 @torch.inference_mode()
 def measure(models: dict, device: torch.device, lengths: list[int], seconds: float, tick: Callable) -> dict:
-    """All times on one device. `seconds` for each group of calls that is compared; tick: called after each group."""
+    """All times on one device. seconds: for each group of compared calls; tick: called after each group."""
     subjects = {name: Subject(model, device) for name, model in models.items()}
     calls = {(row, name): call for name, s in subjects.items() for row, call in s.predictions().items()}
     times = clock(calls, 2 * seconds, device)
@@ -154,8 +154,8 @@ def measure(models: dict, device: torch.device, lengths: list[int], seconds: flo
 class SpeedConfig:
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "folder of the model")
     out: str = flag("runs/speed", "folder for speed.json, speed.md and speed.png")
-    seconds: float = flag(3.0, "of every comparison", low=0.001, high=3600)
-    longest: int = flag(LENGTHS[-1], "tokens of context", low=LENGTHS[0], high=LENGTHS[-1])
+    seconds: float = flag(3.0, "seconds per comparison", low=0.001, high=3600)
+    longest: int = flag(LENGTHS[-1], "longest context, tokens", low=LENGTHS[0], high=LENGTHS[-1])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The Transformer that Mamba is compared with: as many parameters, the same interface.
+"""The Transformer baseline that Mamba is compared with: the same number of parameters, the same interface.
 
     other = parameter_matched(model)      # a RoboMamba whose language model is a Transformer
     x (B, L, D), state -> TransformerBlock -> x (B, L, D), state        state: keys and values of every token so far
@@ -17,9 +17,9 @@ from robomamba import LMConfig, RMSNorm, RoboMamba, init_weights
 
 
 def parameter_matched(model: RoboMamba) -> RoboMamba:
-    """A RoboMamba of the same shapes around a Transformer of as many parameters; all weights are random.
+    """A RoboMamba of the same shapes around a Transformer with as many parameters; all weights are random.
 
-    One block stands for two Mamba blocks (Mamba paper, section 3.4). A checkpoint folder cannot hold it.
+    One block replaces two Mamba blocks (Mamba paper, section 3.4). It cannot be saved as a checkpoint folder.
     """
     other = RoboMamba(model.config, model.encoding)
     other.lm.backbone.layers = transformer_blocks(model.config.lm)
@@ -32,7 +32,7 @@ def transformer_blocks(cfg: LMConfig) -> nn.ModuleList:
     blocks = nn.ModuleList(TransformerBlock(cfg, cfg.n_layer / n) for _ in range(n))
     init_weights(blocks)
     for block in blocks:
-        for last in (block.mixer.out_proj, block.mlp[2]):  # the residual stream does not grow with depth
+        for last in (block.mixer.out_proj, block.mlp[2]):  # so the residual stream does not grow with depth
             last.weight.data /= math.sqrt(cfg.n_layer)
     return blocks
 
@@ -45,11 +45,11 @@ class KeyValues(NamedTuple):
 def append(past: Tensor, new: Tensor) -> Tensor:
     """past (B, H, L, d) and new (B, H, 1, d) joined along time.
 
-    Copying a long past costs more than attending to it, so storage has room to spare and the new token is written
-    behind the past; unless another sequence that shares this past wrote there first: then all is copied.
+    Copying a long past costs more than attending to it, so storage has spare capacity and the new token is written
+    after the past. If another sequence that shares this past wrote there first, everything is copied.
     """
     n = past.shape[2]
-    storage = getattr(past, "storage_with_room", None)  # lost, and so never shared, where rows are picked by index
+    storage = getattr(past, "storage_with_room", None)  # lost, and so never shared, when rows are picked by index
     if storage is None or storage.used != n or n == storage.shape[2]:
         storage = past.new_empty(*past.shape[:2], 2 * n + 64, past.shape[3])
         storage[:, :, :n] = past
@@ -62,7 +62,7 @@ def append(past: Tensor, new: Tensor) -> Tensor:
 class CausalAttention(nn.Module):
     """Multi-head causal attention, as a mixer with the interface of MambaMixer; its state grows with every token.
 
-    No position code: the causal mask alone tells order (arXiv 2305.19466), and it is the fastest choice.
+    No position code: the causal mask alone conveys order (arXiv 2305.19466), and this is the fastest choice.
     """
 
     def __init__(self, cfg: LMConfig):
@@ -86,7 +86,7 @@ class CausalAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm: x + attention(norm x), then x + mlp(norm x); the same interface as MambaBlock.
 
-    The MLP gives it the parameters of `stands_for` Mamba blocks, but for rounding (`tiny`: 4.6 times d_model wide).
+    The MLP is sized to match the parameters of `stands_for` Mamba blocks, up to rounding (`tiny`: 4.6 d_model wide).
     """
 
     def __init__(self, cfg: LMConfig, stands_for: float = 2):

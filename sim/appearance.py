@@ -1,5 +1,5 @@
-"""How a scene looks apart from its shapes: light, background, textures, each a function of its random numbers alone.
-Wide on purpose, so that brightness and background tell nothing about the object."""
+"""The look of a scene apart from its shapes: light, background, textures, each a function of its random numbers only.
+The ranges are wide on purpose, so that brightness and background reveal nothing about the object."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,10 @@ import numpy as np
 
 from sim.objects import BASE
 
-KINDS = ("plain", "stripes", "plain", "grain", "plain", "checks", "plain", "speckle")  # of a texture; half are plain
+KINDS = ("plain", "stripes", "plain", "grain", "plain", "checks", "plain", "speckle")  # of textures; half are plain
 WAVELENGTH_M = (0.06, 0.16)
 AMPLITUDE = (0.03, 0.08)  # share by which the brightness varies
-OWN_TEXTURE = 0.3  # chance that a part has a texture of its own, not its body's
+OWN_TEXTURE = 0.3  # probability that a part has its own texture instead of the body's
 
 Texture = Callable[[np.ndarray], np.ndarray] | None  # points (n, 3), metres -> change of brightness (n,); None: plain
 
@@ -25,7 +25,7 @@ def light(rng: np.random.Generator, azimuth_deg: float) -> dict:
         "lightAmbientCoeff": rng.uniform(0.55, 0.7),
         "lightDiffuseCoeff": rng.uniform(0.35, 0.5),
         "lightSpecularCoeff": 0.1,
-        "shadow": 0,  # self-shadows come with stripes and cost two thirds of the time
+        "shadow": 0,  # self-shadows produce stripes and cost two thirds of the time
     }
 
 
@@ -48,7 +48,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator) -> Texture:
-    """A random solid texture (Perlin 1985): it needs neither images nor coordinates per mesh."""
+    """A random solid texture (Perlin 1985), which needs neither images nor per-mesh coordinates."""
     kind = KINDS[rng.integers(len(KINDS))]
     directions = rng.normal(size=(2, 3))
     direction, side = directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -67,9 +67,9 @@ def texture(rng: np.random.Generator) -> Texture:
 
 
 def textures(rng: np.random.Generator, parts: int) -> dict[int, Texture]:
-    """Link -> texture, of the body and that many parts."""
+    """Link -> texture, for the body and each of the parts."""
     found = {BASE: texture(rng)}
     for j in range(parts):
-        own = texture(rng)  # drawn always, so that one part's draw does not move the next one's
+        own = texture(rng)  # always drawn, so that one part's draw does not shift the next part's
         found[j] = own if rng.random() < OWN_TEXTURE else found[BASE]
     return found

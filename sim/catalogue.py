@@ -1,11 +1,11 @@
-"""The catalogue: the 30 categories of articulated objects, made in code from a seed (numpy only).
+"""The catalogue: the 30 categories of articulated objects, generated in code from a seed (numpy only).
 
     python -m sim.catalogue          # print it: category, split, colour, parts of three sample instances
 
     make_object(category, rng) -> ObjectSpec(base shapes, parts) -> to_urdf(spec) -> text for any URDF simulator
 
-Frames and units are those of sim/objects.py: front +x, up +z, "left" is -y, positive motion as instructed. The tables
-of categories are at the end.
+Frames and units as in sim/objects.py: front +x, up +z, "left" is -y, positive motion is the instructed motion. The
+category tables are at the end.
 
 Source: RoboMamba (arXiv 2406.04339) Table 2 for the categories and the split; the shapes are our own, since
 PartNet-Mobility may not be redistributed.
@@ -23,18 +23,18 @@ from sim.objects import (  # isort: skip
     pick, seam, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
 )  # fmt: skip
 
-# Where the scene seeds of each use start; none reaches the next one's.
+# First scene seed of each use; the ranges do not overlap.
 SEED_SPAN = 9_000_000
 SEEDS = {
     "train": 0,
-    "val": 10_000_000,  # for choosing; never the test seeds
+    "val": 10_000_000,  # for model selection; never the test seeds
     "seen": 20_000_000,  # test scenes
     "unseen": 30_000_000,
     "test-seen": 40_000_000,  # questions about test scenes
     "test-unseen": 50_000_000,
-    "objects": 60_000_000,  # the user's own
+    "objects": 60_000_000,  # the user's own objects
 }
-STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; less, and low-polygon cylinders mix
+STICKER = 1.03  # radius of a bottle's sticker, relative to the bottle; if smaller, the low-polygon cylinders intersect
 
 
 # ---- seen categories: a builder takes a random generator and returns (fixed shapes, parts); metres and radians ------
@@ -68,7 +68,7 @@ def door(rng):
 def display(rng):
     wide, pivot = sizes(rng, (0.6, 0.85), (0.3, 0.36))
     tall, rgb = wide * rng.uniform(0.5, 0.65), tint(rng, "black", "grey", "white")
-    middle = 0.3 * tall  # of the screen above its hinge, so that most of it tilts towards the viewer
+    middle = 0.3 * tall  # height of the screen's middle above its hinge, so that most of it tilts towards the viewer
     base = [cylinder(wide * 0.2, 0.02, (-0.03, 0, 0.01), rgb), box((0.03, 0.08, pivot), (-0.03, 0, pivot / 2), rgb)]
     frame = box((0.014, wide, tall), (0.007, 0, middle), rgb)
     glass = box((0.02, wide * 0.94, tall * 0.88), (0.02, 0, middle + 0.01), tint(rng, "black", "blue"))
@@ -115,7 +115,7 @@ def lighter(rng):
     base = [box((deep, wide, tall), (0, 0, tall / 2), rgb)]
     base += [box((deep * 0.5, wide * 0.5, 0.1), (0, 0, tall + 0.05), METAL)]
     base += [cylinder(0.03, deep * 0.4, (0, side * 0.03, tall + 0.1), DARK, "x")]
-    middle = -side * wide / 2  # of the cap, seen from its hinge
+    middle = -side * wide / 2  # of the cap, relative to its hinge
     cap = [box((deep, wide, 0.02), (0, middle, 0.17), METAL), box((deep, 0.01, 0.16), (0, 2 * middle, 0.08), METAL)]
     cap += [box((0.01, wide, 0.16), (s * (deep / 2 - 0.005), middle, 0.08), METAL) for s in ENDS]
     return base, [hinge("cap", (0, side * wide / 2, tall + 0.005), (-side, 0, 0), 2.0, cap)]
@@ -125,7 +125,7 @@ def microwave(rng):
     wide, deep, tall = sizes(rng, (0.65, 0.85), (0.38, 0.5), (0.36, 0.45))
     rgb, leaf = tint(rng, "white", "black", "grey", "red"), wide * 0.72
     x, keys, z = deep / 2, wide - leaf, 0.02 + tall / 2
-    y = leaf / 2  # middle of the panel of buttons, right of the door
+    y = leaf / 2  # middle of the button panel, right of the door
     base = shell(wide, deep, tall, 0.02, 0.02, rgb) + [box((0.02, keys, tall), (x + 0.01, y, z), shade(rgb, 0.9))]
     base += [box((0.01, keys * 0.7, 0.05), (x + 0.022, y, z + tall * 0.3), (0.1, 0.35, 0.2))]
     spots = [(dy, dz * tall) for dy in (-0.05, 0, 0.05) for dz in (-0.3, -0.15, 0)]
@@ -236,9 +236,9 @@ def crossed_levers(rng, scissors=False):
 
 
 def drawer_grid(rng, rows, size, front, rgb, grip):
-    """Drawers in rows: labels from top to bottom, each row from left to right. size: depth, width, height of all.
+    """A grid of drawers: rows of labels from top to bottom, each from left to right. size: total depth, width, height.
 
-    front: middle of the upper edge of the back faces of their panels.
+    front: middle of the upper edge of the panels' back faces.
     """
     (depth, wide, tall), (x, _, top) = size, front
     parts = []
@@ -257,7 +257,7 @@ def storage_furniture(rng):
     drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
     base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
     x, inner, low, top = deep / 2, wide - 0.03, bottom + 0.015, bottom + tall - 0.015
-    rows, doors = (  # of drawers, from the top; how many doors below them
+    rows, doors = (  # rows of drawer labels from the top; number of doors below them
         ([("drawer",)], 0),
         ([("top drawer",), ("bottom drawer",)], 0),
         ([("top drawer",), ("middle drawer",), ("bottom drawer",)], 0),
@@ -285,7 +285,7 @@ def remote(rng):
     base = [box((long, wide, 0.08), (0, 0, 0.04), rgb)]
     base += [cylinder(0.02, 0.02, (x, y, 0.085), tint(rng)) for x, y in spots]
     cover = [box((long * 0.36, wide * 0.9, 0.02), (0, 0, 0.01), shade(rgb, 0.8))]
-    cover += [box((0.025, wide * 0.6, 0.05), (0.03, 0, 0.04), shade(rgb, 0.6))]  # the ridge one presses against
+    cover += [box((0.025, wide * 0.6, 0.05), (0.03, 0, 0.04), shade(rgb, 0.6))]  # the ridge to push against
     at = (-long * 0.3, 0, 0.08)
     return base, [slide("battery cover", at, (-1, 0, 0), 0.22, cover, "push back", primitive="push")]
 
@@ -417,7 +417,7 @@ def switch(rng):
 def washing_machine(rng):
     wide, deep, tall = sizes(rng, (0.55, 0.65), (0.5, 0.58), (0.75, 0.85))
     rgb, radius, side = tint(rng, "white", "grey", "black"), wide * rng.uniform(0.3, 0.36), pick(rng, *ENDS)
-    x, strip = deep / 2, tall - 0.07  # front face; height of the strip of controls
+    x, strip = deep / 2, tall - 0.07  # front face; height of the control strip
     base = [box((deep, wide, tall), (0, 0, tall / 2), rgb)]
     base += [box((0.01, wide * 0.95, 0.1), (x + 0.005, 0, strip), shade(rgb, 0.85))]
     base += [cylinder(0.035, 0.04, (x + 0.02, wide * 0.1, strip), METAL, "x")]
@@ -426,7 +426,7 @@ def washing_machine(rng):
     glass = cylinder(radius * 0.72, 0.02, (0.05, -side * radius, 0), (0.12, 0.16, 0.22), "x")
     latch = box((0.03, 0.03, 0.1), (0.055, -side * (2 * radius - 0.035), 0), DARK)
     parts = [hinge("door", (x, side * radius, tall * 0.45), (0, 0, side), 1.6, [ring, glass, latch])]
-    if rng.random() < 0.6:  # a drawer for the detergent, top left
+    if rng.random() < 0.6:  # detergent drawer, top left
         size, at = (deep * 0.5, wide * 0.32, 0.1), (x + 0.005, -wide * 0.28, strip)
         parts.append(drawer(rng, "drawer", size, at, rgb, "recess", 0.03))
     return base, parts
@@ -458,12 +458,12 @@ def phone(rng):
     return base, [top_lid("flip cover", (-long / 2, 0, 0.062), size, 2.4, rgb, [screen, window], start=start)]
 
 
-# category: (builder, noun in sentences); beside it, what moves. Splits and order: Table 2 of the paper.
+# category: (builder, noun in sentences); the comment says what moves. Splits and order: Table 2 of the paper.
 SEEN_TABLE = {
     "Safe": (safe, "safe"),  # a door
     "Door": (door, "door"),  # one leaf, or left and right door
     "Display": (display, "monitor"),  # the screen, tilted forward
-    "Refrigerator": (refrigerator, "refrigerator"),  # 1 door, 2 stacked, or french ones and a drawer
+    "Refrigerator": (refrigerator, "refrigerator"),  # 1 door, 2 stacked doors, or French doors and a drawer
     "Laptop": (laptop, "laptop"),  # the lid
     "Lighter": (lighter, "lighter"),  # the cap, hinged at one side
     "Microwave": (microwave, "microwave"),  # the door, hinged at the left
@@ -489,7 +489,7 @@ UNSEEN_TABLE = {
     "Kettle": (kettle, "kettle"),  # the lid, hinged at one side
     "USB": (usb, "USB stick"),  # the cap, pulled forward
     "Switch": (switch, "switch"),  # 1-2 levers, pressed down
-    "WashingMachine": (washing_machine, "washing machine"),  # a round door, a drawer for the detergent
+    "WashingMachine": (washing_machine, "washing machine"),  # a round door, a detergent drawer
     "Faucet": (faucet, "faucet"),  # 1-2 levers that turn either way
     "Phone": (phone, "flip phone"),  # the cover
 }
@@ -507,7 +507,7 @@ MULTI_CAPABLE = (  # more than half of their instances have several movable part
 
 
 def make_object(category: str, rng: np.random.Generator) -> ObjectSpec:
-    """A random instance of a category ("Safe", "grammar:book"); the same state of rng gives the same object.
+    """A random instance of a category ("Safe", "grammar:book"); the same rng state gives the same object.
 
     Raises: ValueError for a category that has no builder.
     """

@@ -1,11 +1,11 @@
-"""The scripted expert, and what the simulator knows of a rendered scene: labels, facts and dense targets.
+"""The scripted expert, and what the simulator knows about a rendered scene: labels, facts and dense targets.
 
     scene.spawn(category, seed).render()
     expert(scene, rng)      -> Label, a contact that works
-    attempt(scene, rng)     -> what was tried and what came of it; the scene stays as it ended
+    attempt(scene, rng)     -> what was tried and its result; the scene keeps its end state
     facts(scene, rng)       -> JSON values, for questions and answers
     dense_targets(scene)    -> rasters for the vision stage
-    part_targets(scene)     -> rasters: which part, which way to work it, how far from its hinge
+    part_targets(scene)     -> rasters: which part, how to approach it, how far from its hinge
 
 The expert knows what a policy does not: the joint, the mask, the collision shapes.
 """
@@ -19,25 +19,25 @@ from sim.objects import PART_KINDS, main_colour
 from sim.scene import BACKGROUND, BASE, INITIAL, Scene, tilt, unit
 
 MIN_PART_PIXELS = 8  # a part with fewer visible pixels is not asked for
-PIXELS, TRIES = 160, 6  # of a part that are scored; contacts that are tried
-MOST_LEVER = 0.8  # of the largest lever arm: more is no better
-MOST_EDGE = 1 / 32  # of the frame: nor is more distance to an edge
-EDGE_JUMP_M = 0.02  # a jump in depth is an edge
+PIXELS, TRIES = 160, 6  # maximum number of a part's pixels that are scored, and of contacts that are tried
+MOST_LEVER = 0.8  # share of the largest lever arm: more does not help
+MOST_EDGE = 1 / 32  # share of the frame: more distance to an edge does not help either
+EDGE_JUMP_M = 0.02  # a larger jump in depth counts as an edge
 REGION = 0.75  # pixels with at least this share of the best score form the region
-LEAST_SCORE = 0.3  # of the best, for the other pixels that are tried
-JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # disturbances that a label must survive: of the frame, and of the direction
-JITTER_SHARE = 0.8  # of the disturbed copies that must work
-ATTEMPTS = ("good", "good", "good", "other", "bad", "bad")  # the expert's; on another part; in a wrong direction
-BAD_ANGLE = (math.pi / 3, math.pi / 2)  # radians, of a wrong direction
-FURTHER = (0.3, 0.8)  # where a part ends that was moved on purpose, as a share of its range
+LEAST_SCORE = 0.3  # minimum share of the best score for the other pixels that are tried
+JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # perturbations that a label must survive: share of the frame, tilt
+JITTER_SHARE = 0.8  # share of the perturbed copies that must work
+ATTEMPTS = ("good", "good", "good", "other", "bad", "bad")  # the expert's; on another part; wrong direction
+BAD_ANGLE = (math.pi / 3, math.pi / 2)  # radians by which a wrong direction is off
+FURTHER = (0.3, 0.8)  # end position of a part that was moved on purpose, as a share of its range
 GRID = 16  # raster side of dense_targets
 DEPTH_UNIT_M = 0.3  # of relative depth
-EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of what no part fills
+EMPTY_WEIGHT = 0.6  # a part names a cell when it fills more than this share of the area that no part fills
 PART_GRID = 32  # raster side of part_targets
 
 
 class Label(NamedTuple):
-    """A contact that works: pixel (u, v) and the unit direction, CAMERA frame, along which the gripper arrives."""
+    """A contact that works: pixel (u, v) and the unit direction of the gripper's approach, CAMERA frame."""
 
     u: float
     v: float
@@ -45,10 +45,10 @@ class Label(NamedTuple):
 
 
 def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
-    """A contact on the rendered picture that works, for `part` (None: the target); None when none was found.
+    """A contact in the rendered picture that works for `part` (None: the target); None if none was found.
 
     Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, tries the middle one
-    of the best region along the true motion, then others. A label must also survive `jitters` disturbed copies.
+    of the best region along the true motion, then others. Most of `jitters` perturbed copies of a label must work too.
     """
     part = scene.target if part is None else part
     mask = scene.links == part
@@ -70,27 +70,27 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
 
 
 def _work(scene: Scene, points: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """How to work `part` at points (n, 3), world.
+    """How to move `part` by a contact at points (n, 3), world.
 
-    Returns: seen (n,), is it the part that is seen there; along (n,), cosine between its surface and a pull along its
-        motion (or a push against it), 0 where it is not seen; way (n, 3), world, the gripper's direction; lever (n,),
-        as a share of the largest.
+    Returns: seen (n,), whether the part is visible there; along (n,), cosine between its surface and a pull along its
+        motion (or a push against it), 0 where it is not visible; way (n, 3), world, the gripper's direction;
+        lever (n,), lever arm as a share of the largest.
     """
     link, normals = scene.normals(points)
     direction, lever = scene.motion(points, part)
     along = np.where(link == part, (normals * direction).sum(1), 0)
-    sense = scene.sense(part) or np.sign(along)  # where either counts, the surface decides: one comes from outside
+    sense = scene.sense(part) or np.sign(along)  # if either counts, the surface decides: approach from outside
     return link == part, sense * along, -(sense * direction.T).T, lever
 
 
 def true_approach(scene: Scene, point: np.ndarray, part: int) -> np.ndarray | None:
-    """The direction (3,), camera frame, in which to work `part` at `point` (3,), world; None where it is hidden."""
+    """The approach direction (3,), camera frame, to move `part` at `point` (3,), world; None where it is hidden."""
     (seen,), _, (way,), _ = _work(scene, point[None], part)
     return scene.camera_rotation @ way if seen else None
 
 
 def why_unsolved(scene: Scene) -> str:
-    """What may be wrong with the target of a rendered scene for which `expert` found nothing, in words."""
+    """A message saying what may be wrong with the target of a rendered scene for which `expert` found nothing."""
     label = scene.spec.parts[scene.target].label
     rows, columns = np.nonzero(scene.links == scene.target)
     if len(rows) < MIN_PART_PIXELS:
@@ -113,7 +113,7 @@ def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
 
 
 def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
-    """Does the label reach the long threshold, and its disturbed copies the initial one?"""
+    """Whether the label reaches the long threshold, and enough of its perturbed copies the initial one."""
     if not scene.act(*label, part, stop_at=scene.long_threshold(part)).long:
         return False
     survived = 0
@@ -125,7 +125,7 @@ def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitt
 
 
 def _edge_distance(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pixels from the nearest edge of `mask` (or jump in depth), as a share of the largest that counts, (S, S)."""
+    """(S, S) pixel distance to the nearest edge of `mask` (or depth jump), as a share of the largest that counts."""
     own = np.where(mask, depth, 0)
     padded = np.pad(np.where(mask, depth, np.inf), 1, constant_values=np.inf)
     inside = mask.copy()
@@ -141,7 +141,7 @@ def _edge_distance(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
-    """Simulate an attempt at the target, good or bad, and keep the end state, for pictures of afterwards.
+    """Simulate a good or bad attempt at the target and keep the end state, for pictures taken afterwards.
 
     Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long threshold)};
     None where the expert finds no contact: nothing has moved.
@@ -161,7 +161,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     parts = scene.spec.parts
     ended = np.clip(outcome.joints or before, [part.lower for part in parts], [part.upper for part in parts])
     success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
-    if outcome.long and not parts[acted].both_ways:  # further strokes follow the first, until it is plain
+    if outcome.long and not parts[acted].both_ways:  # as if more strokes followed, so that the motion is obvious
         room = parts[acted].upper - before[acted]
         ended[acted] = max(ended[acted], before[acted] + rng.uniform(*FURTHER) * room)
     scene.set_joints(ended.tolist())
@@ -170,7 +170,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
 
 
 def facts(scene: Scene, rng: np.random.Generator, expert: bool = True) -> dict:
-    """What is true of the rendered picture, as plain JSON values (see data/questions.py for what is made of it).
+    """Facts about the rendered picture, as plain JSON values (data/questions.py uses them).
 
     Args: rng: for the expert's jitters. expert: fill "contact" (else it is None).
     """
@@ -185,7 +185,7 @@ def facts(scene: Scene, rng: np.random.Generator, expert: bool = True) -> dict:
 
 
 def _part_facts(scene: Scene, j: int, rng: np.random.Generator | None) -> dict:
-    """Facts of part j. rng: None leaves "contact" out."""
+    """Facts about part j. With rng=None "contact" is None."""
     part = scene.spec.parts[j]
     mask = scene.links == j
     rows, columns = np.nonzero(mask)
@@ -208,7 +208,7 @@ def _box(mask: np.ndarray) -> list[int] | None:
 
 
 def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the vision stage learns to see, as means over the cells of a 16 x 16 raster.
+    """Training targets of the vision stage, averaged over the cells of a 16 x 16 raster.
 
     Returns:
         targets (16, 16, 7) float16: depth relative to the object's mean (units of 0.3 m, clipped to +-3), normal
@@ -246,12 +246,12 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def part_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a sentence asks for, at the middles of a 32 x 32 raster: pixels 4 i + 2 of a 128-pixel picture.
+    """Per-part targets for instructions at the cell centres of a 32 x 32 raster: pixels 4 i + 2 of a 128-pixel picture.
 
     Returns:
-        part (32, 32) int8: j part, -1 body, -2 background.
-        act (32, 32, 3) float16: unit direction, camera frame, in which to work the part seen there; 0 where none is,
-            and where either sense counts and the surface does not say which.
+        part (32, 32) int8: j for part j, -1 body, -2 background.
+        act (32, 32, 3) float16: unit approach direction, camera frame, for the part visible there; 0 where there is
+            none, and where either sense counts and the surface does not say which.
         arm (32, 32) float16: moment arm as a share of the part's largest: 0 at the hinge, 1 far from it or for a slide.
     Raises: ValueError for a picture smaller than 32 pixels.
     """

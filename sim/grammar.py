@@ -1,16 +1,16 @@
-"""A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no category in particular.
+"""A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no particular category.
 
-    python -m sim.pictures --sheet FILE.png --grammar     # a picture: one archetype a row
+    python -m sim.pictures --sheet FILE.png --grammar     # a picture: one archetype per row
 
 An archetype puts a movable part on a body. It draws a body, an edge or face, a part and fixed distractors from shared
-lists, so that few functions give very many objects. They vary what the 20 seen categories keep fixed; none is in a test
-set, and none is built to be one of the ten unseen categories. Some come near one all the same: a slab hinged on a slab
-is what a flip phone is, too. NEAR lists them; training on STRICT leaves them out.
+lists, so a few functions produce a large variety of objects. They vary what the 20 seen categories keep fixed. None is
+in a test set, and none is built to be one of the ten unseen categories. Some come close anyway: a slab hinged on a slab
+is also a flip phone. NEAR lists these; training on STRICT leaves them out.
 
     make_object("grammar:book", rng) -> base shapes, parts        Scene.spawn("grammar:book", seed)
 
-Words are those of the seen categories. Frames, units and helpers are those of sim/objects.py: front +x, up +z, "left"
-is -y, metres, radians, positive motion as instructed.
+The words come from the seen categories; frames, units and helpers come from sim/objects.py: front +x, up +z, "left" is
+-y, metres, radians, positive motion is the instructed motion.
 """
 
 import math
@@ -35,16 +35,16 @@ COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
 BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
 LID_WORDS = ("lid", "lid", "lid", "cover", "flap", "cap")
 GRIPS = ("knob", "bar", "upright bar", "recess", "lever", "none")
-TO_TOP = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # turn of the front to the top
+TO_TOP = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # rotates the front to the top
 
 
 def quarter(k: int) -> np.ndarray:
-    """(3, 3) turn by k quarters about z: what lies at the back (-x) comes to edge k."""
+    """(3, 3) rotation by k quarter turns about z: the back (-x) moves to edge k."""
     return np.linalg.matrix_power(np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), int(k))
 
 
 def spin(k: int) -> np.ndarray:
-    """(3, 3) turn by k quarters in the plane of a front: +y goes to +z."""
+    """(3, 3) rotation by k quarter turns in the plane of a front: +y goes to +z."""
     return np.linalg.matrix_power(np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), int(k))
 
 
@@ -53,7 +53,7 @@ def turn_all(shapes, k: int, by=(0.0, 0.0, 0.0)) -> list[Shape]:
 
 
 def other_colour(rng, rgb) -> tuple:
-    """The same colour, a shade of it, metal, black, or any: nobody may rely on a part being of another colour."""
+    """The same colour, a shade of it, metal, black, or any: a part's colour must not give it away."""
     return pick(rng, rgb, shade(rgb, 0.75), shade(rgb, 1.2), pick(rng, METAL, DARK), tint(rng))
 
 
@@ -80,11 +80,11 @@ class Body:
         return (self.wide, self.deep) if k % 2 else (self.deep, self.wide)
 
     def front(self, y=0.0, z=0.0, out=0.003) -> tuple[float, float, float]:
-        """A place y to the right and z above the middle of the front, `out` before it."""
+        """The point y to the right of and z above the middle of the front, `out` in front of it."""
         return self.deep / 2 + out, y, (self.top + self.low) / 2 + z
 
     def somewhere(self, rng, size, out=0.003) -> tuple[float, float, float]:
-        """The middle of a random place on the front, `out` before it, for something of `size` (width, height)."""
+        """A random centre on the front, `out` in front of it, for something of `size` (width, height)."""
         return self.front(*(self.face - size) / 2 * rng.uniform(-1, 1, 2), out)
 
 
@@ -128,7 +128,7 @@ def drum(rng) -> Body:
 
 
 def stack(rng) -> Body:
-    """Two or three discs of different width."""
+    """Two or three discs of different widths."""
     rgb, shapes, top = tint(rng), [], 0.0
     for _ in range(rng.integers(2, 4)):
         radius, tall = sizes(rng, (0.12, 0.3), (0.08, 0.28))
@@ -147,7 +147,7 @@ def goblet(rng) -> Body:
 
 
 def add_back(rng, body: Body, k: int) -> None:
-    """Something taller behind edge k of the top: an L."""
+    """Add something taller behind edge k of the top, which makes an L."""
     away, along = body.extents(k)
     thick, rise = sizes(rng, (0.04, 0.22), (0.12, 0.5))
     tall, rgb = body.top + rise, pick(rng, body.rgb, other_colour(rng, body.rgb))
@@ -190,7 +190,7 @@ def fixture(rng, body: Body) -> list[Shape]:
 
 
 def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int = 0) -> Object:
-    """The object: its body with up to that many distractors of each sort."""
+    """The object: its body with up to `details` front details or lumps and up to `fixtures` fixtures."""
     shapes = list(body.shapes)
     for _ in range(rng.integers(details + 1)):
         shapes += pick(rng, front_details, front_details, lump)(rng, body) if body.flat else lump(rng, body)
@@ -201,7 +201,7 @@ def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int =
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
 def top_grip(rng, x, z, rgb) -> list[Shape]:
-    """Something to hold on a face that looks up: a knob, a ball, a loop, a ridge, or nothing."""
+    """A grip on a face that points up: a knob, a ball, a loop, a ridge, or nothing."""
     hard = pick(rng, METAL, DARK, rgb, tint(rng))
     knob = [cylinder(0.02, 0.05, (x, 0, z + 0.025), hard), cylinder(0.05, 0.025, (x, 0, z + 0.05), hard)]
     loop = [*pair((0.02, 0.02, 0.05), (x, 0.05, z + 0.025), hard), box((0.03, 0.14, 0.03), (x, 0, z + 0.05), hard)]
@@ -210,9 +210,9 @@ def top_grip(rng, x, z, rgb) -> list[Shape]:
 
 
 def lid(rng, label, body: Body, k: int, rgb, share=(0.85, 1.08), thick=None, cell=1.0, shift=0.0, start=None) -> Part:
-    """A plate or disc on the top, hinged at edge k, opened upwards.
+    """A plate or disc on the top, hinged at edge k, that opens upwards.
 
-    share: of the top that it covers. cell: of that, along the edge. shift: along the edge, metres. start: radians.
+    share: covered fraction of the top, a range. cell: of that, along the edge. shift: along it, metres. start: radians.
     """
     away, along = np.array(body.extents(k)) * rng.uniform(*share, 2)
     thick = thick or rng.uniform(0.015, 0.06)
@@ -230,15 +230,15 @@ def lid(rng, label, body: Body, k: int, rgb, share=(0.85, 1.08), thick=None, cel
 
 
 def front_part(rng, kind, label, at, wide, tall, deep, rgb, grip) -> Part:
-    """A drawer, a door (hinged left or right) or a flap or cover (also above or below) on a front.
+    """A drawer, a door (hinged left or right), a flap (above or below) or a cover (at any side) on a front.
 
-    at: middle of its back face. deep: of the body behind it.
+    at: middle of its back face. deep: depth of the body behind it.
     """
     x, y, z = at
     thick = rng.uniform(0.015, 0.05)
     if kind == "drawer":
         return drawer(rng, label, (deep * 0.8, wide, tall), (x + 0.002, y, z), rgb, grip, thick)
-    k = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, (0, 1, 2, 3)))  # quarters of a door hinged at the right
+    k = pick(rng, *{"door": (0, 2), "flap": (1, 3)}.get(kind, (0, 1, 2, 3)))  # quarter turns of a door hinged right
     across, upright = (tall, wide) if k % 2 else (wide, tall)
     return moved(side_door(rng, label, 1, (thick, across, upright), (0, 0, 0), rgb, grip), spin(k), (x + 0.002, y, z))
 
@@ -372,7 +372,7 @@ def sash(rng):
     base = [box((0.1, wide + 0.08, 0.04), (0, 0, z + s * (tall / 2 + 0.02)), rgb) for s in ENDS]
     base += pair((0.1, 0.04, tall), (0, wide / 2 + 0.02, z), rgb)
     base += [box((0.25, wide * 0.7, 0.08), (0, 0, 0.04), other_colour(rng, rgb))]
-    k = rng.integers(3)  # slides to the right, up, to the left; down would be seen from below only
+    k = rng.integers(3)  # slides right, up or left; sliding down would be visible only from below
     room, across = (tall, wide) if k % 2 else (wide, tall)
     pane = [box((0.03, room / 2, across * 0.97), (0, 0, 0), pane_rgb)]
     pane += pick(rng, [], [box((0.034, room * 0.4, across * 0.7), (0, 0, 0), tint(rng))])
@@ -450,7 +450,7 @@ def plunger(rng):
 
 
 def buttons(rng):
-    """Keys that are lifted at a hinge, on a flat top."""
+    """Hinged keys on a flat top that are lifted."""
     body = pick(rng, slab, block, oblong)(rng)
     deep, thick = body.deep * rng.uniform(0.4, 0.7), rng.uniform(0.03, 0.09)
     cells = [(s * body.wide / 4, f"{word} button") for s, word in LEFT_RIGHT]
@@ -477,7 +477,7 @@ def folding_plate(rng):
 
 
 def boom(rng):
-    """An arm on a mast that is raised, with a weight, lamp or hook at its end; another arm may be fixed."""
+    """An arm on a mast that can be raised, with a weight, lamp or hook at its end; there may be a second, fixed arm."""
     pole, arm, thick = sizes(rng, (0.3, 0.7), (0.22, 0.45), (0.03, 0.06))
     rgb, metal = tint(rng), pick(rng, METAL, DARK, tint(rng))
     base = [foot(rng, rng.uniform(0.2, 0.4), rgb), cylinder(rng.uniform(0.015, 0.04), pole, (0, 0, pole / 2), metal)]
@@ -489,7 +489,7 @@ def boom(rng):
     return base, [moved(hinge(word, at, (0, -1, 0), 0.9, shapes, verb, lower=-0.3), quarter(rng.integers(4)))]
 
 
-# ---- archetypes that come near an unseen category (NEAR says which) --------------------------------------------------
+# ---- archetypes close to an unseen category (NEAR says which) --------------------------------------------------------
 def book(rng):
     """A slab hinged on a slab, at any edge, closed or ajar."""
     body = slab(rng)
@@ -538,7 +538,7 @@ def backed_lid(rng):
 
 
 def post_levers(rng):
-    """Levers that turn either way on posts, beside sticks that do not."""
+    """Levers on posts that turn either way, next to fixed sticks."""
     rgb, long, thick = tint(rng), *sizes(rng, (0.16, 0.3), (0.04, 0.07))
     base = [foot(rng, rng.uniform(0.4, 0.6), other_colour(rng, rgb))]
     for _ in range(rng.integers(3)):
@@ -579,7 +579,7 @@ def wall_levers(rng):
 
 
 def capped_stick(rng):
-    """A long stick, lying or upright, with a cap at one end or at both."""
+    """A long stick, lying or upright, with a cap at one or both ends."""
     long, thick, cap_long, neck = sizes(rng, (0.35, 0.8), (0.08, 0.2), (0.1, 0.25), (0.0, 0.08))
     rgb, flat, is_round = tint(rng), rng.uniform(0.5, 1.0), rng.random() < 0.45
 
@@ -670,7 +670,7 @@ def round_door(rng):
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
-NEAR: dict[str, tuple[str, ...]] = {  # archetype -> the unseen categories it comes near
+NEAR: dict[str, tuple[str, ...]] = {  # archetype -> the unseen categories it is close to
     "book": ("Phone",), "clamp_arm": ("Stapler",), "lidded_drum": ("Kettle",), "backed_lid": ("Toilet",),
     "post_levers": ("Faucet",), "wall_levers": ("Switch",), "capped_stick": ("USB",), "plugged_face": ("USB",),
     "crossed": ("Scissors",), "frame_drawers": ("Table",), "round_door": ("WashingMachine",),

@@ -3,7 +3,7 @@
     base shapes + parts -> ObjectSpec -> to_urdf(spec) -> text for any URDF simulator
 
 World frame: the object's front is +x, up is +z; metres and radians; objects are 0.5-1 m, normalised as in
-PartNet-Mobility. Somebody in front of the object looks along -x and sees +y on the RIGHT: "left door" is at -y.
+PartNet-Mobility. A viewer in front of the object looks along -x and sees +y on the RIGHT: "left door" is at -y.
 Positive joint motion is always the instructed motion (opening, lifting, pressing ...). The objects themselves:
 sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), sim/partnet.py (the user's own).
 """
@@ -28,10 +28,10 @@ COLOURS = {
 WORDS, PALETTE = tuple(COLOURS), np.array(list(COLOURS.values()))
 METAL, DARK = (0.60, 0.61, 0.64), (0.06, 0.06, 0.07)  # of handles, knobs, glass
 COLOUR_JITTER = 0.02  # standard deviation of a body's colour around its word, per channel
-COLOUR_MARGIN = 0.1  # a shade must be that much nearer (in rgb) to its own word than to the next
+COLOUR_MARGIN = 0.1  # a shade must be this much nearer (in rgb) to its own word than to the next
 
-GAP = 0.012  # metres, between the front of a door or drawer and its neighbours, so that one sees where it ends
-BACKGROUND, BASE = -2, -1  # numbers of what is no part, in pictures and rays; part j has number j
+GAP = 0.012  # metres, between the front of a door or drawer and its neighbours, so that its edge is visible
+BACKGROUND, BASE = -2, -1  # ids of non-parts in pictures and rays; part j has id j
 LEFT_RIGHT = ((-1, "left"), (1, "right"))  # sign of y, word
 ENDS = (-1, 1)  # both ends of an axis
 
@@ -39,7 +39,7 @@ ENDS = (-1, 1)  # both ends of an axis
 # ---- what an object is ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shape:
-    """One primitive in its link's frame, seen and touched; xyz: centre, m; rpy: radians, URDF convention; rgb: 0..1.
+    """One visible, solid primitive in its link's frame; xyz: centre, m; rpy: radians, URDF convention; rgb: 0..1.
 
     kind "box": size = full extents (x, y, z); "cylinder": (radius, length along local z); "sphere": (radius,). Metres.
     """
@@ -71,7 +71,7 @@ class Shape:
 class Part:
     """One movable link.
 
-    label: what a person calls it, unique inside the object. joint: "revolute" | "prismatic". origin: metres, base
+    label: its everyday name, unique within the object. joint: "revolute" | "prismatic". origin: metres, base
     frame; the link's frame has the same axes as the base at joint value 0. axis: unit vector. lower, upper: radians or
     metres. verb: imperative for the instruction. primitive: "pull" | "push", the way the gripper moves after contact.
     start: joint value of the closed state (None: lower). both_ways: either sense of motion counts (a lever that turns).
@@ -111,11 +111,11 @@ class ObjectSpec:
 def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: list | None = None) -> str:
     """URDF text of an object: link "base" (fixed, mass 0) and one link "part_i" and its joint per part, in order.
 
-    Args: mass: kg, inertia: kg m^2, its diagonal, equal for all parts, so that the joint friction decides how hard a
-    part moves. bodies: for the base and each part, the lines of its visuals and collisions; default: its shapes.
+    Args: mass: kg; inertia: kg m^2, its diagonal; both equal for all parts, so that joint friction decides how hard a
+    part is to move. bodies: lines of visuals and collisions for the base and each part; default: their shapes.
     """
     if bodies is None:
-        number = count(1)  # of materials: simulators that cache them by name would mix up the colours
+        number = count(1)  # of materials: simulators that cache materials by name would mix up colours
         links = (spec.base, *(part.shapes for part in spec.parts))
         bodies = [[_shape_urdf(s, next(number)) for s in shapes] for shapes in links]
     diagonal = f'<inertia ixx="{inertia:g}" iyy="{inertia:g}" izz="{inertia:g}" ixy="0" ixz="0" iyz="0"/></inertial>'
@@ -166,7 +166,7 @@ def tint(rng, *words) -> tuple:
 
 
 def shade(rgb, factor) -> tuple:
-    """Darker (factor < 1) or lighter (> 1), but never so far that people would call it another colour."""
+    """Darker (factor < 1) or lighter (> 1), but never so much that people would call it another colour."""
     shaded = tuple(float(v) for v in np.clip(np.array(rgb) * factor, 0.02, 0.98))
     near, second = np.sort(np.linalg.norm(PALETTE - shaded, axis=1))[:2]
     if (colour_name(shaded) == colour_name(rgb) and second - near > COLOUR_MARGIN) or abs(factor - 1) < 0.02:
@@ -175,7 +175,7 @@ def shade(rgb, factor) -> tuple:
 
 
 def seam(rgb) -> tuple:
-    """Colour of what shows in a gap: dark, but not on black, where one would not see it."""
+    """Colour that shows in a gap: dark, except on black, where dark would be invisible."""
     return METAL if colour_name(rgb) == "black" else DARK
 
 

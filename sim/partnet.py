@@ -1,24 +1,24 @@
-"""A user's own articulated objects, in PartNet-Mobility's layout, made to fit the world.
+"""The user's own articulated objects, in PartNet-Mobility's layout, converted to the conventions of this simulator.
 
     DIR/45261/mobility.urdf            links, joints, meshes
     DIR/45261/textured_objs/*.obj      the meshes (and .mtl with their colours)
-    DIR/45261/semantics.txt            optional, a line a link: "link_1 hinge door", "link_0 slider drawer"
+    DIR/45261/semantics.txt            optional, one line per link: "link_1 hinge door", "link_0 slider drawer"
     DIR/45261/meta.json                optional: "model_cat" is the object's category
 
     mobility.urdf -> read_object -> UserObject(spec, meshes) -> to_urdf -> ObjectScene.spawn("objects/45261", seed)
 
-The layout's pitfalls, and what happens to each:
-* links are numbered through fixed joints too      -> fixed links are merged into what carries them: link i = part i
-* a root joint turns y-up meshes, the front is -x  -> poses are multiplied out, and the object turned: the front is +x
-* sizes are in units of a sphere                   -> scaled to a diagonal of 1 m, slides too, as our own objects are
+Pitfalls of the layout, and how each is handled:
+* links are numbered through fixed joints too      -> fixed links are merged into their parents: link i = part i
+* a root joint turns y-up meshes, the front is -x  -> poses are multiplied out and the object is turned: the front is +x
+* sizes are relative to a sphere                   -> scaled to a diagonal of 1 m, slides too, like our own objects
 * no masses                                        -> 1 kg and 0.02 kg m^2 for every part, as in the catalogue
-* collision hulls fill a cabinet's inside          -> the visible mesh itself is the collision shape (concave)
+* collision hulls fill the inside of a cabinet     -> the visible mesh itself is the collision shape (concave)
 * colours are in the .mtl files                    -> loaded with URDF_USE_MATERIAL_COLORS_FROM_MTL
-* a joint on a part that moves itself (the handle of a door) is held fixed: one motion a part. So is one with hardly any
-  range. A "continuous" joint gets one turn and may move either way.
+* a joint on a part that already moves (the handle of a door) is held fixed: one motion per part. So is a joint with
+  almost no range. A "continuous" joint gets one turn and may move either way.
 A joint's lower limit is its closed state and positive motion opens it, as in ManipLLM's data (arXiv 2312.16217).
 
-Whatever is wrong with a folder is said in one ValueError that names file and field. Tested on hand-made folders in this
+Every problem with a folder raises one ValueError that names the file and field. Tested on hand-made folders in this
 layout; PartNet-Mobility itself may not be redistributed.
 """
 
@@ -36,18 +36,18 @@ from sim import objects
 from sim.objects import ObjectSpec, Part, Shape, roll_pitch_yaw, rotation
 from sim.scene import Scene, need_pybullet, p
 
-PREFIX = "objects/"  # of an object's name where the catalogue's categories are named too
+PREFIX = "objects/"  # of an object's name wherever catalogue categories are accepted too
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
 LEAST_RANGE = 0.02  # rad, or m after scaling: a joint that moves less cannot succeed and is held fixed
-MAX_PARTS = 127  # PyBullet keeps the state of no more links of one body
+MAX_PARTS = 127  # PyBullet keeps the state of at most this many links per body
 TURN = np.eye(4)
 TURN[:3, :3] = rotation((0.0, 0.0, math.pi))  # the front faces -x in the file and +x in the world
 GREY = (0.5, 0.5, 0.5)
 JOINT_TYPES = ("revolute", "prismatic", "continuous", "fixed")
-NAME = re.compile(r"[\w .&'()-]{1,60}", re.ASCII)  # of a category: it is printed in tables
-# words of semantics.txt -> verb of the instruction; the rest is opened
+NAME = re.compile(r"[\w .&'()-]{1,60}", re.ASCII)  # of a category, since it is printed in tables
+# word of semantics.txt -> verb of the instruction; all others are opened
 VERBS = {"button": "press down", "key": "press down"} | dict.fromkeys(("knob", "lever", "switch", "wheel"), "turn")
-APART = 0.1  # two parts are told apart by "top" or "left" when they lie so far apart, as a share of the diagonal
+APART = 0.1  # share of the diagonal by which parts must be apart to be called "top" or "left"
 DOWN = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 RIGHT = {2: ("left", "right"), 3: ("left", "middle", "right")}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -61,22 +61,22 @@ class Mesh:
     scale: np.ndarray  # (3,) along the mesh's own axes
     turn: np.ndarray  # (3, 3) rotation
     offset: np.ndarray  # (3,) metres
-    points: np.ndarray  # (n, 3) its vertices there
+    points: np.ndarray  # (n, 3) its vertices in the world
 
 
 @dataclass
 class UserObject:
-    """spec: as the catalogue's, a box around every mesh; meshes[0] the base's, meshes[1 + i] those of part i."""
+    """spec: as in the catalogue, with a box around every mesh; meshes[0]: the base's, meshes[1 + i]: part i's."""
 
     spec: ObjectSpec
     meshes: list[list[Mesh]]
-    held: int = 0  # joints that could move but are fixed: what carries them moves, or they move too little
+    held: int = 0  # number of movable joints held fixed: their parent already moves, or they move too little
 
 
 def read_obj(path: Path) -> np.ndarray:
-    """The vertices (n, 3) that the faces of an .obj file use, in the file's order.
+    """The vertices (n, 3) used by the faces of an .obj file, in file order.
 
-    Raises: ValueError naming file and line, also for a face without its vertex and for faces without area.
+    Raises: ValueError naming file and line, also for a face whose vertex is missing and for faces without area.
     """
     vertices, faces, triangles = [], [], []
     counts = {"v": 0, "vt": 0, "vn": 0}
@@ -101,7 +101,7 @@ def read_obj(path: Path) -> np.ndarray:
             for kind, index in zip(counts, corner, strict=False):
                 if index is not None and not (1 <= index <= counts[kind] or -so_far[kind] <= index <= -1):
                     raise ValueError(f"{path}, line {number}: there is no {kind} {index}")
-        first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)  # a negative one counts back
+        first, *others = (i - 1 if i > 0 else so_far["v"] + i for i, *_ in corners)  # a negative index counts back
         triangles += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
     if not faces:
         raise ValueError(f"{path}: no faces")
@@ -113,7 +113,7 @@ def read_obj(path: Path) -> np.ndarray:
 
 
 def _numbers(element, name: str, default: str, where: str) -> np.ndarray:
-    """As many finite numbers of an attribute as `default` has. Raises: ValueError that says where."""
+    """The finite numbers of an attribute, as many as in `default`. Raises: ValueError that says where."""
     text = default if element is None else element.get(name, default)
     count = len(default.split())
     try:
@@ -155,7 +155,7 @@ def read_category(path: Path) -> str:
 
 
 def read_object(folder: Path) -> UserObject:
-    """The object in `folder`, in the world's terms. Raises: ValueError naming the file and what is wrong with it."""
+    """The object in `folder`, in world conventions. Raises: ValueError naming the file and what is wrong with it."""
     path = folder / "mobility.urdf"
     try:
         robot = ElementTree.fromstring(read_text(path))
@@ -172,8 +172,8 @@ def read_object(folder: Path) -> UserObject:
     meshes = {name: _meshes(links[name], pose[name], folder) for name in (root, *order)}
     size = _fit([mesh for group in meshes.values() for mesh in group], pose, path)
 
-    # Link -> the part it belongs to (None: the base) and that part's meshes. One motion a part: a joint on what moves
-    # itself is held fixed.
+    # Link -> the part it belongs to (None: the base) and that part's meshes. One motion per part: a joint on a part
+    # that already moves is held fixed.
     owner = {root: (None, meshes[root])}
     moving, held = [], 0
     for name in order:
@@ -189,7 +189,7 @@ def read_object(folder: Path) -> UserObject:
         group += meshes[name]
         if part is not None:
             part.label = part.label or names.get(name, "")
-    found = [(part, group) for part, group in moving if group]  # a joint that carries nothing visible is no part
+    found = [(part, group) for part, group in moving if group]  # a joint that carries nothing visible is not a part
     if not found:
         least = f" that moves at least {LEAST_RANGE} rad or m" if held else ""
         raise ValueError(f"{path}: no movable joint" + (" with a mesh" if moving else least))
@@ -203,7 +203,7 @@ def read_object(folder: Path) -> UserObject:
 
 
 def _joints(robot, links: dict, path: Path) -> tuple[list[str], dict[str, tuple]]:
-    """The links from the root outwards; child link -> (parent link, joint, how an error names it)."""
+    """The links from the root outwards; child link -> (parent link, joint, its name in error messages)."""
     joints, children = {}, defaultdict(list)
     for joint in robot.findall("joint"):
         where = f"{path}, joint {joint.get('name')}"
@@ -220,7 +220,7 @@ def _joints(robot, links: dict, path: Path) -> tuple[list[str], dict[str, tuple]
     order = [name for name in links if name not in joints]
     if len(order) != 1:
         raise ValueError(f"{path}: {len(order)} links without a parent; there must be one")
-    for name in order:  # grows while it is read
+    for name in order:  # grows during the loop
         order += children[name]
     if len(order) < len(links):
         raise ValueError(f"{path}: the link {next(name for name in links if name not in order)} hangs on itself")
@@ -228,7 +228,7 @@ def _joints(robot, links: dict, path: Path) -> tuple[list[str], dict[str, tuple]
 
 
 def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
-    """The visuals of a link whose pose (4, 4) is in the world, before scaling."""
+    """The visuals of a link, before scaling. pose: (4, 4), of the link in the world."""
     meshes, where = [], f"{folder / 'mobility.urdf'}, link {link.get('name')}"
     for visual in link.findall("visual"):
         mesh = visual.find("geometry/mesh")
@@ -241,7 +241,7 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
                 raise ValueError(f"{name} is outside {folder}")
             if path.suffix.lower() != ".obj" or not path.is_file():
                 raise ValueError(f"{name} is missing or not an .obj file")
-        except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
+        except (OSError, RuntimeError) as error:  # a name that is too long, a symbolic link to itself
             raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
         placed = pose @ _origin(visual, where)
         scale = _numbers(mesh, "scale", "1 1 1", where)
@@ -251,7 +251,7 @@ def _meshes(link, pose: np.ndarray, folder: Path) -> list[Mesh]:
 
 
 def _fit(meshes: list[Mesh], pose: dict[str, np.ndarray], path: Path) -> float:
-    """Moves meshes and poses to the middle of the world and scales them to its size; returns the factor."""
+    """Centres meshes and poses in the world and scales them to its size; returns the scale factor."""
     if not meshes:
         raise ValueError(f"{path}: no meshes")
     points = np.concatenate([mesh.points for mesh in meshes])
@@ -286,7 +286,7 @@ def _limits(joint, size: float, where: str) -> tuple[float, float] | None:
 
 
 def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> Part:
-    """A part that this joint moves, still without label, verb and shapes."""
+    """The part that this joint moves, with no label, verb or shapes yet."""
     axis = pose[:3, :3] @ _numbers(joint.find("axis"), "xyz", "1 0 0", where)
     if np.linalg.norm(axis) < 1e-6:
         raise ValueError(f"{where}: the axis has no length")
@@ -305,7 +305,7 @@ def _box_around(mesh: Mesh, origin: tuple) -> Shape:
 
 
 def _name_parts(parts: list[Part]) -> None:
-    """Gives the parts their labels and verbs, from what people call them or what such a joint mostly is."""
+    """Gives the parts labels and verbs, from their semantic names or else from what such a joint usually moves."""
     for part in parts:
         usual = "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"
         part.label = part.label or ("drawer" if part.joint == "prismatic" else usual)
@@ -318,9 +318,9 @@ def _name_parts(parts: list[Part]) -> None:
 
 
 def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
-    """A different label for every part: "door"; "top drawer", "bottom drawer"; "left door"; else "first key" ...
+    """A unique label for every part: "door"; "top drawer", "bottom drawer"; "left door"; else "first key" ...
 
-    Args: kinds: a word a part. centres: (3,) each, metres, world: z up, y to the right of somebody in front.
+    Args: kinds: one word per part. centres: (3,) each, metres, world: z up, y to the right of a viewer in front.
     """
     out = list(kinds)
     for kind in set(kinds):
@@ -341,7 +341,7 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
 
 
 def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
-    """URDF text as of sim.objects.to_urdf, with the meshes themselves as visible and collision shapes."""
+    """URDF text as in sim.objects.to_urdf, with the meshes themselves as visible and collision shapes."""
     bodies = []
     for group, origin in zip(thing.meshes, [(0, 0, 0), *(part.origin for part in thing.spec.parts)], strict=True):
         bodies.append([])
@@ -356,7 +356,7 @@ def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
 
 
 def _folders(directory: str) -> dict[str, Path]:
-    """Name -> folder: `directory` holds one folder an object, or is itself the folder of one."""
+    """Name -> folder: `directory` holds one folder per object, or is itself an object's folder."""
     top = Path(directory)
     try:
         folders = [top] if (top / "mobility.urdf").exists() else sorted(d for d in top.iterdir() if d.is_dir())
@@ -366,8 +366,8 @@ def _folders(directory: str) -> dict[str, Path]:
 
 
 def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, int]]:
-    """Names for ObjectScene.spawn of what can be used in `directory`; {folder: what is wrong} of the rest; and
-    {name: how many of its joints are held fixed}. Raises: ValueError when nothing is usable.
+    """Names, for ObjectScene.spawn, of the usable objects in `directory`; {folder: what is wrong} for the rest; and
+    {name: number of its joints held fixed}. Raises: ValueError when nothing is usable.
     """
     need_pybullet()
     good, bad, held = [], {}, {}
@@ -404,7 +404,7 @@ class ObjectScene(Scene):
             self._read[category] = read_object(self._folders[category])
         thing = self._read[category]
         urdf = to_urdf(thing, self.physics.mass_kg, self.physics.inertia)
-        return thing.spec, urdf, p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # else all is white
+        return thing.spec, urdf, p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # otherwise everything is white
 
     def spawn(self, category: str, seed: int, part: int | None = None) -> "ObjectScene":
         """As Scene.spawn. Raises: ValueError also for a user's object that PyBullet cannot load."""

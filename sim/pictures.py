@@ -3,7 +3,7 @@
     python -m sim.pictures --sheet categories.png                      # one scene of every category
     python -m sim.pictures --affordance Door,Microwave --out runs/maps # where on a part does a pull work?
 
-draw_strips is what `sim_eval.py --strips N` writes: the prediction, then what happened; and one GIF.
+draw_strips writes the pictures of `sim_eval.py --strips N`: the prediction, then what happened; plus one GIF.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from sim.grammar import ARCHETYPES, PREFIX
 from sim.scene import BACKGROUND, Scene, View
 
 ZOOM = 2  # enlargement
-FRAMES = 5  # pictures of a strip after the first
+FRAMES = 5  # pictures in a strip after the first
 CAPTION_PX = 16
 EVERY = 4  # steps between two frames
 NOTHING_MOVES = ("off object", "not a number", "unreachable", "on body", "no seal")  # failures without frames to show
 ARROW_M = 0.18
-NEEDLE = 0.24  # of the side, where the approach lies in the picture's plane
+NEEDLE = 0.24  # length as a share of the side, for an approach in the image plane
 GIF_COLOURS, SHEET_COLOURS = 64, 128  # of episode.gif and strips.png
-GIF_MS, GIF_HOLD = 60, 8  # a frame; frames that the first and the last picture stay
+GIF_MS, GIF_HOLD = 60, 8  # per frame; number of frames for which the first and last picture are held
 RED, GREEN, BLUE = (220, 30, 30), (20, 160, 60), (30, 90, 220)
 
 
@@ -42,8 +42,8 @@ def draw_gripper(scene: Scene, rgb: np.ndarray, contact, approach, colour) -> Im
 
 
 def draw_contacts(rgb: np.ndarray, grips: list[tuple], side: int = 384) -> Image.Image:
-    """The picture at `side` pixels; for each (colour, (u, v, x, y, z)) a dot at the contact, and a needle along the
-    approach as seen from far away: it needs no depth. The first lies on top."""
+    """The picture at `side` pixels; for each (colour, (u, v, x, y, z)) a dot at the contact and a needle along the
+    approach, drawn as if seen from far away, which needs no depth. The first is on top."""
     picture = Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     for colour, (u, v, x, y, _) in reversed(grips):
@@ -56,7 +56,7 @@ def draw_contacts(rgb: np.ndarray, grips: list[tuple], side: int = 384) -> Image
 
 
 def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0) -> Image.Image:
-    """(picture, caption) pairs, captions below, in rows of `columns`. width: the least of a column."""
+    """(picture, caption) pairs, captions below, in rows of `columns`. width: minimum width of a column."""
     width = max(width, *(picture.width for picture, _ in items))
     height = max(picture.height for picture, _ in items) + CAPTION_PX
     sheet = Image.new("RGB", (min(columns, len(items)) * width, -(-len(items) // columns) * height), "white")
@@ -68,9 +68,9 @@ def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0)
 
 
 def play(scene: Scene, record: dict, part: int | None = None) -> tuple[list[Image.Image], str]:
-    """Plays an episode again: [the picture with the prediction, then frames of what happened], and the caption.
+    """Replays an episode: [the picture with the prediction, then frames of what happened], and the caption.
 
-    part: whose joint counts; None: the scene's target."""
+    part: the part whose joint counts; None: the scene's target."""
     scene.spawn(record.get("object", record["category"]), record["seed"]).render()
     scene.target = scene.target if part is None else part
     u, v, approach = record["u"], record["v"], record["approach"]
@@ -96,7 +96,7 @@ def play(scene: Scene, record: dict, part: int | None = None) -> tuple[list[Imag
 
 
 def choose(records: list[dict], count: int) -> list[dict]:
-    """`count` episodes: two thirds successes, the rest failures (one at least, if there is one)."""
+    """`count` episodes: two thirds successes, the rest failures (at least one, if there is one)."""
     good = sorted((r for r in records if r["initial"]), key=lambda record: not record["long"])
     bad = sorted((r for r in records if not r["initial"]), key=lambda record: record["reason"] in NOTHING_MOVES)
     n_bad = min(len(bad), max(1, count // 3, count - len(good)))
@@ -104,14 +104,14 @@ def choose(records: list[dict], count: int) -> list[dict]:
 
 
 def save_gif(path, frames: list[Image.Image], colours: int = GIF_COLOURS) -> None:
-    """A looping GIF of few colours in a file (its path, or open); the first and the last frame stay a while."""
+    """Saves a looping GIF with few colours to a path or an open file; the first and last frame are held for a while."""
     few = [frame.quantize(colours) for frame in [*frames[:1] * GIF_HOLD, *frames[1:], *frames[-1:] * GIF_HOLD]]
     few[0].save(path, "GIF", save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
 
 
 def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
-    """OUT/strip_*.png for `count` episodes of the first policy, all in OUT/strips.png at half their size, and
-    OUT/episode.gif of the first of them."""
+    """Writes OUT/strip_*.png for `count` episodes of the first policy, all of them in OUT/strips.png at half size, and
+    OUT/episode.gif of the first one."""
     paths, strips = [out / "episode.gif"], []
     for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
         frames, caption = play(scene, record)
@@ -127,7 +127,7 @@ def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path
 
 
 def save(path: str, sheet: Image.Image) -> None:
-    """A picture of the kind that its name ends in. Raises: ValueError naming the file."""
+    """Saves a picture in the format given by the file extension. Raises: ValueError naming the file."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: not the name of a picture, such as sheet.png")
@@ -135,7 +135,7 @@ def save(path: str, sheet: Image.Image) -> None:
 
 
 def contact_sheet(path: str, names: list[str], seed: int = 0) -> None:
-    """Draw one scene of each of `names` (a name again: the next seed), from a friendlier camera."""
+    """Draw one scene for each of `names` (a repeated name gets the next seed), from a friendlier camera."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
     scene = Scene(image_size=192, view=view)
     items = []
@@ -147,8 +147,8 @@ def contact_sheet(path: str, names: list[str], seed: int = 0) -> None:
 
 
 def affordance_sheet(path: str, names: list[str], seed: int, image_size: int = 256) -> None:
-    """Where on a part does a pull work? Below the pictures of `names`: how far one gets at every 4th pixel of the
-    target, in the TRUE direction of motion. Red: not at all (near a hinge friction wins); green: the long threshold."""
+    """Where on a part does a pull work? Below the pictures of `names`: how far the target moves if pulled at every 4th
+    pixel, in the TRUE direction of motion. Red: not at all (friction wins near a hinge); green: the long threshold."""
     scene = Scene(image_size)
     items = []
     for name in names:
@@ -169,11 +169,11 @@ def affordance_sheet(path: str, names: list[str], seed: int, image_size: int = 2
 
 @dataclass
 class PicturesConfig:
-    sheet: str = flag("", "FILE: draw one scene of every category there")
+    sheet: str = flag("", "draw one scene of every category to this FILE")
     grammar: bool = flag(False, "draw every archetype of the grammar instead")
-    affordance: str = flag("", "categories, separated by commas: draw OUT/affordance.png")
-    out: str = flag("runs/maps", "folder of affordance.png")
-    seed: int = flag(0, "another seed, other scenes", low=0, high=2**31)
+    affordance: str = flag("", "comma-separated categories: draw OUT/affordance.png")
+    out: str = flag("runs/maps", "folder for affordance.png")
+    seed: int = flag(0, "seed of the scenes", low=0, high=2**31)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,13 @@
-"""Policies say where to grip: baselines, the scripted expert and worse copies of it, tables that never look.
+"""Policies choose where to grip: baselines, the scripted expert and degraded copies, tables that ignore the picture.
 
     policy(observation) -> (u, v, approach), or None where the policy does not apply
         u, v: the contact, pixel column and row. approach (3,): the unit direction in which the gripper travels to it,
         camera frame (x right, y down, z forward)
-    python -m sim.policies --make-blind-table data/cache/train/manipulation.jsonl              # what `blind` knows
+    python -m sim.policies --make-blind-table data/cache/train/manipulation.jsonl              # `blind`'s table
 
-`blind` is the vision-free baseline, the median label of the category and the part: a policy has seen something only
-where it scores above that. random-normal and part-pixel-normal are privileged baselines: told the surface normal, the
-latter also the mask. Policies with a model or a depth picture are in sim_eval.py, which scores them all.
+`blind` is the vision-free baseline, the median label of the category and the part: only a policy that beats it makes
+use of the picture. random-normal and part-pixel-normal are privileged baselines: both get the surface normal, the
+latter also the mask. Policies that use a model or a depth image are in sim_eval.py, which scores them all.
 """
 
 import importlib
@@ -31,21 +31,21 @@ from sim.expert import Label
 from sim.scene import BACKGROUND, Scene, stream, tilt, unit
 
 BLIND_TABLE = Path(__file__).parent.parent / "data/pretrained/blind_table.json"
-REFERENCE_S = 128  # the picture that `pixel-4` speaks of, whatever the scene's size
-TIME_LIMIT_S = 10.0  # of one call of a user's policy
-HINGE_SHARE = 0.15  # hinge-pixel: from the pixels with the smallest lever arm
+REFERENCE_S = 128  # picture size in which `pixel-4` is measured, whatever the scene's size
+TIME_LIMIT_S = 10.0  # per call of a user's policy
+HINGE_SHARE = 0.15  # hinge-pixel: drawn from this share of pixels, those with the smallest lever arm
 
 
 class Observation(NamedTuple):
-    """What a policy is given. A robot has `image`, `depth`, `intrinsics` and `instruction`; the rest is PRIVILEGED:
-    reading it is fine for baselines."""
+    """The input of a policy. A robot has `image`, `depth`, `intrinsics` and `instruction`; the rest is PRIVILEGED:
+    only baselines may read it."""
 
-    scene: Scene  # the simulator's state; leave it as it is
+    scene: Scene  # the simulator's state; do not change it
     instruction: str  # the sentence, such as "open the top drawer, please"
-    part: int  # number of the part that it names
-    label: Label | None  # the expert's contact; None where it found none
-    rng: np.random.Generator  # of this policy in this scene, the same in every run
-    depth_camera: Callable = lambda exact, rng: exact  # what makes `depth` of the simulator's own
+    part: int  # index of the part it names
+    label: Label | None  # the expert's contact; None if it found none
+    rng: np.random.Generator  # for this policy in this scene, the same in every run
+    depth_camera: Callable = lambda exact, rng: exact  # turns the simulator's depth into `depth`
 
     @property
     def image(self) -> np.ndarray:
@@ -56,7 +56,7 @@ class Observation(NamedTuple):
     def depth(self) -> np.ndarray:
         """(S, S) float32, metres along the camera's z, as `depth_camera` measures it; 0 where it measured nothing."""
         exact = np.where(np.isfinite(self.scene.depth), self.scene.depth, 0).astype(np.float32)
-        noise = stream(self.scene.category, self.scene.seed, "depth camera")  # every policy meets the same picture
+        noise = stream(self.scene.category, self.scene.seed, "depth camera")  # every policy gets the same image
         return self.depth_camera(exact, noise)
 
     @property
@@ -79,7 +79,7 @@ def object_pixel(o: Observation) -> tuple[float, float]:
 
 
 def against_normal(scene: Scene, u: float, v: float) -> tuple[float, float, np.ndarray]:
-    """The action straight onto the surface at (u, v), by the simulator's own normal: more than a picture tells."""
+    """The action perpendicular to the surface at (u, v), from the simulator's own normal, which no picture gives."""
     (link,), (normal,) = scene.normals(scene.backproject(u, v)[None])
     if link == BACKGROUND:
         return u, v, np.array([0.0, 0.0, 1.0])
@@ -87,7 +87,7 @@ def against_normal(scene: Scene, u: float, v: float) -> tuple[float, float, np.n
 
 
 def hinge_pixel(o: Observation):
-    """A pixel of the part close to its hinge, straight onto the surface. None for parts that slide."""
+    """A pixel of the part close to its hinge, approached perpendicular to the surface. None for sliding parts."""
     scene = o.scene
     if scene.spec.parts[o.part].joint != "revolute":
         return None
@@ -97,14 +97,14 @@ def hinge_pixel(o: Observation):
     return against_normal(scene, *random_pixel(mask, o.rng))
 
 
-# ---- the scripted expert, and worse copies of it --------------------------------------------------------------------
+# ---- the scripted expert, and degraded copies of it -----------------------------------------------------------------
 def oracle(o: Observation):
-    """The expert: a contact found by trying, with the joint, the mask and the shapes known. None: it found none."""
+    """The expert: a contact found by trial, knowing the joint, the mask and the shapes. None: it found none."""
     return o.label
 
 
 def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Callable:
-    """A policy: the expert's contact moved by `pixels` and its direction turned by `degrees`, in random senses.
+    """A policy: the expert's contact moved by `pixels` and its approach turned by `degrees`, in random directions.
 
     square: moved by up to `pixels` in u and in v instead."""
 
@@ -121,7 +121,7 @@ def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Ca
 
 
 def combine(pixel: Callable, direction: Callable) -> Callable:
-    """A policy: where the policy `pixel` says, along what the policy `direction` says. Which half of it fails?"""
+    """A policy with the contact of the policy `pixel` and the approach of `direction`, to see which half fails."""
 
     def policy(o: Observation):
         where = pixel(o)
@@ -132,7 +132,7 @@ def combine(pixel: Callable, direction: Callable) -> Callable:
 
 
 SCRIPTED = {
-    "random": lambda o: (*object_pixel(o), unit(o.rng.normal(size=3))),  # a direction of the whole sphere
+    "random": lambda o: (*object_pixel(o), unit(o.rng.normal(size=3))),  # a direction from the whole sphere
     "random-normal": lambda o: against_normal(o.scene, *object_pixel(o)),
     "part-pixel-normal": lambda o: against_normal(o.scene, *random_pixel(o.scene.links == o.part, o.rng)),
     "hinge-pixel": hinge_pixel,
@@ -142,25 +142,25 @@ SCRIPTED = {
 
 
 def scripted(name: str) -> Callable | None:
-    """The policy of that name: one of SCRIPTED, direction-DEGREES or pixel-PIXELS. None when there is none."""
+    """The policy of that name: one of SCRIPTED, direction-DEGREES or pixel-PIXELS. None if there is none."""
     match = re.fullmatch(r"(pixel|direction)-(\d{1,3})", name)
     if match is None:
         return SCRIPTED.get(name)
     return disturbed(**{{"pixel": "pixels", "direction": "degrees"}[match[1]]: int(match[2])})
 
 
-# ---- a function of the user's own -----------------------------------------------------------------------------------
+# ---- the user's own function ----------------------------------------------------------------------------------------
 class PolicyFailure(Exception):
-    """A user's policy gave no action; the message is the reason that is counted."""
+    """A user's policy gave no valid action; the message is the failure reason that is counted."""
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, which a policy may catch."""
+    """Not an Exception, because a policy may catch those."""
 
 
 def user_function(name: str, source: str) -> Callable:
-    """The function that MODULE:FUNCTION names, as a policy: a PolicyFailure for what it raises, takes too long for, or
-    answers wrongly. Raises: ValueError when it cannot be imported."""
+    """The function MODULE:FUNCTION as a policy, which raises PolicyFailure for an exception, a timeout or an invalid
+    answer. Raises: ValueError when it cannot be imported."""
     module, _, function = source.rpartition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -200,7 +200,7 @@ def user_function(name: str, source: str) -> Callable:
     return policy
 
 
-# ---- tables that never look -----------------------------------------------------------------------------------------
+# ---- tables that ignore the picture ---------------------------------------------------------------------------------
 def blind_policy(table: dict, mean: bool = False) -> Callable:
     """The median label of this category and part, else of this part's name, else of all; mean: the mean of all."""
 
@@ -266,7 +266,7 @@ def read_blind_table(path) -> dict:
 @dataclass
 class TableConfig:
     make_blind_table: str = flag("", "manipulation.jsonl of the training data")
-    out: str = flag(str(BLIND_TABLE), "where the table goes")
+    out: str = flag(str(BLIND_TABLE), "file for the table")
 
 
 def main(argv: list[str] | None = None) -> None:

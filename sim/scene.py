@@ -5,15 +5,15 @@
     Outcome(moved, initial, long, reason) <- Scene.act <- Scene.backproject <-----------------'
 
 Success is a formula. With q the joint of the NAMED part and q0 its start value, `moved = q - q0` in radians or metres,
-counted in the instructed sense (|q - q0| where either sense will do):
-    initial: moved >= 0.01          long: moved >= min(0.1, half of the range that is left)
-0.01 and 0.1 are the thresholds of RoboMamba (arXiv 2406.04339, Sec. 4.3) and ManipLLM (arXiv 2312.16217); the "half of
-what is left" keeps parts with a short range possible at all.
+measured in the instructed direction (|q - q0| where either direction counts):
+    initial: moved >= 0.01          long: moved >= min(0.1, half of the remaining range)
+0.01 and 0.1 are the thresholds of RoboMamba (arXiv 2406.04339, Sec. 4.3) and ManipLLM (arXiv 2312.16217); "half of the
+remaining range" makes success possible for parts with a short range.
 
 Differs from the paper: its simulator is SAPIEN with PartNet-Mobility meshes and a Franka gripper with a suction cup;
 here the objects are boxes, cylinders and spheres, and the gripper is only its suction cup: a spring and damper with
-three force limits. The limits are what makes the benchmark honest: with an unlimited joint even hinge pixels and
-60-degree errors "succeed".
+three force limits. These limits keep the benchmark honest: with an unlimited joint, even hinge pixels and 60-degree
+errors "succeed".
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from sim.objects import BACKGROUND, BASE, Part
 
 p = None
 kept = os.dup(2)
-try:  # PyBullet writes its build time from C as it loads, which would be the first line of every message
+try:  # on import, PyBullet prints its build time from C, which would be the first line of every message
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    with contextlib.suppress(ImportError):  # need_pybullet says so
+    with contextlib.suppress(ImportError):  # need_pybullet reports it
         import pybullet as p
 finally:
     os.dup2(kept, 2)
@@ -45,32 +45,32 @@ finally:
 # Letters: S image side (pixels) · u, v pixel column and row · f, cx, cy intrinsics (pixels) · q joint value (rad or m).
 # Frames: world (x = object front, z = up, metres) and camera (OpenCV: x right, y down, z forward).
 
-INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the range that is left
+INITIAL, LONG, LONG_SHARE = 0.01, 0.1, 0.5  # success thresholds: rad or m; share of the remaining range
 INSCRIBED = 0.7  # sample within this share of a shape's bounding box: inside a cylinder, nearly inside a sphere
 
 
 @dataclass(frozen=True)
 class Physics:
-    """What the gripper can do and how stiff the joints are, SI units. Friction goes with the seal and the part's
-    largest lever arm, so that a pull near the hinge cannot win."""
+    """What the gripper can do and how stiff the joints are, SI units. Friction scales with the seal's tension limit and
+    the part's largest lever arm, so that a pull near the hinge cannot succeed."""
 
     dt_s: float = 1 / 240
     stiffness: float = 2000.0  # N/m, of the arm: a spring and damper from the moving target to the contact
     damping: float = 40.0  # N s/m
-    arm_force: float = 40.0  # N, where its force is clipped
+    arm_force: float = 40.0  # N, at which its force is clipped
     stroke_m: float = 0.18  # straight, one shot: along -approach (pull) or +approach (push)
     stroke_steps: int = 216
     hold_steps: int = 24
-    seal_tension: float = 35.0  # N, along the normal of the moving part: beyond, the seal breaks
+    seal_tension: float = 35.0  # N, along the normal of the moving part: above it, the seal breaks
     seal_shear: float = 28.0  # N, across it; pressing adds `press_shear` of the compression
     press_shear: float = 0.5
     push_friction: float = 0.8  # a push has no seal: it slips beyond push_friction * compression + push_grip
     push_grip: float = 2.0  # N
-    cup_radius_m: float = 0.008  # of a ring of 8 rays along the approach that must meet the link of the centre ray
-    cup_depth_m: float = 0.015  # how much unevenness the cup takes
+    cup_radius_m: float = 0.008  # of a ring of 8 rays along the approach that must hit the same link as the centre ray
+    cup_depth_m: float = 0.015  # how much unevenness the cup tolerates
     cup_rays_pull: int = 4  # of 8
     cup_rays_push: int = 3
-    clear_m: float = 0.15  # free way needed in front of the contact
+    clear_m: float = 0.15  # free space needed in front of the contact
     reach_m: float = 0.012  # the centre ray must hit this close to the point
     hinge_friction: tuple = (0.30, 0.45)  # x seal_tension x largest lever arm -> N m
     slide_friction: tuple = (0.40, 0.60)  # x seal_tension -> N
@@ -82,7 +82,7 @@ class Physics:
 
 @dataclass(frozen=True)
 class View:
-    """Ranges of the random camera. Wide on purpose: with centred, upright objects a table that never looks succeeds."""
+    """Ranges of the random camera. Wide on purpose: with centred, upright objects even a blind table succeeds."""
 
     fov_deg: float = 40.0
     near_m: float = 0.05
@@ -93,17 +93,17 @@ class View:
     shift: tuple = (-0.25, 0.25)  # of the frame, both ways
     roll_deg: tuple = (-10.0, 10.0)
     tries: int = 24
-    part_points: int = 48  # of the target: a camera is kept when enough can be seen AND worked on from there
-    min_inside: float = 0.9  # share of them that is in the frame
-    min_workable: float = 0.12  # share that is visible and passes the next three
+    part_points: int = 48  # of the target: a camera is kept if enough of them are visible AND workable from there
+    min_inside: float = 0.9  # share of them that must be in the frame
+    min_workable: float = 0.12  # share that must be visible and pass the next three
     min_alignment: float = 0.5  # |normal . motion|
     min_lever: float = 0.3  # of the largest lever arm
     min_facing: float = 0.2  # cosine between normal and line of sight
-    border: float = 0.025  # of the frame, does not count as inside
+    border: float = 0.025  # share of the frame that does not count as inside
 
 
 class Camera(NamedTuple):
-    """Where the camera stands, seen from the middle of the object, and where that middle lies in the picture."""
+    """Where the camera is, relative to the middle of the object, and where that middle appears in the picture."""
 
     azimuth_deg: float
     elevation_deg: float
@@ -124,11 +124,11 @@ class Outcome:
     initial: bool
     long: bool
     reason: str
-    joints: list[float] | None = None  # of all parts where the interaction left them; None: nothing was touched
+    joints: list[float] | None = None  # of all parts after the interaction; None: nothing was touched
 
 
 def need_pybullet() -> None:
-    """Raises: ValueError where it is not installed; everything can be imported without it."""
+    """Raises: ValueError if it is not installed; every module can be imported without it."""
     if p is None:
         raise ValueError(
             "the simulator needs PyBullet: `pip install pybullet` (wheels: Linux x86_64, Python 3.11 or older); "
@@ -137,20 +137,20 @@ def need_pybullet() -> None:
 
 
 def stream(category: str, seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers that depend on (category, seed, purpose) only: a new draw in one place changes no other place."""
+    """Random numbers that depend only on (category, seed, purpose): a new draw for one purpose affects no other."""
     if seed < 0:
         raise ValueError(f"seed={seed} must be >= 0")
     return np.random.default_rng([zlib.crc32(f"{category}/{purpose}".encode()), int(seed)])
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """`vector` (..., 3) at length 1; a zero vector stays zero."""
+    """`vector` (..., 3) normalised to length 1; a zero vector stays zero."""
     vector = np.asarray(vector, float)
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
 
 
 def tilt(direction: np.ndarray, angle_rad: float, rng: np.random.Generator) -> np.ndarray:
-    """`direction` (3,) turned by `angle_rad` about a random axis across it."""
+    """`direction` (3,) turned by `angle_rad` about a random axis perpendicular to it."""
     across = unit(np.cross(direction, unit(rng.normal(size=3))))
     return math.cos(angle_rad) * direction + math.sin(angle_rad) * across
 
@@ -193,7 +193,7 @@ class Scene:
     def spawn(self, category: str, seed: int, part: int | None = None) -> Scene:
         """A new object, start, friction, target, camera, light, background: a function of (category, seed). No picture.
 
-        `part` names the target; else it is drawn, and a part that no camera can see is passed over.
+        part: index of the target; None: it is drawn at random, skipping a part that no camera can see.
         Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
         """
         self.spec, urdf, flags = self.make(category, seed)
@@ -220,7 +220,7 @@ class Scene:
         return self
 
     def make(self, category: str, seed: int) -> tuple[objects.ObjectSpec, str, int]:
-        """What `spawn` loads, its URDF text, flags of loadURDF; sim/partnet.py brings the user's own objects here."""
+        """What `spawn` loads, its URDF text, flags of loadURDF; sim/partnet.py overrides it for the user's objects."""
         spec = catalogue.make_object(category, stream(category, seed, "object"))
         return spec, objects.to_urdf(spec, self.physics.mass_kg, self.physics.inertia), 0
 
@@ -229,7 +229,7 @@ class Scene:
         # With caching (on after each reset) a rewritten file of the same name silently loads as the FIRST object.
         p.setPhysicsEngineParameter(enableFileCaching=0, fixedTimeStep=self.physics.dt_s)
         p.setGravity(0, 0, 0)
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # memory, where there is such a folder
+        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # in memory, where this folder exists
         with tempfile.NamedTemporaryFile("w", prefix="scene_", suffix=".urdf", dir=folder) as file:
             file.write(urdf)
             file.flush()
@@ -252,7 +252,7 @@ class Scene:
             p.changeDynamics(self.body, j, jointDamping=self.physics.joint_damping)
 
     def set_joints(self, joints: list[float]):
-        """Another start state (rad or m, a value a part). Raises: ValueError for a wrong count or outside limits."""
+        """Sets another start state (rad or m, one per part). Raises: ValueError for a wrong count or outside limits."""
         if len(joints) != len(self.spec.parts):
             raise ValueError(f"joints has {len(joints)} values, the object has {len(self.spec.parts)} parts")
         for value, movable in zip(joints, self.spec.parts, strict=True):
@@ -262,12 +262,12 @@ class Scene:
         self.reset()
 
     def reset(self):
-        """Joints back to the start. Also refreshes the collision poses, which go stale after a load."""
+        """Moves the joints back to the start. Also refreshes the collision poses, which are stale after a load."""
         for j, value in enumerate(self.joints):
             p.resetJointState(self.body, j, value, 0.0)
 
     def motion(self, points: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """For points (n, 3) of `part`, world: unit direction (n, 3) as it opens; lever arm (n,), 1 = the largest."""
+        """For points (n, 3) on `part`, world: unit direction (n, 3) as it opens; lever arm (n,), 1 = the largest."""
         movable = self.spec.parts[part]
         axis = np.array(movable.axis)
         if movable.joint == "prismatic":
@@ -284,7 +284,7 @@ class Scene:
         return half / math.tan(math.radians(self.view.fov_deg) / 2), half, half - 1
 
     def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, Camera]:
-        """Draws cameras until one can see and work `part`; returns (workable share, camera), else the best one met."""
+        """Draws cameras until `part` is workable from one; returns (workable share, camera) of it, else of the best."""
         view = self.view
         ranges = (view.azimuth_deg, view.elevation_deg, view.distance, view.roll_deg, view.shift, view.shift)
         points = self._points_of(part, view.part_points, rng)
@@ -310,7 +310,7 @@ class Scene:
         return max(found, key=lambda one: one[0])
 
     def look(self, camera: Camera):
-        """Puts the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
+        """Places the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
         self.camera = camera
         boxes = np.array([p.getAABB(self.body, link) for link in range(-1, len(self.spec.parts))])  # (links, 2, 3)
         low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
@@ -321,13 +321,13 @@ class Scene:
         right = unit(np.cross(-back, [0.0, 0.0, 1.0]))
         down = np.cross(-back, right)
         right, down = math.cos(roll) * right + math.sin(roll) * down, math.cos(roll) * down - math.sin(roll) * right
-        # The object's centre now lies on the optical axis; turn the camera until it lies at the wanted place instead.
+        # The object's centre now lies on the optical axis; turn the camera so that it lies at the wanted place instead.
         tangent = 2 * math.tan(math.radians(self.view.fov_deg) / 2)
         centre = rotation_from_approach(np.array([camera.shift_u * tangent, camera.shift_v * tangent, 1.0]))
         self.camera_rotation = centre @ np.array([right, down, -back])
 
     def _textured(self, rgb: np.ndarray, depth: np.ndarray, links: np.ndarray) -> np.ndarray:
-        """rgb with the brightness of each pixel varied by the texture at its place on its link, wherever that is."""
+        """rgb with each pixel's brightness varied by the texture at its place on its link, wherever the link is now."""
         rgb = rgb.astype(float)
         for link, pattern in self.textures.items():
             rows, columns = np.nonzero(links == link)
@@ -341,7 +341,7 @@ class Scene:
         return rgb.clip(0, 255).astype(np.uint8)
 
     def picture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """rgb (S, S, 3) uint8, depth (S, S) metres along the camera's z (inf: nothing), links (S, S) int16, now."""
+        """Current rgb (S, S, 3) uint8, depth (S, S) metres along the camera's z (inf: nothing), links (S, S) int16."""
         S, near, far = self.image_size, self.view.near_m, self.view.far_m
         pose = np.eye(4)  # OpenGL wants x right, y up, z back
         pose[:3, :3] = self.camera_rotation * np.array([[1.0], [-1.0], [-1.0]])
@@ -395,7 +395,7 @@ class Scene:
         return link, np.array([hit[3] for hit in hits]), np.array([hit[4] for hit in hits])
 
     def normals(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is seen in the direction of points (n, 3), world: link (n,) (BACKGROUND: none), unit normal (n, 3)."""
+        """What the camera sees towards points (n, 3), world: link (n,) (BACKGROUND: none), unit normal (n, 3)."""
         link, _, normals = self.rays(self.eye, self.eye + 1.2 * (points - self.eye))
         return link, normals
 
@@ -412,13 +412,13 @@ class Scene:
         return local @ turn.T + position
 
     def _pose(self, link: int) -> tuple[np.ndarray, np.ndarray]:
-        """Position (3,) and rotation (3, 3), link -> world, of a part's frame now."""
+        """Current position (3,) and rotation (3, 3), link -> world, of a part's frame."""
         *_, position, orientation = p.getLinkState(self.body, link, computeForwardKinematics=1)[:6]
         return np.array(position), np.reshape(p.getMatrixFromQuaternion(orientation), (3, 3))
 
     # ---- the gripper ------------------------------------------------------------------------------------------------
     def seal(self, point: np.ndarray, approach: np.ndarray, push: bool) -> tuple[np.ndarray, int, str]:
-        """Brings the cup to `point` along `approach` (unit, world): surface normal, link, and why it failed or ""."""
+        """Brings the cup to `point` along `approach` (unit, world) -> surface normal, link, failure reason or ""."""
         physics = self.physics
         side = unit(np.cross(approach, [0.0, 0.0, 1.0] if abs(approach[2]) < 0.9 else [1.0, 0.0, 0.0]))
         angle = np.arange(8)[:, None] * (math.pi / 4)
@@ -438,13 +438,13 @@ class Scene:
     def act(self, u: float, v: float, approach, target: int | None = None, on_frame=None, stop_at=math.inf) -> Outcome:
         """Brings the gripper to pixel (u, v) along `approach` (3,), CAMERA frame, then pulls back (or pushes on) once.
 
-        Each step F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact), clipped at the arm's force, is
+        Each step, F = stiffness * (x_goal - x_contact) + damping * (v_goal - v_contact) is clipped at the arm's force,
         split along the CURRENT surface normal, compared with the seal's limits, and applied to the link.
 
         Args:
             target: index of the part whose joint counts (None: the scene's); its `primitive` decides pull or push.
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
-            stop_at: end early once the target has moved this much (rad or m); enough where only a threshold counts.
+            stop_at: end early once the target has moved this much (rad or m); enough if only a threshold matters.
         """
         if not np.isfinite([u, v, *approach]).all():
             return Outcome(0.0, False, False, "not a number")
@@ -493,7 +493,7 @@ class Scene:
         moved = self.opened(target, joints[target])
         if on_frame is not None:
             on_frame(step + 1, place(p.getJointState(self.body, link)[0])[0])
-        self.reset()  # so that rays and pictures between interactions always meet the start state
+        self.reset()  # so that rays and pictures between interactions always see the start state
         if moved >= INITIAL:
             reason = "success"
         elif link != target:
@@ -507,16 +507,16 @@ class Scene:
         return (self.joints[part] - movable.start) / (movable.upper - movable.start)
 
     def opened(self, part: int, q: float) -> float:
-        """How far (rad or m) `part` at joint value `q` has moved from the start, counted in the instructed sense."""
+        """How far (rad or m) `part` at joint value `q` has moved from the start, in the instructed direction."""
         moved = q - self.joints[part]
         return abs(moved) if self.spec.parts[part].both_ways else moved
 
     def long_threshold(self, part: int) -> float:
-        """How far (rad or m) `part` must move for the long success: 0.1, or half of what is left where that is less."""
+        """How far (rad or m) `part` must move for long success: 0.1, or half of the remaining range if that is less."""
         return min(LONG, LONG_SHARE * (self.spec.parts[part].upper - self.joints[part]))
 
     def sense(self, part: int) -> int:
-        """How the outward normal of a good contact points along the part's motion: +1 pull, -1 push, 0 either."""
+        """Sign of a good contact's outward normal along the part's motion: +1 pull, -1 push, 0 either."""
         pull = 1 if self.spec.parts[part].primitive == "pull" else -1
         return 0 if self.spec.parts[part].both_ways else pull
 
@@ -531,7 +531,7 @@ def _path(part: Part, q0: float, point: np.ndarray, normal: np.ndarray):
     vectors = np.array([point - origin, normal])
     along = np.array([axis * (axis @ vector) for vector in vectors])
     away, across = vectors - along, np.cross(axis, vectors)
-    along[0] += origin  # the contact is a place, the normal a direction
+    along[0] += origin  # the contact is a point, the normal a direction
 
     def place(q):
         c, s = math.cos(q - q0), math.sin(q - q0)
