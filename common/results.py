@@ -26,48 +26,61 @@ README_ROWS = {  # name in the results of RGBD -> what the row is
     "model": "RGB image and instruction, the paper's head of 3,152 parameters, all else frozen",
     "model-depth": "the same weights, shown an imperfect camera's depth image too; pointing head, contact refined",
     "random-backbone-depth": "`model-depth` with an untrained, frozen backbone: only the heads are trained",
-    "blind": "vision-free baseline: median label of each category and part",
+    "blind": "vision-free baseline: median training label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
     "expert": "oracle: scripted expert that knows the joint; scenes are those it solves",
 }
 GLOSSARY = """| row | what it is |
 | --- | --- |
 | `model` | image and instruction, one forward pass, the paper's head of 3,152 parameters; RGB alone |
-| `model-point` | the same by the pointing head (27,476 parameters, common/pointing.py) |
-| `model-text` | the same weights answer in words ("64 33 69 25 89": quantised coordinates), no head; RGB alone |
+| `model-point` | the same input, pointing head (27,476 parameters, common/pointing.py) |
+| `model-text` | the same weights spell the action out ("64 33 69 25 89": quantised coordinates), no head; RGB alone |
 | `model-depth-head-raw` | depth and normals as input too; the paper's head |
-| `model-depth-head` | the same, then the contact refined on the depth image (data/depth.py) |
+| `model-depth-head` | the same, with the contact refined on the depth image (data/depth.py) |
 | `model-depth-raw` | depth as input, the pointing head, not refined |
 | `model-depth` | depth as input, the pointing head, refined: chosen on validation scenes by the rate at 0.1 |
-| `random-backbone-depth` | a network of the same shapes that was never trained; both heads trained as ours; refined |
-| `random-depth` | random pixel of the object with the same refinement: what depth alone gives |
+| `random-backbone-depth` | frozen random backbone of the same shapes; both heads trained as for ours; refined |
+| `random-depth` | random pixel of the object, refined in the same way: what depth alone contributes |
 | `blind` | vision-free baseline: median training label of each (category, part); it never sees the image |
 | `part-pixel-normal` | privileged baseline: random pixel of the *named part*, true surface normal |
 | `random-normal` | privileged baseline: random pixel of the *object*, true surface normal |
 | `random` | random pixel of the object, random direction |
-| `expert` | oracle: scripted expert that knows the joint; scenes are those it solves, so its row is 1 |
-| `expert, unconditioned` | scene acceptance rate: how many of the scenes tried it solved |
+| `expert` | oracle: scripted expert that knows the joint; only scenes it solves are used, so its row is 1 |
+| `expert, unconditioned` | scene acceptance rate: the fraction of sampled scenes that the expert solved |
 
 Category mean: mean over categories of the rates at 0.01 / 0.1. Every policy acts on the same scenes with the same
-sentences. The depth image is that of an imperfect camera: noise, holes, ragged edges. Refined: moved to the place
-nearby that suits a suction cup best, flat and facing the predicted direction (`refine` in data/depth.py)."""
-ABLATIONS = """On the third training (see "Earlier trainings"): RGB alone.
+instructions. The depth image comes from an imperfect camera: noise, holes, ragged edges. Refined: moved to the nearby
+place that best suits a suction cup, flat and facing the predicted direction (`refine` in data/depth.py)."""
+ABLATIONS = """`-depth`: depth as input too, pointing head, refined. All other rows: RGB alone, the paper's head.
 
-| row | what changed |
+| row | difference from `model` |
 | --- | --- |
 | `model-pixel`, `model-direction` | half of the action is the model's, the other half the oracle's |
-| `head-seed-1`, `head-seed-2` | the same backbone, heads trained from other seeds |
-| `all-fine-tuned` | `model` with every weight fine-tuned on the manipulation samples |
-| `all-questions` | stage 1.2 cut to 400 steps, all questions |
-| `general-only` | the same without the robot's questions (plan, possible, success, past, future, contact) |
-| `untrained-encoder` | the same as `all-questions`, encoder not pre-trained (no stage 0) |"""
+| `seed-1` | heads trained from another seed |
+| `mean-pool` | `--pool mean`: the head reads the mean of all text states, not the last one |
+| `one-mlp` | `--head one_mlp`: pixel and rotation by one MLP (the paper's Table 6) |
+| `hidden-48` | `--hidden 48`: six times as many parameters in the head |
+| `all-fine-tuned` | every weight fine-tuned on the manipulation samples, three passes |"""
+TARGETS = """`make targets`: 3,500 pictures, 800 + 350 steps, 20 epochs of heads. Display, Toaster, KitchenPot and
+FoldingChair are shown without labels, the archetypes `trays` and `latch` not at all; scored on scenes of these six.
+
+| row | what was trained |
+| --- | --- |
+| `nothing` | the default: all loss terms, 40 % of the pictures show grammar objects |
+| `arm`, `motion`, `part` | without the moment arm, the motion or the mask of the named part |
+| `named` | without any loss term about a named part, including the contact and its direction |
+| `kinds` | without the text-free labels of movable parts: cells, kind, openness |
+| `geometry`, `words` | without depth, normals and object mask; without category and colour |
+| `encoder` | without stage vision: the encoder keeps its random weights |
+| `grammar-20`, `grammar-60` | 20 % or 60 % of the pictures show grammar objects, same number of pictures |
+| `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |"""
 CHUNKS = "![local states of a chunk, what is carried into it, and their sum](data/figures/chunks.png)"
-SCAN = """Forward and backward, float32: least and most time of all rounds, peak memory on top of the inputs, and
-least and most of the time as a multiple of chunked's in the same round."""
-SCAN_TABLES = {  # what the tables of scan.json say, by key
-    "linear": "The chunked scan is linear in L:",
-    "indexed": "Indexing a tensor inside an autograd loop is quadratic in L; `unbind` once is not:",
-    "cumprod": "Share of outputs that are inf or nan when one divides by the cumulative product of decays:",
+SCAN = """Forward and backward, float32: shortest and longest time over all rounds, peak memory beyond the inputs, and
+the smallest and largest ratio to the chunked scan's time in the same round."""
+SCAN_TABLES = {  # key in scan.json: caption of its table
+    "linear": "The time of the chunked scan is linear in L:",
+    "indexed": "Indexing a tensor inside an autograd loop takes time quadratic in L; calling `unbind` once does not:",
+    "cumprod": "Fraction of outputs that are inf or nan when dividing by the cumulative product of decays:",
 }
 TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads.
 
@@ -75,19 +88,19 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 | --- | --- |
 | `seed-0`, `seed-1`, `seed-2` | the same pictures; other weights, order and augmentation |
 | `strict` | `ARCHETYPES=strict`: without the archetypes that come near an unseen category; seed 0 |
-| `0-archetypes` .. `24-archetypes` | 3,500 pictures each, 40 % of them of so many archetypes; 800 + 40 + 350 steps |
-| `-depth` | shown depth too: the pointing head, refined; without it RGB alone and the paper's head |
+| `0-archetypes` .. `24-archetypes` | 3,500 pictures each, 40 % from that number of archetypes; 800 + 40 + 350 steps |
+| `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |
 
-seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). In stage
-vision 30 % of the pictures had no depth, now half of them; new heads did not start at the mean state yet (`centre` in
-finetune_policy.py); refined without the limit `turn` (common/config.py). Nothing was chosen by these numbers."""
-QUESTIONS = """`make questions`: 400 steps of stage 1.2 after the first stages of seed-0, then heads; all else as above.
+seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). These runs
+predate three changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
+mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`. Nothing was chosen by these numbers."""
+QUESTIONS = """`make questions`: 400 steps of stage 1.2 after seed-0's first two stages, then heads; otherwise as above.
 
-| row | questions of stage 1.2, beside the general ones |
+| row | questions of stage 1.2, in addition to the general ones |
 | --- | --- |
 | `with-all` | plans, affordances (possible, movable), success, past, future; contacts in words |
 | `with-contacts` | contacts in words only |
-| `with-plans` | the same as `with-all` without contacts in words |
+| `with-plans` | as `with-all`, without contacts in words |
 | `with-neither` | none |"""
 VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
 
@@ -135,16 +148,6 @@ def with_table(text: str, name: str = "README.md") -> str:
 def categories(results: dict) -> str:
     """Per category, of the README's policies."""
     return report.categories(results | {"policies": {name: results["policies"][name] for name in README_ROWS}})
-
-
-def heads(runs: list[dict]) -> str:
-    rows = []
-    for run in runs:
-        name = run.get("what") or f"`{run['command'].split('finetune_policy.py ')[1]}`"
-        errors = (f"{run['pixel_px']:.2f} px", f"{run['approach_degrees']:.1f} deg")
-        sizes = (f"{run['head_parameters']:,d}", f"{100 * run['head_share']:.2f}")
-        rows.append([name, *sizes, *errors, f"{run['seconds']:.0f}"])
-    return grid(["head or backbone", "parameters", "% of all", "pixel error", "direction error", "s"], rows)
 
 
 def physics(results: dict) -> str:
@@ -253,28 +256,29 @@ def earlier(first: dict) -> str:
 
 HEAD = """# Results
 
-Made by `python -m common.results` from the committed JSON; do not edit. Each section names its JSON file and its
-command, as it was called that day. One training seed unless a row says otherwise; intervals are binomial and leave out
-the spread between trainings.
+Generated by `python -m common.results` from the committed JSON; do not edit. Each section names its JSON file and the
+command that produced it, as it was run at the time. One training seed unless a row says otherwise; the intervals are
+binomial and do not include the spread between trainings.
 
-On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; the shipped model predicts
-the same to float rounding, so a success count differs by a few scenes of 550; weights trained there differ as much as
-with another seed; times are only comparable within a table."""
+On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; the predictions of the
+shipped model agree to float rounding, so success counts differ by a few scenes of 550; weights trained there differ as
+much as with another seed; times are comparable only within a table."""
 PAGE = """## A page to click in
 
-`python -m extras.play`: a drawer unit, an instruction, and what the model, the vision-free baseline and the oracle do.
+`python -m extras.play`: a drawer unit, an instruction, and the actions of the model, the vision-free baseline and the
+oracle.
 
 ![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
-TIMES = "Wall time of `make train` on two cores shared with other jobs, from policy.json and metrics.csv beside it."
+TIMES = "Wall time of `make train` on two cores shared with other jobs, from policy.json and metrics.csv next to it."
 KEPT = "data/results"
-SECTIONS = {  # title: file, and what is said: texts, or functions of what is in the file
+SECTIONS = {  # title: file, then what to print: texts, or functions of the file's content
     "Manipulation": (f"{RGBD}/results.json", GLOSSARY, report.report),
-    "How the attempts ended": (f"{RGBD}/results.json", report.details),
+    "Failure reasons": (f"{RGBD}/results.json", report.details),
     "Per category, beside the paper": (f"{RGBD}/results.json", categories),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
+    "Transfer ablation": (f"{KEPT}/targets.json", TARGETS, trainings),
     "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
     "Which robot questions help": (f"{KEPT}/questions.json", QUESTIONS, trainings),
-    "Policy heads": (f"{KEPT}/heads.json", "On the third training; validation medians, 10,000 samples.", heads),
     "Reasoning": (f"{RGBD}/reasoning.json", report.reasoning_report),
     "Reasoning, beside the paper": (f"{RGBD}/reasoning.json", report.paper_table1),
     "Speed": (f"{KEPT}/speed.json", report.speed_table, report.SPEED_NOTES),
@@ -287,7 +291,7 @@ SECTIONS = {  # title: file, and what is said: texts, or functions of what is in
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
     "Earlier trainings": (
         f"{KEPT}/first_training.json",
-        "The second to the fourth: second_training.json, third_training.json, fourth_training.json beside it.",
+        "The second to the fourth: second_training.json, third_training.json, fourth_training.json next to it.",
         earlier,
     ),
 }
