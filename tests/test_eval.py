@@ -217,7 +217,7 @@ def test_results_have_the_promised_form(tiny):
     )
     beside = (out / "categories.md").read_text()  # what the paper prints stands beside it, and says whose it is
     assert "| seen | n | expert | random | blind | RoboMamba (theirs) | ManipLLM (theirs) |" in beside
-    assert "| Safe | 1 | 1.00 / " in beside and " | 0.81 | 0.68 |\n| Door | 1 |" in beside and "do not compare" in beside
+    assert "| Safe | 1 | 1.00 / " in beside and " | 0.81 | 0.68 |\n| Door | 1 |" in beside and "not compare" in beside
     assert beside.count("the average they print") == 2 and " | 0.63 | 0.56 |" in beside and " | 0.53 | 0.51 |" in beside
     assert not list(out.glob("*.tmp*")) and not list(out.glob(".probe*"))
 
