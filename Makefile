@@ -186,6 +186,7 @@ targets: simulator
 	$(call cotrained,encoder,,data)
 	$(call without,grammar-20,,data-20)
 	$(call without,grammar-60,,data-60)
+	@# the policies: ROW=FOLDER,ROW-depth=FOLDER of every row
 	$(PY) sim_eval.py $(HELD_SCENES) --episodes 600 --workers $(PROCESSES) --out $(TARGETS)/eval --policy \
 	  $(subst $(eval ) ,$(,),$(foreach r,$(TARGET_ROWS),$(r)=$(TARGETS)/$(r)/policy $(r)-depth=$(TARGETS)/$(r)/policy))
 	$(PY) -m common.report $(TARGETS)/eval/results.json --out data/results/targets.json

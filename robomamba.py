@@ -27,6 +27,7 @@ How the `tiny` preset differs from the paper (the `robomamba-2.8b` preset has th
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +101,7 @@ class VisionTransformer(nn.Module):
 
     Source: CLIP section 2.4; RoboMamba section 3.1 takes the second-to-last layer of ViT-L and drops the class token.
     Differs: `stem` replaces the one patch convolution with strided 3x3 ones (see the module docstring); () is CLIP's.
-    `depth` adds four input channels, `fine` a map of higher resolution.
-    """
+    `depth` adds four input channels, `fine` a map of higher resolution."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -177,16 +177,20 @@ def position_code(side: int, d_model: int) -> Tensor:
 # ---- mamba -----------------------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) over the last axis, times a learned weight. A float32 x is normalised in float32."""
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) over the last axis. F.rms_norm gives the same with twice as many operations."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.rsqrt(length * length / x.shape[-1] + eps)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.weight.dtype) * self.weight
+        return rms_norm(x, self.eps).to(self.weight.dtype) * self.weight
 
 
 class LayerState(NamedTuple):
@@ -200,8 +204,7 @@ class MambaMixer(nn.Module):
     """The selective state-space mixer (Mamba paper, Fig. 3 and Algorithm 2; RoboMamba Fig. 2, right).
 
     Differs: `bc_norm` divides B and C by their root mean square before the scan. A_log, D, dt and the scan stay at
-    least float32, even after `.to(torch.bfloat16)`, because a rounded decay is applied again at every token.
-    """
+    least float32, even after `.to(torch.bfloat16)`, because a rounded decay is applied again at every token."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -230,10 +233,8 @@ class MambaMixer(nn.Module):
         return LayerState(conv, self.A_log.new_zeros(batch, *self.A_log.shape))
 
     def conv(self, x: Tensor) -> Tensor:
-        """Causal depthwise convolution: (B, L + K - 1, E), which starts with the K - 1 past inputs, -> (B, L, E).
-
-        Done as K shifted products: F.conv1d needs (B, E, L), so two transposes, and its backward is slow on a CPU.
-        """
+        """Causal depthwise convolution: (B, L + K - 1, E), which starts with the K - 1 past inputs, -> (B, L, E)."""
+        # K shifted products: F.conv1d needs (B, E, L), so two transposes, and its backward is slow on a CPU
         taps = self.conv1d.weight[:, 0].T.contiguous()  # (K, E)
         L = x.shape[1] - len(taps) + 1
         y = self.conv1d.bias
@@ -251,7 +252,7 @@ class MambaMixer(nn.Module):
         # lines 2 and 3: B = s_B(u), C = s_C(u)
         BC = BC.to(self.A_log.dtype).unflatten(-1, (2, cfg.d_state))  # (.., 2, N)
         if cfg.bc_norm:
-            BC = F.rms_norm(BC, BC.shape[-1:], eps=cfg.norm_eps)
+            BC = rms_norm(BC, cfg.norm_eps)
         B, C = BC.unbind(-2)
         return dt, -torch.exp(self.A_log), B, C
         # end of exercise 5
@@ -362,8 +363,7 @@ class Action(NamedTuple):
 class PolicyHead(nn.Module):
     """Pooled state (B, D) -> pixel (B, 2) in -1 .. 1 (left/top .. right/bottom) and 6D rotation (B, 6).
 
-    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU between layers, no final bias, as in its code.
-    """
+    Source: RoboMamba section 3.3 and Table 6 ("MLP x2", "MLP x1"). ReLU inside, no final bias, as in its code."""
 
     def __init__(self, cfg: HeadConfig, d_model: int):
         super().__init__()
@@ -378,8 +378,7 @@ class PolicyHead(nn.Module):
 def rotation_from_6d(r6: Tensor) -> Tensor:
     """(.., 6) = approach, forward (any length, not yet orthogonal) -> (.., 3, 3), columns [forward, left, approach].
 
-    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts gripper up (= approach), then forward.
-    """
+    Source: Zhou et al. 2019 (arXiv 1812.07035), Gram-Schmidt; RoboMamba predicts up (= approach), then forward."""
     # exercise 7: 6D rotation
     approach = F.normalize(r6[..., :3], dim=-1, eps=1e-6)
     forward = r6[..., 3:] - (approach * r6[..., 3:]).sum(-1, keepdim=True) * approach
@@ -429,7 +428,7 @@ class RoboMamba(nn.Module):
     def image_tensor(self, image) -> Tensor:
         """Path, PIL image or uint8 (S, S, 3) -> uint8 (1, 3, S, S); only files and PIL images are resized."""
         S = self.config.vision.image_size
-        if isinstance(image, str | Path):
+        if isinstance(image, str | os.PathLike):
             image = read_picture(image, S)
         elif isinstance(image, Image.Image):
             image = image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
@@ -571,7 +570,8 @@ class RoboMamba(nn.Module):
         geometry = None
         if depth is not None:
             depth, intrinsics = depth_camera.resample(depth, intrinsics, S)
-            geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
+            if self.config.vision.depth:
+                geometry = torch.from_numpy(depth_camera.geometry(depth, intrinsics))[None].to(device)
         tokens = torch.tensor([self.prompt(contact_question(instruction))], device=device)
         image = self.image_tensor(image)
         point = self.point is not None and (depth is not None if point is None else point)

@@ -217,8 +217,8 @@ def _refuse_graph():
 # --- the chunked form: u, dt, gy (T, b, E); A (N, E), and A2 = A * LOG2_E; B, C (T, b, N); states (b, N, E) ---
 
 LOG2_E = math.log2(math.e)  # exp(x) = 2 ** (x * LOG2_E): on a CPU torch.exp2 takes at most half of torch.exp's time
-# Elements of a working buffer for each of up to MOST threads, 2 MiB in float32: three stay in a usual last-level cache
-SLAB, MOST = 512 * 1024, 4
+# Elements of a working buffer per thread, 2 MiB in float32: three stay in a usual last-level cache; for up to 4 threads
+SLAB, MAX_THREADS = 512 * 1024, 4
 # Time steps: with fewer the kept states are many; with more a short sequence of one row leaves the second-level cache
 MIN_CHUNK, MAX_CHUNK = 16, 64
 
@@ -286,9 +286,9 @@ def _backward_chunk(u, dt, A, B, C, gy, h, carry, buffers):
 def _block_sizes(batch, L, N, E, chunk):
     """-> T, rows: time steps of a chunk, and batch rows worked on at once, for buffers of about SLAB elements a thread.
 
-    PyTorch divides operations on more than 32,768 elements among its threads: with so many rows a time step is one.
+    PyTorch splits an operation among threads only above 32,768 elements; enough rows bring a time step above that.
     """
-    room = SLAB * min(torch.get_num_threads(), MOST)
+    room = SLAB * min(torch.get_num_threads(), MAX_THREADS)
     T = min(L, chunk or min(max(room // (batch * N * E), MIN_CHUNK), MAX_CHUNK))
     if chunk is None:
         T = math.ceil(L / math.ceil(L / T))  # even: a last chunk of one step would cost nearly as much as a full one

@@ -388,6 +388,7 @@ def evaluate(bench: Bench, splits: dict, broken: dict, held: dict, command: str 
     return {
         **summarise(bench.sources, list(splits), done),
         "split": cfg.split or "objects",
+        "categories": cfg.categories,
         "command": command,
         **environment(),
         "workers": cfg.workers,

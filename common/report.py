@@ -233,7 +233,7 @@ def categories(results: dict) -> str:
         theirs = [f"{sum(row[c] for row in known) / max(1, len(known)):.2f}" for c in columns]
         rows.append(["mean", "", *ours, *theirs])
         printed = paper["printed_average"].get(split)
-        if printed and results["split"] in ("both", split) and "--categories" not in results["command"]:
+        if printed and results["split"] in ("both", split) and not results.get("categories"):
             rows.append(["the average they print", "", *[""] * len(ours), *(f"{printed[c]:.2f}" for c in columns)])
         lines += [grid([split, "n", *policies, *(f"{name} (theirs)" for name in columns)], rows), ""]
     return "\n".join(lines)

@@ -301,6 +301,9 @@ def test_only_some_categories_and_archetypes(tmp_path):
     shown = results["splits"]["val"]["categories"]
     assert {name: scores["n"] for name, scores in shown.items()} == {"Laptop": 2, "grammar:trays": 2}
     assert "grammar:trays | 2 | 1.00 / 1.00 | - | - |" in (tmp_path / "categories.md").read_text()
+    run(tmp_path, "--policy", "expert", "--split", "seen", "--categories", "Door", "--episodes", 1, "--workers", 1)
+    beside = (tmp_path / "categories.md").read_text()  # the paper's average is one of all categories
+    assert "| Door | 1 | 1.00 / 1.00 | 0.73 | 0.62 |" in beside and "the average they print" not in beside
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -73,16 +73,30 @@ def test_any_split_of_a_sequence_gives_the_same_output(mini, cut):
         close(got.conv, wanted.conv)
 
 
+@pytest.mark.parametrize("width", [8, 192])
+def test_rms_norm_and_its_gradients_equal_those_of_pytorch(width):
+    x = torch.randn(5, 3, width, dtype=torch.float64)
+    x[1] *= 1e-3  # here eps counts
+    x[2] = 0
+    grads = []
+    for norm in (robomamba.rms_norm, lambda x, eps: torch.nn.functional.rms_norm(x, (width,), eps=eps)):
+        x = x.detach().requires_grad_()
+        y = norm(x, 1e-5)
+        grads.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs, 1e-12)
+
+
 @torch.inference_mode()
 def test_one_token_costs_few_operations(tiny):
-    """At batch 1 time goes with the number of operator calls: today 146 a block."""
+    """At batch 1 time goes with the number of operator calls: today 133 a block, 146 with PyTorch's RMSNorm."""
     block = tiny.lm.backbone.layers[0]
     x = torch.randn(1, 192)
     state = block.mixer.initial_state(1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         block(x, state)
     calls = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
-    assert 50 < calls <= 149
+    assert 50 < calls <= 136
 
 
 @torch.no_grad()
