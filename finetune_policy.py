@@ -10,9 +10,9 @@ picture, plus the geodesic angle between the predicted and the true gripper rota
 the approach (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the paper's random yaw, the
 mean angle could not fall below 90 degrees.
 
-A model with a fine map (--preset tiny-rgbd) has a second head, the pointing head, with 0.8 % of the parameters. It
-trains on part of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees
-every picture twice, with and without depth.
+A model with a fine map (--preset tiny-rgbd) has a second head of about that size, the pointing head. It trains on part
+of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees every picture
+twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, averaged per epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
@@ -227,8 +227,7 @@ def start_model(cfg: PolicyConfig, processes: Processes) -> RoboMamba:
         model.head = PolicyHead(model.config.head, model.config.lm.d_model)
         init_weights(model.head)
         if model.point is not None:
-            C = model.config.vision.fine
-            model.point = PointingHead(model.config.lm.d_model, C, C)
+            model.point = PointingHead(model.config.lm.d_model, model.config.vision.fine)
     return model.to(processes.device).train()
 
 
@@ -302,12 +301,13 @@ def finetune(cfg: PolicyConfig) -> dict:
     val_samples = load_manipulation(Path(cfg.val) / "manipulation.jsonl") if cfg.val else []
     model = start_model(cfg, processes)
     frozen = freeze(model, PARTS if cfg.unfreeze else HEADS)
-    share = count(model.head) / count(model)
+    heads = {name: count(getattr(model, name)) for name in HEADS if getattr(model, name)}
     shown = (False,) if cfg.unfreeze else ways(model.vision, cfg.data, [s["image"] for s in samples])
     total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(shown) * len(samples))
     with Run(cfg, processes, total, log_every=1) as run:
         rest = "the rest is frozen" if frozen else "the rest is trained too"
-        run.say(f"head {count(model.head):,d} parameters, {100 * share:.3f} % of {count(model):,d}; {rest}")
+        sizes = ", ".join(f"{name} {n:,d} ({n / count(model):.3%})" for name, n in heads.items())
+        run.say(f"parameters: {sizes} of {count(model):,d}; {rest}")
         data = prepare(cfg, model, cfg.data, samples, processes, shown)
         val = prepare(cfg, model, cfg.val, val_samples, processes, shown[-1:]) if cfg.val else None
         if not cfg.keep_head:
@@ -320,7 +320,8 @@ def finetune(cfg: PolicyConfig) -> dict:
             error = result["point_degrees" if model.point else "approach_degrees"]
             model.config.head.turn = min(180.0, round(TURN * error, 1))
         model.save_pretrained(out, half=cfg.half)
-        result |= {"head_parameters": count(model.head), "head_share": share, "samples": len(samples)}
+        result |= {f"{name}_parameters": n for name, n in heads.items()}
+        result |= {"head_share": heads["head"] / count(model), "samples": len(samples)}
         result |= {"read_seconds": round(read_seconds, 1), "seconds": round(time.monotonic() - start, 1)}
         write_json(out / "policy.json", result)
         run.finish()

@@ -408,7 +408,7 @@ class RoboMamba(nn.Module):
         self.lm = MambaLM(config.lm)
         self.head = PolicyHead(config.head, config.lm.d_model)
         C = config.vision.fine
-        self.point = PointingHead(config.lm.d_model, C, C) if C else None
+        self.point = PointingHead(config.lm.d_model, C) if C else None
         side = config.vision.image_size // config.vision.patch_size
         position = position_code(side, config.lm.d_model) if config.position_code else None
         self.register_buffer("position", position, persistent=False)  # computed, not learned: not in checkpoints

@@ -33,7 +33,7 @@ README_ROWS = {  # name in the results of RGBD -> what the row is
 GLOSSARY = """| row | what it is |
 | --- | --- |
 | `model` | image and instruction, one forward pass, the paper's head of 3,152 parameters; RGB alone |
-| `model-point` | the same input, pointing head (27,476 parameters, common/pointing.py) |
+| `model-point` | the same input, pointing head (3,580 parameters, common/pointing.py) |
 | `model-text` | the same weights spell the action out ("64 33 69 25 89": quantised coordinates), no head; RGB alone |
 | `model-depth-head-raw` | depth and normals as input too; the paper's head |
 | `model-depth-head` | the same, with the contact refined on the depth image (data/depth.py) |

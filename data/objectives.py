@@ -109,7 +109,7 @@ class NamedPart(nn.Module):
         self.heads = nn.ModuleList()
         for channels, hidden, side in maps:
             outputs = sum(self.CHANNELS) * (FINE // side) ** 2  # for each raster cell inside a map cell
-            self.heads.append(PointingHead(self.WORDS, channels, hidden, outputs))
+            self.heads.append(PointingHead(self.WORDS, channels, hidden, outputs, narrow=64))
 
     def predict(self, maps: list[Tensor], named: NamedParts) -> list[Tensor]:
         """Maps of the pictures (tokens and, if any, fine) -> for each map (M, 6, 32, 32), see CHANNELS."""

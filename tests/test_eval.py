@@ -760,10 +760,10 @@ def test_printing_tables_again_and_what_is_no_result(tmp_path, monkeypatch, caps
         monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
         report.main()
 
-    again(ROOT / "data/results/third_ablations.json", "--out", tmp_path / "short.json")
+    again(ROOT / "data/results/ablations.json", "--out", tmp_path / "short.json")
     short = json.loads((tmp_path / "short.json").read_text())
     assert capsys.readouterr().out.startswith("| policy |") and "episodes" not in short and short["policies"]["model"]
-    for name in ("data/results/mistakes.json", "data/results/third_heads.json"):
+    for name in ("data/results/mistakes.json", "data/results/speed.json"):
         with pytest.raises(ValueError, match=f"{name}: not a results.json"):
             again(ROOT / name)
     for name in ("README.md", "nowhere.json"):
