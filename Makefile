@@ -136,7 +136,7 @@ evaluate: simulator runs/random/model.safetensors
 	$(ONE) -m extras.reasoning_eval --checkpoint $(RGBD) --train data/cache/train \
 	  --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 	cp runs/reasoning/reasoning.json $(RGBD)/
-	$(PY) -m common.results
+	$(PY) -m extras.results
 
 # Ablation of the robot questions: short co-trainings after the first two stages of make short, and heads on each.
 BASE = presence=3,count=2,parts=2,state=3
@@ -205,7 +205,7 @@ ablations: simulator
 	$(PY) -m common.report runs/ablations/results.json --out data/results/ablations.json
 
 results: .venv/ready
-	$(PY) -m common.results
+	$(PY) -m extras.results
 
 clean:
 	rm -rf .venv data/cache runs demo build *.egg-info

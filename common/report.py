@@ -1,9 +1,8 @@
-"""Tables in Markdown: what sim_eval.py and extras/reasoning_eval.py print and write about a run.
+"""Tables in Markdown: what sim_eval.py prints and writes about a run.
 
     python -m common.report runs/eval/results.json --out FILE.json     # the tables again; FILE: without the episodes
 
-summarise(..) makes the scores of a run of sim_eval.py. Every table takes what a committed JSON file holds: report,
-table, details, categories of that run; reasoning_report, reasoning_details, paper_table1; mistakes_table; speed_table.
+summarise(..) makes the scores of a run; report, table, details, categories take them, or what a committed JSON holds.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from common.files import read_json, write_json, write_text
 from common.scripts import run_main
 
 DATA = Path(__file__).parent.parent / "data"
-PAPER, PAPER_REASONING = DATA / "paper_table2.json", DATA / "paper_table1.json"
+PAPER = DATA / "paper_table2.json"
 THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
@@ -255,151 +254,6 @@ def write_results(out: Path, results: dict) -> list[Path]:
         for name in ("results.partial.json", "table.partial.md"):  # of an earlier try
             (out / name).unlink(missing_ok=True)
     return paths
-
-
-# ---- tables of extras/reasoning_eval.py ------------------------------------------------------------------------------
-
-SHOWN = ("model", "image-blind", "majority")
-REASONING_COLUMNS = ("answers", "robot exact", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "general exact")
-REASONING_COLUMNS += ("presence", "precision", "recall", "F1", "yes")
-EXACT = """Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as
-POPE scores object hallucination ("yes" is positive). Greedy decoding, each question asked on its own."""
-KINDS = "Words: exact match. Where, contact: median distance. Box: median IoU."
-OUR_QUESTIONS = """\
-Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and
-models pre-trained on text. Their rows are for orientation only; do not compare the numbers.**"""
-
-
-def place(scores: dict) -> str:
-    """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
-    if "rate" in scores:
-        return f"{scores['rate']:.2f}" if scores["n"] else "-"
-    if "iou" in scores:
-        return f"IoU {scores['iou']:.2f}"
-    px = "no answer" if scores["px"] is None else f"{scores['px']:.1f} px"
-    return f"{px}, {scores['degrees']:.0f} deg" if "degrees" in scores else px
-
-
-def reasoning_report(results: dict) -> str:
-    """Two tables: robot questions, general questions and presence, by who answers; then the question types."""
-    splits = results["splits"]
-    rows = []
-    for split, result in splits.items():
-        for who, scores in result["answerers"].items():
-            robot, general = (percent(scores[key]) if key in scores else "" for key in ("robot", "general"))
-            bleu = [f"{value:.1f}" for value in scores["bleu"]] if "bleu" in scores else [""] * 4
-            pope = [""] * 5
-            if "pope" in scores:
-                pope = [f"{scores['pope'][key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
-                pope = [place(scores["pope"]["accuracy"]), *pope]
-            rows.append([f"{split}, {who}", robot, *bleu, general, *pope])
-    types = []
-    for name in dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"]):
-        types.append([name])
-        for result in splits.values():
-            scores = [result["answerers"][who]["families"].get(name) for who in SHOWN]
-            types[-1] += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(SHOWN))
-    head = ["question type", *(f"{split} {what}" for split in splits for what in ("n", *SHOWN))]
-    return "\n".join([grid(REASONING_COLUMNS, rows), "", EXACT, "", grid(head, types), "", KINDS, ""])
-
-
-def reasoning_details(results: dict) -> str:
-    """Per split: every question type with k/n and interval, then every category."""
-
-    def cell(scores: dict) -> str:
-        return percent(scores) if "k" in scores else f"{place(scores)} ({percent(scores['read'])} read)"
-
-    lines = []
-    for split, result in results["splits"].items():
-        for key, title in (("families", "question types"), ("categories", "categories")):
-            groups = {who: scores[key] for who, scores in result["answerers"].items()}
-            rows = [[name, *(cell(group[name]) for group in groups.values())] for name in groups["model"]]
-            lines += [grid([f"{split}: {title}", *groups], rows), ""]
-        asked = f"{result['n']} questions, {result['pictures']} pictures of {result['folder']}"
-        lines += [f"{split}: {asked}; {result['tokens_per_second']:.0f} tokens/s, prefill included.", ""]
-    return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
-
-
-def paper_table1(results: dict) -> str:
-    """Ours (BLEU of the robot's questions; POPE = accuracy on presence) above what RoboMamba's Table 1 prints."""
-    paper = read_json(PAPER_REASONING, dict)
-    rows = []
-    for split, result in results["splits"].items():
-        scores = result["answerers"]["model"]
-        cells = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
-        if "pope" in scores:
-            cells["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
-        if "bleu" in scores:
-            cells |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
-        rows.append([f"ours, {split}, our own questions", *(cells.get(column, "") for column in paper["columns"])])
-    for name, values in paper["rows"].items():
-        rows.append([f"{name} (theirs)", *("" if value is None else value for value in values)])
-    source = f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}."
-    return "\n".join([OUR_QUESTIONS, source, "", grid(["model", *paper["columns"]], rows), ""])
-
-
-# ---- tables of extras/mistakes.py and extras/speed.py ----------------------------------------------------------------
-
-
-def mistakes_table(rows: list[dict]) -> str:
-    """What the shipped model does with each planted mistake, and the test that catches it."""
-    lines = []
-    for item in rows:
-        values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
-        lines.append([item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"])
-    return grid(["mistake", "what you see", "right", "wrong", "caught by"], lines)
-
-
-SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
-SPEED_ROWS = {  # of extras/speed.py
-    "encoder": "the picture encoder alone, part of all below",
-    "head": "prefill and the policy head",
-    "text": "prefill and the action as text, {text} tokens",
-    "going on": "prediction {step} of a loop, stateful: from the state that the last one left",
-    "reading all again": "prediction {step} of a loop, recomputed: prefill of all {past} earlier tokens",
-}
-SPEED_NOTES = """
-| the paper's Fig. 1 | Hz |
-| --- | --- |
-| RoboMamba 2.8B | 9.0 |
-| OpenVLA 7B | 3.4 |
-| ManipLLM 7B | 1.1 |
-
-Theirs ran on an A100, without quantisation or other acceleration. Do not compare these numbers with those above: sizes,
-encoders, picture sizes and answer lengths differ; RoboMamba reads an action off one pass and a head, the others spell
-it out in tokens; batch size, precision and whether 9.0 Hz is head or text are not stated; there is no Transformer of
-RoboMamba's size. In the tables above sizes, encoder, precision, hardware and answer length are equal. But with a few
-million parameters at batch 1 most of the time goes into calling many small operations, of which a Mamba block has more
-than attention; in a model with billions of parameters this overhead is negligible.
-"""
-
-
-def speed_table(results: dict) -> str:
-    """Tables of `python -m extras.speed`, two a device: predictions at batch 1; the same after a context."""
-    names = ("mamba", "attention")
-    tokens = results["tokens"]
-    named = {"text": tokens["text"], "step": results["closed_loop_step"], "past": tokens["past of the closed loop"]}
-    models = [results["models"][name] for name in names]
-    sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in models)
-    lines = [
-        "Language models: Mamba {}, Transformer {}; batch 1, float32, medians;".format(*sizes),
-        f"a picture is {tokens['picture']} tokens, the prompt {tokens['prompt']}.",
-        "",
-    ]
-    for device, measured in results["devices"].items():
-        rows = []
-        for key, label in SPEED_ROWS.items():
-            ms = [measured["predictions"][key][name]["ms"] for name in names]
-            times = (f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms)
-            rows.append([label.format(**named), *times, f"{ms[1] / ms[0]:.2f}x"])
-        lines += [grid([device, "Mamba", "Transformer", "Transformer / Mamba"], rows), ""]
-        rows = []
-        for context in measured["contexts"]:
-            pair = [context[name] for name in names]
-            times = (f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair)
-            rows.append([context["tokens"], *times, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair)])
-        lines += [grid(["tokens of context", *SPEED_COLUMNS], rows), ""]
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 import robomamba
 import selective_scan as scan
 from common.files import write_json, write_text
-from common.report import mistakes_table
+from common.report import grid
 from common.scripts import run_main
 from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 
@@ -250,6 +250,15 @@ def prove(table: list[dict]) -> None:
     for row, test, (plant, *_) in zip(table, tests, MISTAKES, strict=True):
         with plant():
             row["caught"] = run(test) == pytest.ExitCode.TESTS_FAILED
+
+
+def mistakes_table(rows: list[dict]) -> str:
+    """What the shipped model does with each planted mistake, and the test that catches it."""
+    lines = []
+    for item in rows:
+        values = [item["form"].format(math.inf if item[key] is None else item[key]) for key in ("right", "wrong")]
+        lines.append([item["mistake"], item["see"], *values, f"`{item['test'].split('::')[1]}`"])
+    return grid(["mistake", "what you see", "right", "wrong", "caught by"], lines)
 
 
 def main() -> None:

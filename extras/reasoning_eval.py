@@ -3,7 +3,7 @@
     python -m data.build --scenes 200 --split test-seen --out data/cache/test-seen      # seconds; also for test-unseen
     python -m extras.reasoning_eval --data data/cache/test-seen,data/cache/test-unseen --out runs/reasoning
 
-Writes reasoning.json, reasoning.md (common/report.py), and every answer to answers.jsonl. Compares four answerers: the
+Writes reasoning.json, reasoning.md (tables), and every answer to answers.jsonl. Compares four answerers: the
 model; the same model with a grey picture ("image-blind", the vision-free baseline); "majority", the most frequent
 answer per question type in the training data, or for coordinates the median of each number; and "copy", which repeats
 the question (a baseline for BLEU). Metrics of each:
@@ -35,12 +35,22 @@ import numpy as np
 
 from common.decoding import generate_batch, generate_ids
 from common.files import read_json, read_json_lines, write_json, write_text
-from common.report import paper_table1, reasoning_details, reasoning_report, wilson
+from common.report import DATA, grid, percent, wilson
 from common.scripts import cli, environment, flag, progress, run_main
 from data.dataset import GREY, load_records
 from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
 
 ANSWERERS = ("model", "image-blind", "majority", "copy")
+PAPER_REASONING = DATA / "paper_table1.json"
+SHOWN = ("model", "image-blind", "majority")
+REASONING_COLUMNS = ("answers", "robot exact", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "general exact")
+REASONING_COLUMNS += ("presence", "precision", "recall", "F1", "yes")
+EXACT = """Exact match: k/n, rate, [95 % Wilson interval]; corpus BLEU (0 .. 100) of the robot's questions; presence as
+POPE scores object hallucination ("yes" is positive). Greedy decoding, each question asked on its own."""
+KINDS = "Words: exact match. Where, contact: median distance. Box: median IoU."
+OUR_QUESTIONS = """\
+Ours: questions of data/questions.py about rendered pictures. **Theirs: other data sets, other questions and
+models pre-trained on text. Their rows are for orientation only; do not compare the numbers.**"""
 
 
 @dataclass
@@ -297,6 +307,77 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
             rows.append({"split": name, **vars(q), "model": answer, "image-blind": without})
     results["seconds"] = round(time.monotonic() - start, 1)
     return results, rows
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def place(scores: dict) -> str:
+    """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
+    if "rate" in scores:
+        return f"{scores['rate']:.2f}" if scores["n"] else "-"
+    if "iou" in scores:
+        return f"IoU {scores['iou']:.2f}"
+    px = "no answer" if scores["px"] is None else f"{scores['px']:.1f} px"
+    return f"{px}, {scores['degrees']:.0f} deg" if "degrees" in scores else px
+
+
+def reasoning_report(results: dict) -> str:
+    """Two tables: robot questions, general questions and presence, by who answers; then the question types."""
+    splits = results["splits"]
+    rows = []
+    for split, result in splits.items():
+        for who, scores in result["answerers"].items():
+            robot, general = (percent(scores[key]) if key in scores else "" for key in ("robot", "general"))
+            bleu = [f"{value:.1f}" for value in scores["bleu"]] if "bleu" in scores else [""] * 4
+            pope = [""] * 5
+            if "pope" in scores:
+                pope = [f"{scores['pope'][key]:.2f}" for key in ("precision", "recall", "f1", "yes")]
+                pope = [place(scores["pope"]["accuracy"]), *pope]
+            rows.append([f"{split}, {who}", robot, *bleu, general, *pope])
+    types = []
+    for name in dict.fromkeys(name for result in splits.values() for name in result["answerers"]["model"]["families"]):
+        types.append([name])
+        for result in splits.values():
+            scores = [result["answerers"][who]["families"].get(name) for who in SHOWN]
+            types[-1] += [scores[0]["n"], *map(place, scores)] if scores[0] else [""] * (1 + len(SHOWN))
+    head = ["question type", *(f"{split} {what}" for split in splits for what in ("n", *SHOWN))]
+    return "\n".join([grid(REASONING_COLUMNS, rows), "", EXACT, "", grid(head, types), "", KINDS, ""])
+
+
+def reasoning_details(results: dict) -> str:
+    """Per split: every question type with k/n and interval, then every category."""
+
+    def cell(scores: dict) -> str:
+        return percent(scores) if "k" in scores else f"{place(scores)} ({percent(scores['read'])} read)"
+
+    lines = []
+    for split, result in results["splits"].items():
+        for key, title in (("families", "question types"), ("categories", "categories")):
+            groups = {who: scores[key] for who, scores in result["answerers"].items()}
+            rows = [[name, *(cell(group[name]) for group in groups.values())] for name in groups["model"]]
+            lines += [grid([f"{split}: {title}", *groups], rows), ""]
+        asked = f"{result['n']} questions, {result['pictures']} pictures of {result['folder']}"
+        lines += [f"{split}: {asked}; {result['tokens_per_second']:.0f} tokens/s, prefill included.", ""]
+    return "\n".join([*lines, f"{results['command']} (commit {results['commit']}; {results['hardware']})", ""])
+
+
+def paper_table1(results: dict) -> str:
+    """Ours (BLEU of the robot's questions; POPE = accuracy on presence) above what RoboMamba's Table 1 prints."""
+    paper = read_json(PAPER_REASONING, dict)
+    rows = []
+    for split, result in results["splits"].items():
+        scores = result["answerers"]["model"]
+        cells = {"LM": f"{results['parameters'] / 1e6:.1f}M in all"}
+        if "pope" in scores:
+            cells["POPE"] = f"{100 * scores['pope']['accuracy']['rate']:.1f}"
+        if "bleu" in scores:
+            cells |= {f"BLEU-{n}": f"{scores['bleu'][n - 1]:.1f}" for n in (1, 4)}
+        rows.append([f"ours, {split}, our own questions", *(cells.get(column, "") for column in paper["columns"])])
+    for name, values in paper["rows"].items():
+        rows.append([f"{name} (theirs)", *("" if value is None else value for value in values)])
+    source = f"Theirs: {paper['source']} ({paper['setting']}). {paper['notes']}."
+    return "\n".join([OUR_QUESTIONS, source, "", grid(["model", *paper["columns"]], rows), ""])
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from common.files import write_atomically, write_json, write_text
 from common.plots import draw_lines
-from common.report import SPEED_NOTES, speed_table
+from common.report import grid
 from common.scripts import cli, environment, flag, progress, run_main
 from common.weights import count
 from data.prompts import contact_question
@@ -47,6 +47,28 @@ STEP = 8  # of the closed loop
 WARM = 2  # warm-up rounds, not counted
 ROUNDS = 5  # minimum number of counted rounds
 RUN = 32  # tokens generated in a row to time one
+SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
+SPEED_ROWS = {  # of extras/speed.py
+    "encoder": "the picture encoder alone, part of all below",
+    "head": "prefill and the policy head",
+    "text": "prefill and the action as text, {text} tokens",
+    "going on": "prediction {step} of a loop, stateful: from the state that the last one left",
+    "reading all again": "prediction {step} of a loop, recomputed: prefill of all {past} earlier tokens",
+}
+SPEED_NOTES = """
+| the paper's Fig. 1 | Hz |
+| --- | --- |
+| RoboMamba 2.8B | 9.0 |
+| OpenVLA 7B | 3.4 |
+| ManipLLM 7B | 1.1 |
+
+Theirs ran on an A100, without quantisation or other acceleration. Do not compare these numbers with those above: sizes,
+encoders, picture sizes and answer lengths differ; RoboMamba reads an action off one pass and a head, the others spell
+it out in tokens; batch size, precision and whether 9.0 Hz is head or text are not stated; there is no Transformer of
+RoboMamba's size. In the tables above sizes, encoder, precision, hardware and answer length are equal. But with a few
+million parameters at batch 1 most of the time goes into calling many small operations, of which a Mamba block has more
+than attention; in a model with billions of parameters this overhead is negligible.
+"""
 
 
 def clock(calls: dict, seconds: float, device: torch.device) -> dict:
@@ -148,6 +170,34 @@ def measure(models: dict, device: torch.device, lengths: list[int], seconds: flo
         contexts.append(row)
         tick()
     return {"predictions": predictions, "contexts": contexts}
+
+
+def speed_table(results: dict) -> str:
+    """Tables of `python -m extras.speed`, two a device: predictions at batch 1; the same after a context."""
+    names = ("mamba", "attention")
+    tokens = results["tokens"]
+    named = {"text": tokens["text"], "step": results["closed_loop_step"], "past": tokens["past of the closed loop"]}
+    models = [results["models"][name] for name in names]
+    sizes = (f"{m['language_model']:,d} parameters in {m['blocks']} blocks" for m in models)
+    lines = [
+        "Language models: Mamba {}, Transformer {}; batch 1, float32, medians;".format(*sizes),
+        f"a picture is {tokens['picture']} tokens, the prompt {tokens['prompt']}.",
+        "",
+    ]
+    for device, measured in results["devices"].items():
+        rows = []
+        for key, label in SPEED_ROWS.items():
+            ms = [measured["predictions"][key][name]["ms"] for name in names]
+            times = (f"{x:.1f} ms, {1000 / x:.0f} Hz" for x in ms)
+            rows.append([label.format(**named), *times, f"{ms[1] / ms[0]:.2f}x"])
+        lines += [grid([device, "Mamba", "Transformer", "Transformer / Mamba"], rows), ""]
+        rows = []
+        for context in measured["contexts"]:
+            pair = [context[name] for name in names]
+            times = (f"{x['prediction']['ms']:.1f} / {x['token_ms']:.2f}" for x in pair)
+            rows.append([context["tokens"], *times, *(f"{x['state_bytes'] / 1000:,.0f}" for x in pair)])
+        lines += [grid(["tokens of context", *SPEED_COLUMNS], rows), ""]
+    return "\n".join(lines)
 
 
 @dataclass

@@ -12,17 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from common.report import PAPER_REASONING, paper_table1, reasoning_details, reasoning_report
 from extras import reasoning_eval
 from extras.reasoning_eval import (
     ANSWERERS,
+    PAPER_REASONING,
     Question,
     bleu,
     coordinates,
     iou,
     majority,
+    paper_table1,
     place_scores,
     pope,
+    reasoning_details,
+    reasoning_report,
     score,
     words,
 )

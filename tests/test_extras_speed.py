@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from common.config import PRESETS
-from common.report import SPEED_ROWS, speed_table
 from common.weights import count
 from extras import speed
+from extras.speed import SPEED_ROWS, speed_table
 from extras.transformer import append, parameter_matched, transformer_blocks
 from robomamba import MambaLM, RoboMamba
 
