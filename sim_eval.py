@@ -4,7 +4,7 @@
     python sim_eval.py --policy model,model-depth,expert,random,blind --split both --episodes 550 --out runs/eval
     python sim_eval.py --policy model,other=FOLDER --split val --out runs/val        # compare another checkpoint
     python sim_eval.py --policy mine=package.module:function --out runs/mine         # your own policy
-    python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your own objects (sim/partnet.py)
+    python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your own objects (extras/partnet)
     python sim_eval.py --policy physics --episodes 300 --out runs/physics            # how forgiving is the simulator?
 
     (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (u, v), approach
@@ -56,7 +56,6 @@ from data.prompts import CONTACT_TOKENS, contact_question, parse_contact
 from sim import policies
 from sim.catalogue import DRAWER_DOOR_SEEN, DRAWER_DOOR_UNSEEN, GRAMMAR, NOUNS, SEED_SPAN, SEEDS, SEEN, UNSEEN
 from sim.expert import Label, expert, facts, why_unsolved
-from sim.partnet import ObjectScene, find_objects
 from sim.pictures import ZOOM, draw_strips
 from sim.policies import Observation, PolicyFailure, combine, oracle, scripted
 from sim.scene import Outcome, Scene, stream, unit
@@ -176,6 +175,15 @@ def random_depth(o: Observation):
     return u, v, (0.0, 0.0, 1.0) if approach is None else approach
 
 
+def partnet():
+    """The module that reads the user's own objects."""
+    try:
+        from extras import partnet
+    except ModuleNotFoundError:
+        raise ValueError("--objects: read by extras/partnet.py, which is not here") from None
+    return partnet
+
+
 # ---- one episode -----------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +288,8 @@ class Bench:
 
     def open(self) -> Scene:
         if self.scene is None:
-            self.scene = ObjectScene(self.cfg.objects, self.image_size) if self.cfg.objects else Scene(self.image_size)
+            objects = self.cfg.objects
+            self.scene = partnet().ObjectScene(objects, self.image_size) if objects else Scene(self.image_size)
         return self.scene
 
     def close(self) -> None:
@@ -452,7 +461,7 @@ def main(argv: list[str] | None = None) -> int:
         splits = only(splits, cfg.categories)
     broken, held = {}, {}
     if cfg.objects:  # raises for a folder without any usable object
-        names, broken, held = find_objects(cfg.objects)
+        names, broken, held = partnet().find_objects(cfg.objects)
         splits = splits | {"objects": tuple(names)}
     out = Path(cfg.out)
     try:

@@ -5,7 +5,7 @@
 World frame: the object's front is +x, up is +z; metres and radians; objects are 0.5-1 m, normalised as in
 PartNet-Mobility. A viewer in front of the object looks along -x and sees +y on the RIGHT: "left door" is at -y.
 Positive joint motion is always the instructed motion (opening, lifting, pressing ...). The objects themselves:
-sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), sim/partnet.py (the user's own).
+sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), extras/partnet.py (the user's own).
 """
 
 import math

@@ -220,7 +220,7 @@ class Scene:
         return self
 
     def make(self, category: str, seed: int) -> tuple[objects.ObjectSpec, str, int]:
-        """What `spawn` loads, its URDF text, flags of loadURDF; sim/partnet.py overrides it for the user's objects."""
+        """What `spawn` loads, its URDF text, flags of loadURDF; extras/partnet.py overrides it."""
         spec = catalogue.make_object(category, stream(category, seed, "object"))
         return spec, objects.to_urdf(spec, self.physics.mass_kg, self.physics.inertia), 0
 

@@ -88,7 +88,7 @@ def execute(words: list[str]) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A cabinet of one's own, a picture and two records in LLaVA's layout, and a small training set."""
-    from test_partnet import write_cabinet  # needs PyBullet
+    from test_extras_partnet import write_cabinet  # needs PyBullet
 
     folder = tmp_path_factory.mktemp("reader's folder")
     (folder / "pictures").mkdir()

@@ -1,4 +1,4 @@
-"""pytest tests/test_partnet.py -q
+"""pytest tests/test_extras_partnet.py -q
 
 Objects of the user in PartNet-Mobility's layout: a hand-made cabinet with that layout's pitfalls, and every broken one.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extras.partnet import ObjectScene, find_objects, labels, read_obj, read_object
 from sim import scene as world
 from sim.catalogue import SEEDS, make_object
 from sim.expert import expert, why_unsolved
-from sim.partnet import ObjectScene, find_objects, labels, read_obj, read_object
 from sim_eval import main
 
 # The meshes: y up, front at +z, in units of a sphere, as PartNet-Mobility has them. Boxes: (centre, full extents).
@@ -261,7 +261,7 @@ def fail(*_, **__):
 
 
 @pytest.mark.parametrize("name, does, said", [
-    ("sim.partnet.ObjectScene.spawn", fail, "ValueError: PyBullet cannot load it"),
+    ("extras.partnet.ObjectScene.spawn", fail, "ValueError: PyBullet cannot load it"),
     ("sim_eval.expert", lambda *_, **__: None, "the expert found no contact"),
 ])  # fmt: skip
 def test_an_object_that_cannot_be_used_is_skipped_by_name(name, does, said, library, tmp_path, monkeypatch):
