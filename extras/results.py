@@ -265,10 +265,28 @@ binomial and do not include the spread between trainings.
 On another machine: data and scenes are bit-equal on Linux x86_64 with the pinned versions; the predictions of the
 shipped model agree to float rounding, so success counts differ by a few scenes of 550; weights trained there differ as
 much as with another seed; times are comparable only within a table."""
-PAGE = """## A page to click in
+PICTURES = """## Pictures
 
-`python -m extras.play`: a drawer unit, an instruction, and the actions of the model, the vision-free baseline and the
-oracle.
+`python -m sim.pictures --sheet FILE`: the 20 seen and 10 unseen categories, from a friendlier camera than the scenes.
+
+![one object of every category](data/figures/categories.png)
+
+`python -m sim.pictures --grammar --sheet FILE`: the 29 archetypes of the grammar, one object each; training mixes their
+bodies, handles, edges and distractors.
+
+![one object of every archetype](data/figures/grammar.png)
+
+`python -m sim.pictures --affordance Door,Microwave,StorageFurniture,Faucet`: how far the named part moves if it is
+pulled at a pixel, in the true direction: green, as far as the paper's threshold asks; red, not at all.
+
+![parts in green far from their hinge and in red near it](data/figures/affordance.png)
+
+`python -m extras.look --image data/figures/examples/microwave.png --act "Open the door."`: what the last word reads of
+each patch (red: more than the median), and the scan of every layer as a matrix, its implicit attention.
+
+![patches on the door in red; four lower triangular matrices](data/figures/attention.png)
+
+`python -m extras.play`, a page to click in: the actions of the model, the vision-free baseline and the oracle.
 
 ![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
 TIMES = "Wall time of `make train` on two cores shared with other jobs, from policy.json and metrics.csv next to it."
@@ -301,7 +319,7 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
 
 def document() -> str:
     """RESULTS.md."""
-    lines = [HEAD, "", *(f"* [{title}](#{anchor(title)})" for title in SECTIONS)]
+    lines = [HEAD, "", *(f"* [{title}](#{anchor(title)})" for title in (*SECTIONS, "Pictures"))]
     said = set()  # files whose command stands above already
     for title, (source, *parts) in SECTIONS.items():
         found = read_json(ROOT / source)
@@ -310,7 +328,7 @@ def document() -> str:
         lines += ["", f"## {title}", "", f"From {source}."]
         for part in (*made, *parts):
             lines += ["", (part if isinstance(part, str) else part(found)).strip()]
-    return "\n".join([*lines, "", PAGE]) + "\n"
+    return "\n".join([*lines, "", PICTURES]) + "\n"
 
 
 def anchor(title: str) -> str:

@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in NOUNS:
             raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
-        rows = [PREFIX + name for name in ARCHETYPES for _ in range(7)]
-        contact_sheet(cfg.sheet, rows if cfg.grammar else [*SEEN, *UNSEEN], cfg.seed)
+        archetypes = [PREFIX + name for name in ARCHETYPES]
+        contact_sheet(cfg.sheet, archetypes if cfg.grammar else [*SEEN, *UNSEEN], cfg.seed)
         print(cfg.sheet)
     if names:
         path = f"{cfg.out}/affordance.png"

@@ -44,4 +44,4 @@ def test_the_contents_of_results_md_lead_to_its_headings():
     text = read("RESULTS.md")
     headings = {results.anchor(line) for line in re.findall(r"^## (.*)$", text, re.M)}
     listed = re.findall(r"^\* \[.*\]\(#([\w-]+)\)$", text, re.M)
-    assert len(listed) == len(results.SECTIONS) and set(listed) <= headings
+    assert len(listed) == len(results.SECTIONS) + 1 and set(listed) <= headings
