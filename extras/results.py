@@ -75,7 +75,7 @@ FoldingChair are shown without labels, the archetypes `trays` and `latch` not at
 | `geometry`, `words` | without depth, normals and object mask; without category and colour |
 | `encoder` | without stage vision: the encoder keeps its random weights |
 | `grammar-20`, `grammar-60` | 20 % or 60 % of the pictures show grammar objects, same number of pictures |
-| `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |"""
+| `-depth` | depth as input too, pointing head (then 27,476 parameters), refined; others: RGB, paper's head |"""
 CHUNKS = "![local states of a chunk, what is carried into it, and their sum](data/figures/chunks.png)"
 SCAN = """Forward and backward, float32: shortest and longest time over all rounds, peak memory beyond the inputs, and
 the smallest and largest ratio to the chunked scan's time in the same round."""
@@ -84,6 +84,14 @@ SCAN_TABLES = {  # key in scan.json: caption of its table
     "indexed": "Indexing a tensor inside an autograd loop takes time quadratic in L; calling `unbind` once does not:",
     "cumprod": "Fraction of outputs that are inf or nan when dividing by the cumulative product of decays:",
 }
+SHORT = """Seeds of `make short` (8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads), and `rgb`, which never
+sees depth: `make short SHORT_SCENES=12000 SHORT_STEPS="2700 100 1300" TRAIN_FLAGS="--preset tiny"`.
+
+| ending | what the model is shown |
+| --- | --- |
+| none | RGB alone, the paper's head |
+| `-point` | RGB alone, pointing head |
+| `-depth` | depth as input too, pointing head, refined |"""
 TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads.
 
 | row | what was trained |
@@ -94,8 +102,9 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 | `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |
 
 seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). These runs
-predate three changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
-mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`. Nothing was chosen by these numbers."""
+predate four changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
+mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`; the pointing head has 3,580 parameters, then
+27,476. Nothing was chosen by these numbers."""
 QUESTIONS = """`make questions`: 400 steps of stage 1.2 after seed-0's first two stages, then heads; otherwise as above.
 
 | row | questions of stage 1.2, in addition to the general ones |
@@ -297,6 +306,7 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "Per category, beside the paper": (f"{RGBD}/results.json", categories),
     "Ablations": (f"{KEPT}/ablations.json", ABLATIONS, report.table),
     "Transfer ablation": (f"{KEPT}/targets.json", TARGETS, trainings),
+    "Short trainings": (f"{KEPT}/short.json", SHORT, trainings),
     "Seeds, the strict variant, variety": (f"{KEPT}/trainings.json", TRAININGS, trainings, VARIETY),
     "Which robot questions help": (f"{KEPT}/questions.json", QUESTIONS, trainings),
     "Reasoning": (f"{RGBD}/reasoning.json", reasoning_report),
