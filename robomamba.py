@@ -137,8 +137,7 @@ class VisionTransformer(nn.Module):
         """uint8 (B, 3, S, S) -> (B, P, W) patch tokens of `select_layer`, row by row, without the class token.
 
         geometry: (B, 4, S, S), for an encoder with `depth` (see data/depth.py); None = nothing measured, all zeros.
-        fine: return (tokens, the fine map (B, C, H, H)); H = 4 S / patch.
-        """
+        fine: return (tokens, the fine map (B, C, H, H)); H = 4 S / patch."""
         x = self.normalise(images)
         if self.cfg.depth:
             geometry = x.new_zeros(1, 1, 1, 1) if geometry is None else geometry.to(x)
@@ -184,6 +183,8 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """`rms_norm` times a learned weight, (.., width) -> (.., width) in the weight's dtype."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -396,8 +397,7 @@ class RoboMamba(nn.Module):
 
     encoding: the tokenizer (data/tokenizer.py), needed by everything that takes or returns words.
     `images` below is uint8 (B, 3, S, S), or visual tokens (B, P, W) saved from an earlier call of `vision`, or None for
-    text only; `geometry` accompanies uint8 images for an RGB-D encoder.
-    """
+    text only; `geometry` accompanies uint8 images for an RGB-D encoder."""
 
     def __init__(self, config: RoboMambaConfig, encoding=None):
         super().__init__()

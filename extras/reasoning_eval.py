@@ -313,7 +313,7 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
 
 
 def place(scores: dict) -> str:
-    """A score of extras.reasoning_eval in a cell: a rate, an IoU, pixels, pixels and degrees."""
+    """The cell of a score: a rate, an IoU, pixels, pixels and degrees."""
     if "rate" in scores:
         return f"{scores['rate']:.2f}" if scores["n"] else "-"
     if "iou" in scores:

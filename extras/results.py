@@ -54,6 +54,8 @@ Category mean: mean over categories of the rates at 0.01 / 0.1. Every policy act
 instructions. The depth image comes from an imperfect camera: noise, holes, ragged edges. Refined: moved to the nearby
 place that best suits a suction cup, flat and facing the predicted direction (`refine` in data/depth.py)."""
 ABLATIONS = """`-depth`: depth as input too, pointing head, refined. All other rows: RGB alone, the paper's head.
+`mean-pool`, `one-mlp`, `hidden-48` and `all-fine-tuned` were trained beside a pointing head of 27,476 parameters, which
+is not used here.
 
 | row | difference from `model` |
 | --- | --- |
@@ -85,7 +87,7 @@ SCAN_TABLES = {  # key in scan.json: caption of its table
     "cumprod": "Fraction of outputs that are inf or nan when dividing by the cumulative product of decays:",
 }
 SHORT = """Seeds of `make short` (8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads), and `rgb`, which never
-sees depth: `make short SHORT_SCENES=12000 SHORT_STEPS="2700 100 1300" TRAIN_FLAGS="--preset tiny"`.
+sees depth: `make short SHORT=runs/rgb-0 SHORT_SCENES=12000 SHORT_STEPS="2700 100 1300" TRAIN_FLAGS="--preset tiny"`.
 
 | ending | what the model is shown |
 | --- | --- |

@@ -48,7 +48,7 @@ WARM = 2  # warm-up rounds, not counted
 ROUNDS = 5  # minimum number of counted rounds
 RUN = 32  # tokens generated in a row to time one
 SPEED_COLUMNS = ("Mamba: ms a prediction / a token", "Transformer", "Mamba: state, kB", "Transformer")
-SPEED_ROWS = {  # of extras/speed.py
+SPEED_ROWS = {  # key of a prediction in speed.json: label of its row
     "encoder": "the picture encoder alone, part of all below",
     "head": "prefill and the policy head",
     "text": "prefill and the action as text, {text} tokens",
