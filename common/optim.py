@@ -1,6 +1,7 @@
 """Optimisers: Muon for wide matrices, AdamW for the rest, and which weights decay."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 WIDE = 32  # Muon updates matrices with both sides at least this long
@@ -21,26 +22,30 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             if group["orthogonal"]:
-                alike: dict = {}  # grouped by shape on a GPU, for one batched product; a CPU is faster one by one
-                for p in group["params"]:
-                    if p.grad is not None:
-                        alike.setdefault(p if p.device.type == "cpu" else p.shape, []).append(p)
-                for matrices in alike.values():
-                    self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
+                self.orthogonal_step([p for p in group["params"] if p.grad is not None], **group)
         return super().step(closure)
 
-    def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """One step for matrices of the same shape."""
-        steps = []
+    def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, **_) -> None:
+        """One step for each matrix. Of several processes each orthogonalises its share; their sum has every step."""
+        alike: dict = {}  # grouped by shape on a GPU, for one batched product; a CPU is faster one by one
+        steps = {}
         for p in matrices:
             if not self.state[p]:  # AdamW expects a step in every state that it loads
                 self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
             momentum = self.state[p]["momentum"].mul_(self.MOMENTUM).add_(p.grad)
-            steps.append(p.grad + self.MOMENTUM * momentum)
+            steps[p] = p.grad + self.MOMENTUM * momentum
             p.grad = None  # so that AdamW skips it
-        steps = self.orthogonal(torch.stack(steps)) * 0.2 * max(p.shape) ** 0.5
-        for p, step in zip(matrices, steps, strict=True):
-            p.mul_(1 - lr * weight_decay).sub_(lr * step)
+            alike.setdefault(p if p.device.type == "cpu" else p.shape, []).append(p)
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for number, same in enumerate(alike.values()):
+            M = torch.stack([steps[p] for p in same])
+            M = self.orthogonal(M) if number % processes == rank else torch.zeros_like(M)
+            steps |= zip(same, M * 0.2 * max(M.shape[1:]) ** 0.5, strict=True)
+        flat = torch.cat([steps[p].flatten() for p in matrices])
+        if processes > 1:
+            dist.all_reduce(flat)
+        for p, step in zip(matrices, flat.split([p.numel() for p in matrices]), strict=True):
+            p.mul_(1 - lr * weight_decay).sub_(lr * step.view_as(p))
 
     @staticmethod
     def orthogonal(M: Tensor) -> Tensor:
