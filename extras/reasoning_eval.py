@@ -33,12 +33,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.decoding import generate_batch, generate_ids
 from common.files import read_json, read_json_lines, write_json, write_text
 from common.report import DATA, grid, percent, wilson
 from common.scripts import cli, environment, flag, progress, run_main
 from data.dataset import GREY, load_records
 from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
+from extras.decoding import generate_batch, generate_ids
 
 ANSWERERS = ("model", "image-blind", "majority", "copy")
 PAPER_REASONING = DATA / "paper_table1.json"

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from extras import reasoning_eval
+from extras.decoding import generate_batch, generate_ids
 from extras.reasoning_eval import (
     ANSWERERS,
     PAPER_REASONING,
@@ -238,3 +239,48 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, refused, fi
 def test_bad_flags_are_one_line_and_exit_code_2(folders, tmp_path, refused, flags, message):
     base = ("--data", folders["test-seen"], "--train", folders["train"], "--out", tmp_path / "out")
     refused(message, reasoning_eval, *base, *(str(flag).format(**folders) for flag in flags))
+
+
+# ---- answers to many questions at once (extras/decoding.py)
+
+
+def test_a_batch_of_questions_gets_the_answers_of_each_alone(mini):
+    """16 prompts of 9 lengths over 4 pictures; the end token is made likely, so that rows leave at different times.
+
+    Rounding differs between a batch and one row by about 1e-6 of a logit, which decides nothing: equal to the letter.
+    """
+    likely = torch.zeros(len(mini.lm.lm_head.weight))
+    likely[mini.encoding.eot_token] = 4.0
+    mini.lm.lm_head.register_forward_hook(lambda module, inputs, logits: 20 * logits + likely)
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    text = "open the top drawer of the cabinet and say what this object is"
+    images, asked = [pictures[i % 4] for i in range(16)], [text[: 2 + 3 * (7 * i % 16)] for i in range(16)]
+    assert len({len(mini.prompt(question)) for question in asked}) >= 9
+    alone = [mini.generate(image, question, 12) for image, question in zip(images, asked, strict=True)]
+    assert generate_batch(mini, images, asked, 12) == alone
+    ids = generate_ids(mini, images, asked, 12)
+    assert [mini.text(answer) for answer in ids] == alone
+    assert len({len(answer) for answer in ids}) > 4 and len(set(alone)) > 8
+    assert generate_batch(mini, pictures[2], asked[2:4], 12)[0] == alone[2]
+    assert generate_batch(mini, None, asked, 12) == [mini.generate(None, question, 12) for question in asked]
+    assert generate_batch(mini, [], []) == [] and generate_batch(mini, images[:2], asked[:2], 0) == ["", ""]
+
+
+def test_a_picture_of_several_questions_is_encoded_once(mini, picture, tmp_path, monkeypatch):
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    read, real = [], mini.encode_image
+    monkeypatch.setattr(mini, "encode_image", lambda pictures: read.append(len(pictures)) or real(pictures))
+    generate_batch(mini, [tmp_path / "p.png", picture, str(tmp_path / "p.png"), picture], ["a", "b", "c", "d"], 1)
+    generate_batch(mini, picture, ["a", "b", "c"], 1)
+    assert read == [2, 1]
+
+
+def test_a_batch_that_cannot_be_answered_is_refused(mini, picture):
+    with pytest.raises(ValueError, match="2 for 3 questions"):
+        generate_batch(mini, [picture, picture], ["a", "b", "c"])
+    with torch.no_grad():
+        for p in mini.parameters():
+            p *= 1e30  # finite weights, but nothing computed with them is
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        generate_batch(mini, picture, ["what?"])

@@ -27,9 +27,8 @@ import finetune_policy
 import train as train_module
 from common import plots, training
 from common.config import PRESETS
-from common.optim import Muon, parameter_groups
 from common.scripts import cli, end_with_parent, run_main
-from common.training import Processes, Run, cosine, rows_of_step, stop_on_nan
+from common.training import Processes, Run, stop_on_nan
 from data.dataset import IGNORE, Conversations, load_manipulation, visual_tokens
 from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
@@ -184,69 +183,6 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys):
         run_main(main, "--resume goes on from the last checkpoint")
     assert stopped.value.code == 130
     assert capsys.readouterr().err.strip() == "stopped; --resume goes on from the last checkpoint"
-
-
-# ---- steps, optimizer
-
-
-def test_rows_of_step_visits_every_record_once_a_pass():
-    visited = np.concatenate([rows_of_step(3, step, 4, 10) for step in range(5)])
-    assert sorted(visited[:10]) == sorted(visited[10:]) == list(range(10))
-    assert not np.array_equal(visited[:10], visited[10:])
-    assert np.array_equal(rows_of_step(3, 2, 4, 10), visited[8:12])
-
-
-def test_cosine_warms_up_and_comes_down():
-    rates = [cosine(s, 100, 10) for s in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 == max(rates) and 0.02 <= rates[-1] < 0.03
-
-
-def test_no_weight_decay_on_a_log_d_norms_biases_embeddings(start):
-    model = RoboMamba.from_pretrained(start)
-    decay, rest = parameter_groups(model, 0.1)
-    names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in decay["params"]}
-    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0 and len(decayed) > 10
-    forbidden = ("A_log", ".D", "norm", "bias", "embedding.weight", "class_embedding", "position_embedding")
-    assert not [n for n in decayed if any(f in n for f in forbidden)]
-    assert "lm.backbone.layers.0.mixer.in_proj.weight" in decayed
-    assert len(decay["params"]) + len(rest["params"]) == len(names)
-    wide = parameter_groups(model, 0.1, muon=True)[2]
-    assert wide["orthogonal"] and {id(p) for p in wide["params"]} < {id(p) for p in decay["params"]}
-    assert "lm.backbone.layers.0.mixer.in_proj.weight" in {names[id(p)] for p in wide["params"]}
-    assert not [p for p in wide["params"] if p.ndim != 2 or min(p.shape) < 32]
-
-
-@pytest.mark.parametrize("shape", [(40, 96), (96, 40), (64, 64)])
-def test_muon_steps_along_the_orthogonal_part_of_the_momentum(shape):
-    """U V^T of the gradient, scaled to a root mean square of about 0.2; and three steps equal torch's, which rounds the
-    iterations to bfloat16: singular values scatter there by a hundredth, so steps of 0.01 by some 1e-4."""
-    torch.manual_seed(0)
-    start, gradients = torch.randn(shape), torch.randn(3, *shape)
-    U, S, V = torch.linalg.svd(Muon.orthogonal(gradients[0]), full_matrices=False)
-    u, _, v = torch.linalg.svd(gradients[0], full_matrices=False)
-    assert 0.6 < S.min() and S.max() < 1.3
-    assert (U @ V - u @ v).abs().max() < 1e-4
-    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    one = Muon([{"params": [ours], "orthogonal": True}], lr=0.01, weight_decay=0.05)
-    other = torch.optim.Muon([torchs], lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    for gradient in gradients:
-        for p, optimizer in ((ours, one), (torchs, other)):
-            p.grad = gradient.clone()
-            optimizer.step()
-    assert 0.01 < (ours - start).abs().max() and (ours - torchs).abs().max() < 1e-3
-
-
-def test_muon_leaves_the_other_groups_to_adamw():
-    torch.manual_seed(0)
-    start, gradient = torch.randn(5, 7), torch.randn(5, 7)
-    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    one = Muon([{"params": [ours], "orthogonal": False}], lr=0.01)
-    other = torch.optim.AdamW([torchs], lr=0.01)
-    for p, optimizer in ((ours, one), (torchs, other)):
-        p.grad = gradient.clone()
-        optimizer.step()
-    assert torch.equal(ours, torchs) and not torch.equal(ours, start)
 
 
 # ---- objectives
