@@ -36,13 +36,14 @@ class Muon(torch.optim.AdamW):
             steps[p] = p.grad + self.MOMENTUM * momentum
             p.grad = None  # so that AdamW skips it
             alike.setdefault(p if p.device.type == "cpu" else p.shape, []).append(p)
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        alone = not (dist.is_available() and dist.is_initialized())
+        rank, processes = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         for number, same in enumerate(alike.values()):
             M = torch.stack([steps[p] for p in same])
             M = self.orthogonal(M) if number % processes == rank else torch.zeros_like(M)
             steps |= zip(same, M * 0.2 * max(M.shape[1:]) ** 0.5, strict=True)
         flat = torch.cat([steps[p].flatten() for p in matrices])
-        if processes > 1:
+        if not alone:
             dist.all_reduce(flat)
         for p, step in zip(matrices, flat.split([p.numel() for p in matrices]), strict=True):
             p.mul_(1 - lr * weight_decay).sub_(lr * step.view_as(p))
