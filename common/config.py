@@ -105,7 +105,7 @@ def paper_config(vision: VisionConfig, lm: LMConfig) -> RoboMambaConfig:
 
 
 PRESETS = {
-    "tiny": RoboMambaConfig(),
+    "tiny": RoboMambaConfig(VisionConfig(fine=48)),
     "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True, fine=48)),
     "small": RoboMambaConfig(
         VisionConfig(128, 16, 384, 8, depth=True, fine=96),
