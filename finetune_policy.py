@@ -10,9 +10,9 @@ picture, plus the geodesic angle between the predicted and the true gripper rota
 the approach (sim.scene.rotation_from_approach), because a suction cup leaves it free: with the paper's random yaw, the
 mean angle could not fall below 90 degrees.
 
-A model with a fine map (--preset tiny-rgbd) has a second head, the pointing head, about as small. It trains on part of
-each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees every picture twice,
-with and without depth.
+A model with a fine map (`fine` in common/config.py) has a second head, the pointing head, about as small. It trains on
+part of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees every picture
+twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, averaged per epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees

@@ -5,7 +5,8 @@
     last state of the words ----------------------------> PointingHead -> a logit and a direction per cell -> peak
 
 The paper's head regresses one point, the mean of all likely ones: given two good contacts, it predicts the point
-between them. A map has room for both. The preset tiny-rgbd has these parts (common/config.py, `fine`) and these sizes.
+between them. A map has room for both. The presets tiny, tiny-rgbd and small have these parts (`fine` in
+common/config.py); the sizes above are those of tiny.
 """
 
 import math

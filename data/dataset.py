@@ -462,7 +462,7 @@ def visual_tokens(
 def tokens_and_maps(vision, folder, names: list[str], processes, depth: bool = False) -> list[np.ndarray]:
     """Visual tokens (n, P, W) and fine maps (n, C, H, H) of picture files, float16, in memory.
 
-    A map of the preset tiny-rgbd takes 100 kB. depth: as in `visual_tokens`.
+    A map of the preset tiny takes 100 kB. depth: as in `visual_tokens`.
     """
     blocks = _encode(vision, folder, names, processes, depth, fine=True)
     return [np.concatenate(kind) for kind in zip(*blocks, strict=True)]
