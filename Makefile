@@ -62,8 +62,6 @@ lint: .venv/ready
 
 # ---- ten minutes: drawers and doors only, every stage short
 
-# a short training takes larger steps than the defaults of train.py, which are for thousands of steps
-SHORT_LR ?= 5e-3
 QUICK = runs/quick
 QUICK_CATEGORIES ?= drawer-door
 QUICK_SCENES ?= 2000
@@ -75,9 +73,8 @@ QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
 quick: simulator
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
-	$(RUN) train.py --stage vision $(QUICK_DATA) $(READ) --lr $(SHORT_LR) --max-steps $(QUICK_VISION_STEPS) \
-	  --out $(QUICK)/vision --resume
-	$(RUN) train.py --stage cotrain $(QUICK_DATA) $(READ) --lr $(SHORT_LR) --init $(QUICK)/vision \
+	$(RUN) train.py --stage vision $(QUICK_DATA) $(READ) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage cotrain $(QUICK_DATA) $(READ) --init $(QUICK)/vision \
 	  --max-steps $(QUICK_COTRAIN_STEPS) --out $(QUICK)/cotrain --resume
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/policy
 	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/random \
@@ -99,11 +96,10 @@ SHORT_STEPS ?= 1800 60 800
 short: simulator
 	$(BUILD) --scenes $(SHORT_SCENES) --archetypes $(ARCHETYPES) --out $(SHORT)/data $(DATA_FLAGS)
 	$(BUILD) --scenes 200 --split val --out $(SHORT)/val
-	$(RUN) train.py --stage vision $(SHORT_DATA) --lr $(SHORT_LR) $(TRAIN_FLAGS) --max-steps $(word 1,$(SHORT_STEPS)) \
-	  --out $(SHORT)/vision
+	$(RUN) train.py --stage vision $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 1,$(SHORT_STEPS)) --out $(SHORT)/vision
 	$(RUN) train.py --stage align $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 2,$(SHORT_STEPS)) \
 	  --init $(SHORT)/vision --out $(SHORT)/align
-	$(RUN) train.py --stage cotrain $(SHORT_DATA) --lr $(SHORT_LR) $(TRAIN_FLAGS) --max-steps $(word 3,$(SHORT_STEPS)) \
+	$(RUN) train.py --stage cotrain $(SHORT_DATA) $(TRAIN_FLAGS) --max-steps $(word 3,$(SHORT_STEPS)) \
 	  --init $(SHORT)/align --out $(SHORT)/cotrain
 	$(PY) finetune_policy.py $(SHORT_DATA) --epochs 20 --half --checkpoint $(SHORT)/cotrain --out $(SHORT)/policy
 
