@@ -7,7 +7,7 @@ from common.weights import dataclass_from_dict
 
 
 @dataclass
-class VisionConfig:  # the image encoder; defaults are the `tiny` preset, CLIP's own shapes are in CLIP_L below
+class VisionConfig:  # the image encoder; defaults: the `tiny` preset but for `fine`; CLIP's own shapes: CLIP_L below
     image_size: int = 128  # S, pixels
     patch_size: int = 16  # pixels
     width: int = 192  # W

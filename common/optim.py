@@ -22,11 +22,16 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             if group["orthogonal"]:
-                self.orthogonal_step([p for p in group["params"] if p.grad is not None], **group)
+                matrices = [p for p in group["params"] if p.grad is not None]
+                if matrices:
+                    self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, **_) -> None:
-        """One step for each matrix. Of several processes each orthogonalises its share; their sum has every step."""
+    def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """One step for each matrix (m, n), in place; sizes may differ, each has a gradient.
+
+        Of several processes, which have the same gradients, each orthogonalises its share; their sum has every step.
+        """
         alike: dict = {}  # grouped by shape on a GPU, for one batched product; a CPU is faster one by one
         steps = {}
         for p in matrices:

@@ -111,3 +111,10 @@ def test_muon_leaves_the_other_groups_to_adamw():
         p.grad = gradient.clone()
         optimizer.step()
     assert torch.equal(ours, torchs) and not torch.equal(ours, start)
+
+
+def test_muon_leaves_matrices_without_a_gradient():
+    start = torch.ones(40, 40)
+    ours = nn.Parameter(start.clone())
+    Muon([{"params": [ours], "orthogonal": True}], lr=0.01, weight_decay=0.05).step()
+    assert torch.equal(ours, start)
