@@ -171,9 +171,9 @@ def test_without_pybullet_only_the_files_that_load_the_simulator_are_skipped_who
     done = subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     whole = set(re.search(r"files skipped whole: (.*)", done.stdout)[1].split(", "))
-    allowed = {"test_eval.py", "test_sim.py"}
+    allowed = {"test_eval.py", "test_eval_accidents.py", "test_sim.py"}
     allowed |= {f"test_extras_{name}.py" for name in ("example_policy", "gym", "partnet", "play")}
-    assert {"test_eval.py", "test_sim.py"} <= whole <= allowed
+    assert {"test_eval.py", "test_eval_accidents.py", "test_sim.py"} <= whole <= allowed
 
 
 @pytest.mark.parametrize(
