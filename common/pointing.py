@@ -48,7 +48,7 @@ class FineMap(nn.Module):
 def as_map(tokens: Tensor) -> Tensor:
     """(B, P, W) row by row -> (B, W, sqrt P, sqrt P)."""
     B, P, W = tokens.shape
-    return tokens.transpose(1, 2).reshape(B, W, math.isqrt(P), -1)
+    return tokens.transpose(1, 2).reshape(B, W, math.isqrt(P), -1).contiguous()
 
 
 class PointingHead(nn.Module):

@@ -251,7 +251,7 @@ def stages(data: dict) -> str:
 def earlier(first: dict) -> str:
     """The trainings before the shipped one; the first three on the same test scenes."""
     trainings = {"first": first}
-    for name in ("second", "third", "fourth"):
+    for name in ("second", "third", "fourth", "fifth"):
         trainings[name] = read_json(ROOT / KEPT / f"{name}_training.json", dict)
     columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
     rows = [
@@ -323,7 +323,7 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
     "Earlier trainings": (
         f"{KEPT}/first_training.json",
-        "The second to the fourth: second_training.json, third_training.json, fourth_training.json next to it.",
+        "The others: second_training.json, third_training.json, .. beside it.",
         earlier,
     ),
 }
