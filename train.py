@@ -26,9 +26,9 @@ count, times `--more`: when 10 % of the questions were "is there an X?" (`presen
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
     loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,
     normal_degrees, category_accuracy
-    align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of the picture), where (cross-entropy of the
-    pointed cell), aim (error of its direction) and on --val: exact.TYPE = exact match of answers per question type,
-    blank.TYPE = the same with a grey picture (what the wording alone gives away), contact_px, contact_degrees
+    align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of the picture) and on --val: exact.TYPE = exact
+    match of answers per question type, blank.TYPE = the same with a grey picture (what the wording alone gives
+    away), contact_px, contact_degrees
 and answers.md: the model's answers to three fixed questions of --val, next to the truth.
 """
 
@@ -95,7 +95,6 @@ class TrainConfig:
     turns: str = flag("branch", "each turn sees the picture only, or earlier turns too", choices=("branch", "pack"))
     soft_numbers: float = flag(1.9, "std of a number's soft label, in bins of 1/100; 0 = one-hot", low=0, high=50)
     number_weight: float = flag(3.0, "loss weight of the auxiliary head for an answer's numbers; 0 = off", low=0)
-    point_weight: float = flag(0.3, "loss weight of the auxiliary head that points at contacts; 0 = off", low=0)
     unfreeze_vision: bool = flag(False, "align, cotrain: train the encoder too (a deviation from the paper)")
 
 
@@ -239,11 +238,11 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         val_cached = cached_tokens(cfg, model, val, run)[-1] if cfg.val else None
     shown = shown_questions(val) if cfg.val else []
     has_numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
-    weights = (cfg.soft_numbers, cfg.number_weight, cfg.point_weight) if has_numbers else (0.0, 0.0, 0.0)
+    weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)
     steps = range(run.begin(), cfg.max_steps)
-    torch.manual_seed(cfg.seed + 1)  # for the auxiliary heads
+    torch.manual_seed(cfg.seed + 1)  # for the auxiliary head
     objective = AnswerObjective(model, *weights)
     parallel, optimizer = prepare(cfg, run, objective)
     result = {}
@@ -267,8 +266,7 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
 
     for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
         set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
-        told = ~b.numbers.isnan()
-        counts = [(b.labels[:, 1:] != IGNORE).sum().item(), told.sum().item(), told.all(1).sum().item()]
+        counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
         counts = [max(n, 1) for n in processes.mean(counts)]
         inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
         with autocast(processes):

@@ -1,7 +1,7 @@
 """What the stages of train.py minimise. The layers made here are auxiliary heads: no checkpoint keeps them.
 
 DenseObjective    stage 0: the simulator's dense labels for each patch token; `NamedPart` asks for a part in words
-AnswerObjective   stages 1.1 and 1.2: the model's own next-token loss (RoboMamba section 3.2), its numbers and contacts
+AnswerObjective   stages 1.1 and 1.2: the model's own next-token loss (RoboMamba section 3.2), and its numbers
 """
 
 import torch
@@ -144,66 +144,39 @@ def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
 
 
 class AnswerObjective(nn.Module):
-    """Stages 1.1 and 1.2: the model's own next-token loss on answers, and two auxiliary heads on the last prompt state.
+    """Stages 1.1 and 1.2: the model's own next-token loss on answers, and the auxiliary head for their numbers.
 
-    One predicts the numbers of the answer. The other, a `PointingHead` on the visual tokens, answers contact questions:
-    it makes the state say which part the question is about, and where that part can be gripped.
-
-    Args: soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight, point_weight:
-        0 = no such head.
+    Args: soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no
+        auxiliary head.
     """
 
-    def __init__(self, model: nn.Module, soft_numbers: float, number_weight: float, point_weight: float):
+    def __init__(self, model: nn.Module, soft_numbers: float, number_weight: float):
         super().__init__()
         self.model = model
         self.number_weight = number_weight
-        self.point_weight = point_weight
-        D = model.config.lm.d_model
-        vision = model.config.vision
-        self.cells = max(1, FINE * vision.patch_size // vision.image_size)  # raster cells along one side of a patch
         if number_weight:
+            D = model.config.lm.d_model
             self.numbers = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, N_NUMBERS))
-        if point_weight:
-            self.point = PointingHead(D, vision.width, 256, 4 * self.cells**2, narrow=64)
         bins = torch.arange(NUMBERS, dtype=torch.float32)
         distance = bins[:, None] - bins
         soft = torch.softmax(-(distance**2) / (2 * soft_numbers**2), 1) if soft_numbers else None
         self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
 
     def forward(
-        self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets, all_numbers, all_contacts
+        self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets: float, all_numbers: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: images, owners, .. labels as in RoboMamba.forward; prompts, numbers as in data.dataset.Batch.
 
-        all_targets, all_numbers, all_contacts: what sums are divided by, the mean counts per process, so that averaging
-        gradients over processes gives the mean over all of them.
+        all_targets, all_numbers: what sums are divided by, the mean counts per process, so that averaging gradients
+        over processes gives the mean over all of them.
         """
-        if images.dtype == torch.uint8:
-            images = self.model.vision(images)
         _, answer, states = self.model(
             images, tokens, lengths, labels, owners=owners, soft=self.soft, normalizer=all_targets, return_states=True
         )
+        if not self.number_weight:
+            return answer, {"answer": answer}
         state = states[torch.arange(len(states), device=states.device), prompts - 1]
         told = ~numbers.isnan()
-        numbers = numbers.nan_to_num()
-        loss, parts = answer, {"answer": answer}
-        if self.number_weight:
-            error = (self.numbers(state) - (2 * numbers - 1)).abs()
-            error = (error * told).sum() / all_numbers
-            loss = loss + self.number_weight * error
-            parts["numbers"] = error / 2
-        if self.point_weight:
-            contacts = told.all(1)
-            rows = contacts.nonzero()[:, 0] if contacts.any() else torch.zeros_like(prompts[:1])
-            where, aim = self.point_errors(state[rows], images[owners[rows]], numbers[rows])
-            share = contacts.sum() / all_contacts
-            loss = loss + self.point_weight * share * (where + aim)
-            parts |= {"where": share * where, "aim": share * aim}
-        return loss, parts
-
-    def point_errors(self, state: Tensor, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """`pointing_losses` for states (n, D), visual tokens (n, P, W) and numbers (n, 5) in 0 .. 1: u, v, approach."""
-        out = F.pixel_shuffle(self.point(state, as_map(images)), self.cells).float()
-        heat, way = out.split([1, 3], 1)
-        contact = numbers[:, :2] * heat.shape[-1] - 0.5
-        return pointing_losses(heat[:, 0], way, contact, F.normalize(2 * numbers[:, 2:] - 1, dim=1, eps=1e-6))
+        error = (self.numbers(state) - (2 * numbers.nan_to_num() - 1)).abs()
+        error = (error * told).sum() / all_numbers
+        return answer + self.number_weight * error, {"answer": answer, "numbers": error / 2}

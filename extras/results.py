@@ -104,9 +104,9 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 | `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |
 
 seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). These runs
-predate six changes: stage vision now leaves depth out of half of the pictures, then of 30 %; stage 1.2 has a pointing
-loss; new heads start at the mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`; the pointing
-head has 3,580 parameters, then 27,476, and looks near the pixel of the paper's. Nothing was chosen by these numbers."""
+predate five changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
+mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`; the pointing head has 3,580 parameters, then
+27,476, and looks near the pixel of the paper's. Nothing was chosen by these numbers."""
 QUESTIONS = """`make questions`: 400 steps of stage 1.2 after seed-0's first two stages, then heads; otherwise as above.
 
 | row | questions of stage 1.2, in addition to the general ones |
@@ -251,7 +251,7 @@ def stages(data: dict) -> str:
 def earlier(first: dict) -> str:
     """The trainings before the shipped one; the first three on the same test scenes."""
     trainings = {"first": first}
-    for name in ("second", "third", "fourth", "fifth"):
+    for name in ("second", "third", "fourth"):
         trainings[name] = read_json(ROOT / KEPT / f"{name}_training.json", dict)
     columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
     rows = [
@@ -323,7 +323,7 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
     "Earlier trainings": (
         f"{KEPT}/first_training.json",
-        "The others: second_training.json, third_training.json, .. beside it.",
+        "The second to the fourth: second_training.json, third_training.json, fourth_training.json next to it.",
         earlier,
     ),
 }

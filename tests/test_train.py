@@ -227,18 +227,18 @@ def test_read_outs_lie_where_their_cells_are(start):
     assert (mask[4:8, 8:12] == 24).all() and mask.sum() == 24 * 16
 
 
-def test_the_answer_loss_is_the_model_s_own_and_the_auxiliary_heads_(data, start):
+def test_the_answer_loss_is_the_model_s_own_and_the_auxiliary_head_s(data, start):
     """Against a computation by hand, row by row, from the logits."""
     model = RoboMamba.from_pretrained(start)
     conversations = Conversations(data / "train/conversations.json", model.encoding, 32)
     b = conversations.collate(conversations.draw(np.arange(3), np.random.default_rng(0), 2, 0.5, 0.2))
     images, owners = conversations.pictures(np.arange(3)), torch.arange(3).repeat_interleave(2)
     torch.manual_seed(0)
-    objective = AnswerObjective(model, soft_numbers=1.9, number_weight=3.0, point_weight=0.5)
+    objective = AnswerObjective(model, soft_numbers=1.9, number_weight=3.0)
     inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
-    loss, parts = objective(*inputs, 10.0, 4.0, 2.0)
+    loss, parts = objective(*inputs, 10.0, 4.0)
     bins = np.arange(100)
-    answer = numbers = where = aim = contacts = 0.0
+    answer = numbers = 0.0
     with torch.no_grad():
         for k in range(6):
             length, prompt = b.lengths[k], b.prompts[k]
@@ -256,48 +256,14 @@ def test_the_answer_loss_is_the_model_s_own_and_the_auxiliary_heads_(data, start
             told = b.numbers[k][~b.numbers[k].isnan()]
             said = objective.numbers(states[0, prompt - 1])[: len(told)]
             numbers += (said - (2 * told - 1)).abs().sum().item()
-            if len(told) == 5:
-                contacts += 1
-                tokens = model.vision(images[owners[k]][None])
-                errors = objective.point_errors(states[:1, prompt - 1], tokens, b.numbers[k : k + 1])
-                where, aim = where + errors[0].item(), aim + errors[1].item()
     assert numbers > 0 and parts["answer"].item() == pytest.approx(answer / 10, rel=1e-5)
     assert parts["numbers"].item() == pytest.approx(numbers / 4 / 2, rel=1e-5)
-    assert contacts > 0 and parts["where"].item() == pytest.approx(where / 2, rel=1e-5)
-    assert parts["aim"].item() == pytest.approx(aim / 2, rel=1e-5)
-    assert loss.item() == pytest.approx(answer / 10 + 3 * numbers / 4 + 0.5 * (where + aim) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(answer / 10 + 3 * numbers / 4, rel=1e-5)
 
-    plain, parts = AnswerObjective(model, 0.0, 0.0, 0.0)(*inputs, 10.0, 4.0, 2.0)
+    plain, parts = AnswerObjective(model, soft_numbers=0.0, number_weight=0.0)(*inputs, 10.0, 4.0)
     logits = model(images, b.tokens, b.lengths, owners=owners)[0][:, :-1]
     whole = F.cross_entropy(logits.flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
     assert plain.item() == pytest.approx(whole.item() / 10, rel=1e-5) and list(parts) == ["answer"]
-
-
-def test_the_pointing_loss_of_stage_cotrain_is_smallest_at_the_contact(start):
-    """Pointing at a cell costs least where that cell is the contact; a batch without contacts costs nothing."""
-    model = RoboMamba.from_pretrained(start)
-    objective = AnswerObjective(model, 0.0, 0.0, 1.0)
-    side = 32 // objective.cells
-    heat, way = torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32)
-    heat[0, 0, 20, 5] = 9.0  # row, column
-    way[:] = torch.tensor([0.6, -0.8, 0.0])[:, None, None]
-    said = F.pixel_unshuffle(torch.cat([heat, way], 1), objective.cells)
-    objective.point.forward = lambda state, x: said
-    state, tokens = torch.zeros(1, model.config.lm.d_model), torch.zeros(1, side**2, model.config.vision.width)
-
-    def errors(u, v):
-        where, aim = objective.point_errors(state, tokens, torch.tensor([[u, v, 0.8, 0.1, 0.5]]))
-        assert aim < 1e-5
-        return where.item()
-
-    here = errors(5.5 / 32, 20.5 / 32)
-    assert here < min(errors(u / 32, v / 32) for u, v in [(3.5, 20.5), (7.5, 20.5), (5.5, 18.5), (5.5, 22.5)])
-    assert here < errors(20.5 / 32, 5.5 / 32)
-
-    b = torch.zeros(1, 4, dtype=torch.int64)
-    inputs = (tokens, torch.tensor([0]), b, torch.tensor([4]), b, torch.tensor([2]), torch.full((1, 5), torch.nan))
-    loss, parts = objective(*inputs, 1.0, 1.0, 1.0)
-    assert parts["where"] == parts["aim"] == 0 and loss == parts["answer"]
 
 
 # ---- stages
