@@ -11,13 +11,13 @@ the approach (sim.scene.rotation_from_approach), because a suction cup leaves it
 mean angle could not fall below 90 degrees.
 
 A model with a fine map (`fine` in common/config.py) has a second head, the pointing head, about as small. It trains on
-part of each batch to predict, for each cell of the map, whether it is the contact; its choice is kept near the first
-head's pixel (`peak` in common/pointing.py). An RGB-D encoder sees every picture twice, with and without depth.
+part of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees every picture
+twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, averaged per epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
     (median angle of the approach axis, which is what matters), rotation_degrees (median angle of the whole rotation);
-    point_px, point_degrees: the same with the pointing head
+    point_px, point_degrees: the same for the pointing head
 """
 
 import math
@@ -120,10 +120,10 @@ def pointing_loss(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tens
 
 
 @torch.no_grad()
-def pointing_errors(model: RoboMamba, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> tuple:
-    """Errors of the pointing head beside the other: distance (fraction of the picture), axis angle (degrees), (n,)."""
-    heat, way = model.point(states, fine).split([1, 3], 1)
-    said, approach = peak(heat[:, 0], way, model.head(states)[0])
+def pointing_errors(point: PointingHead, states: Tensor, fine: Tensor, pixel: Tensor, rotation: Tensor) -> tuple:
+    """The pointing head's errors, (n,) each: distance (fraction of the picture), approach-axis angle (degrees)."""
+    heat, way = point(states, fine).split([1, 3], 1)
+    said, approach = peak(heat[:, 0], way)
     axis = torch.arccos((approach * rotation[..., 2]).sum(-1).clamp(-1, 1))
     return (said - pixel).norm(dim=-1) / 2, axis.rad2deg()
 
@@ -207,7 +207,7 @@ def validate(model: RoboMamba, val: Samples) -> dict[str, float]:
     states = torch.cat([val.states(rows) for rows in blocks])
     result = errors(model.head, states, val.pixel, val.rotation, size)
     if val.fine:
-        found = (pointing_errors(model, states[i], val.fine(i), val.pixel[i], val.rotation[i]) for i in blocks)
+        found = (pointing_errors(model.point, states[i], val.fine(i), val.pixel[i], val.rotation[i]) for i in blocks)
         distances, angles = (torch.cat(x).median().item() for x in zip(*found, strict=True))
         result |= {"point_px": distances * size, "point_degrees": angles}
     return result

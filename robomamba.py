@@ -560,7 +560,7 @@ class RoboMamba(nn.Module):
         intrinsics: fx, fy, cx, cy in pixels of depth. Given both, an RGB-D encoder sees the geometry, and any model's
         contact is refined on the measured surface (`refine` in data/depth.py), unless `refine` is False or refining
         would turn the direction by more than `config.head.turn` degrees.
-        point: True = use the pointing head too, if there is one; False = only the paper's head; None = True with depth.
+        point: True = use the pointing head, if there is one; False = use the paper's head; None = True with depth.
         Raises: ValueError for bad input, and for an action that is not finite.
         """
         S = self.config.vision.image_size
@@ -582,7 +582,7 @@ class RoboMamba(nn.Module):
         pixel, r6 = self.head(state)
         if point:
             heat, way = self.point(state, fine).float().split([1, 3], 1)
-            pixel, approach = peak(heat[:, 0], way, pixel.float())
+            pixel, approach = peak(heat[:, 0], way)
             r6 = torch.cat([approach, rotation_from_6d(r6.float())[..., 0]], 1)
         u, v = ((pixel[0].float() + 1) * S / 2).clamp(0, S - 1e-3).tolist()
         rotation = rotation_from_6d(r6[0].float()).cpu()

@@ -16,7 +16,7 @@ Policies: those in SCRIPTED of sim/policies.py, direction-DEGREES, pixel-PIXELS,
     model-depth         the same plus an imperfect camera's depth picture and intrinsics: an RGB-D encoder sees them,
                         the pointing head (if any) predicts, and `refine` in data/depth.py improves the contact
     model-depth-head    with the paper's head; model-depth-raw, model-depth-head-raw: without refinement
-    model-point         with the pointing head too, without depth
+    model-point         with the pointing head, without depth
     model-text          the answer generated token by token, as ManipLLM does; unparsable text is a failure
     model-pixel         the model's pixel, the expert's direction; model-direction: the other way round
     blind, mean-action  the vision-free baselines: median label of the category and part; mean label

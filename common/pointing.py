@@ -5,9 +5,8 @@
     last state of the words ----------------------------> PointingHead -> a logit and a direction per cell -> peak
 
 The paper's head regresses one point, the mean of all likely ones: given two good contacts, it predicts the point
-between them. A map has room for both, but where objects are unfamiliar its peak may be far from the named part; so the
-map is weighted by a Gaussian about the regressed point. The presets tiny, tiny-rgbd and small have these parts (`fine`
-in common/config.py); the sizes above are those of tiny.
+between them. A map has room for both. The presets tiny, tiny-rgbd and small have these parts (`fine` in
+common/config.py); the sizes above are those of tiny.
 """
 
 import math
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from common.config import VisionConfig
 
 SPREAD = 0.6  # standard deviation of the contact's Gaussian soft label, in cells
-NEAR = 1 / 8  # of the picture: how far the pointed contact may be from the regressed one, a standard deviation
 
 
 class FineMap(nn.Module):
@@ -79,22 +77,17 @@ class PointingHead(nn.Module):
         return self.out(x)
 
 
-def peak(heat: Tensor, way: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def peak(heat: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
     """heat (n, H, H), way (n, 3, H, H) -> contact (n, 2) in -1 .. 1, direction (n, 3), unit.
 
     Both are means over the 3 x 3 cells about the highest one, weighted by the softmax of heat.
-    near: (n, 2) in -1 .. 1, the contact of the paper's head: the map is multiplied by a Gaussian about it.
     """
     n, H, _ = heat.shape
-    cells = torch.arange(H, device=heat.device)
-    places = (cells + 0.5) * 2 / H - 1
-    if near is not None:
-        across, down = places - near[:, :1], places - near[:, 1:]  # (n, H) each
-        heat = heat - (across[:, None] ** 2 + down[:, :, None] ** 2) / (2 * (2 * NEAR) ** 2)
     best = heat.flatten(1).argmax(1)
-    row, column = best // H, best % H
-    around = ((cells - row[:, None]).abs() <= 1)[:, :, None] & ((cells - column[:, None]).abs() <= 1)[:, None]
-    weight = heat.masked_fill(~around, -math.inf).flatten(1).softmax(1).view(n, H, H)
+    cells = torch.arange(H, device=heat.device)
+    near = ((cells - (best // H)[:, None]).abs() <= 1)[:, :, None] & ((cells - (best % H)[:, None]).abs() <= 1)[:, None]
+    weight = heat.masked_fill(~near, -math.inf).flatten(1).softmax(1).view(n, H, H)
+    places = (cells + 0.5) * 2 / H - 1
     point = torch.stack([weight.sum(1) @ places, weight.sum(2) @ places], 1)
     return point, F.normalize((way * weight[:, None]).sum((2, 3)), dim=1, eps=1e-6)
 

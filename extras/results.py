@@ -26,7 +26,7 @@ END = "<!-- end -->"
 
 README_ROWS = {  # name in the results of RGBD -> what the row is
     "model": "RGB image and instruction, the paper's head of 3,152 parameters, all else frozen",
-    "model-depth": "the same weights, shown an imperfect camera's depth image too; both heads, contact refined",
+    "model-depth": "the same weights, shown an imperfect camera's depth image too; pointing head, contact refined",
     "random-backbone-depth": "`model-depth` with an untrained, frozen backbone: only the heads are trained",
     "blind": "vision-free baseline: median training label of each category and part",
     "random-normal": "random pixel of the object + its true surface normal (told the normal)",
@@ -35,12 +35,12 @@ README_ROWS = {  # name in the results of RGBD -> what the row is
 GLOSSARY = """| row | what it is |
 | --- | --- |
 | `model` | image and instruction, one forward pass, the paper's head of 3,152 parameters; RGB alone |
-| `model-point` | the same input, both heads: the pointing head (3,580 parameters) looks near the other's pixel |
+| `model-point` | the same input, pointing head (3,580 parameters, common/pointing.py) |
 | `model-text` | the same weights spell the action out ("64 33 69 25 89": quantised coordinates), no head; RGB alone |
 | `model-depth-head-raw` | depth and normals as input too; the paper's head |
 | `model-depth-head` | the same, with the contact refined on the depth image (data/depth.py) |
-| `model-depth-raw` | depth as input, both heads, not refined |
-| `model-depth` | depth as input, both heads, refined: chosen on validation scenes by the rate at 0.1 |
+| `model-depth-raw` | depth as input, the pointing head, not refined |
+| `model-depth` | depth as input, the pointing head, refined: chosen on validation scenes by the rate at 0.1 |
 | `random-backbone-depth` | frozen random backbone of the same shapes; both heads trained as for ours; refined |
 | `random-depth` | random pixel of the object, refined in the same way: what depth alone contributes |
 | `blind` | vision-free baseline: median training label of each (category, part); it never sees the image |
@@ -92,8 +92,8 @@ SHORT = """Two seeds of `make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20
 | ending | what the model is shown |
 | --- | --- |
 | none | RGB alone, the paper's head |
-| `-point` | RGB alone, both heads |
-| `-depth` | depth as input too, both heads, refined |"""
+| `-point` | RGB alone, pointing head |
+| `-depth` | depth as input too, pointing head, refined |"""
 TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads.
 
 | row | what was trained |
@@ -104,9 +104,9 @@ TRAININGS = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs o
 | `-depth` | depth as input too, pointing head, refined; rows without it: RGB alone and the paper's head |
 
 seed-0 was trained on two CPU cores in float32, the others on a GPU under bfloat16 autocast (see "On a GPU"). These runs
-predate five changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
+predate four changes: stage vision now leaves depth out of half of the pictures, then of 30 %; new heads start at the
 mean state (`centre` in finetune_policy.py); `refine` has the limit `turn`; the pointing head has 3,580 parameters, then
-27,476, and looks near the pixel of the paper's. Nothing was chosen by these numbers."""
+27,476. Nothing was chosen by these numbers."""
 QUESTIONS = """`make questions`: 400 steps of stage 1.2 after seed-0's first two stages, then heads; otherwise as above.
 
 | row | questions of stage 1.2, in addition to the general ones |

@@ -181,21 +181,6 @@ def test_the_peak_of_a_map():
     assert torch.allclose(direction, torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.0, 1.0]]), atol=1e-5)
 
 
-def test_the_peak_is_weighted_by_the_distance_to_the_regressed_point():
-    """Of two equal peaks the one near the other head's point wins; two standard deviations cost 2 nats."""
-    heat = torch.full((1, 32, 32), -20.0)
-    heat[0, 4, 20] = heat[0, 25, 9] = 5.0  # row, column
-    way = torch.ones(1, 3, 32, 32)
-    for row, column in ((4, 20), (25, 9)):
-        place = torch.tensor([[column + 0.5, row + 0.5]]) / 16 - 1
-        assert torch.allclose(peak(heat, way, place)[0], place, atol=1e-4)
-    beside = torch.tensor([[28.5, 4.5]]) / 16 - 1  # 8 cells = 1/4 of the picture from the first, which loses 2 nats
-    for lead, found in ((1.9, 28), (2.1, 20)):
-        heat = torch.full((1, 32, 32), -20.0)
-        heat[0, 4, 20], heat[0, 4, 28] = lead, 0.0
-        assert abs((peak(heat, way, beside)[0][0, 0] + 1) * 16 - found - 0.5) < 0.01
-
-
 def test_pointing_is_learned(folder, rgbd, tmp_path):
     """The pointing head learns beside the paper's head, from frozen maps; nothing else moves."""
     rgbd.save_pretrained(tmp_path / "start")
