@@ -15,9 +15,9 @@ part of each batch to predict, for each cell of the map, whether it is the conta
 twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
-    loss, averaged per epoch; on --val every five epochs: pixel_px (median distance in pixels), approach_degrees
-    (median angle of the approach axis, which is what matters), rotation_degrees (median angle of the whole rotation);
-    point_px, point_degrees: the same for the pointing head
+    loss, averaged per epoch; on --val every five epochs, with depth if the encoder sees it: pixel_px (median distance
+    in pixels), approach_degrees (median angle of the approach axis, which is what matters), rotation_degrees (median
+    angle of the whole rotation); point_px, point_degrees: the same for the pointing head
 """
 
 import math
@@ -75,7 +75,7 @@ class PolicyConfig:
     pool: str = flag("last", "how text states are pooled for the head", choices=("last", "first_last", "mean"))
     keep_head: bool = flag(False, "keep training the checkpoint's head instead of a new one")
     random_backbone: bool = flag(False, "baseline: random weights in vision, projector and language model")
-    unfreeze: bool = flag(False, "train all parameters on the samples (an upper reference, unlike the paper)")
+    unfreeze: bool = flag(False, "train all but the pointing head, from RGB (an upper reference, unlike the paper)")
     half: bool = flag(False, "save weight matrices in float16")
 
 
@@ -221,12 +221,13 @@ def start_model(cfg: PolicyConfig, processes: Processes) -> RoboMamba:
     model = RoboMamba.from_pretrained(cfg.checkpoint)
     torch.manual_seed(cfg.seed)
     if cfg.random_backbone:
-        init_weights(model)
+        fresh = RoboMamba(model.config, model.encoding)
+        model.vision, model.projector, model.lm = fresh.vision, fresh.projector, fresh.lm
     if not cfg.keep_head:
         model.config.head = HeadConfig(cfg.head, (cfg.hidden,), cfg.pool)
         model.head = PolicyHead(model.config.head, model.config.lm.d_model)
         init_weights(model.head)
-        if model.point is not None:
+        if model.point is not None and not cfg.unfreeze:
             model.point = PointingHead(model.config.lm.d_model, model.config.vision.fine)
     return model.to(processes.device).train()
 

@@ -43,7 +43,7 @@ from common.pointing import FineMap, PointingHead, peak
 from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
 from data import depth as depth_camera
 from data import tokenizer
-from data.dataset import IGNORE, read_picture
+from data.dataset import IGNORE, read_picture, upright_rgb
 from data.prompts import contact_question
 from selective_scan import _step, selective_scan
 
@@ -158,7 +158,7 @@ class VisionTransformer(nn.Module):
 
 def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequential:
     layers = []
-    for w_in, w_out in zip(widths[:-1], widths[1:-1], strict=False):
+    for w_in, w_out in zip(widths[:-2], widths[1:-1], strict=True):
         layers += [nn.Linear(w_in, w_out), activation()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=last_bias))
 
@@ -431,7 +431,7 @@ class RoboMamba(nn.Module):
         if isinstance(image, str | os.PathLike):
             image = read_picture(image, S)
         elif isinstance(image, Image.Image):
-            image = image.convert("RGB").resize((S, S), Image.Resampling.BILINEAR)
+            image = upright_rgb(image).resize((S, S), Image.Resampling.BILINEAR)
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.shape != (S, S, 3):
             raise ValueError(f"image: expected uint8 ({S}, {S}, 3), got {image.dtype} {image.shape}; or pass a file")
@@ -622,11 +622,11 @@ class RoboMamba(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """All initial values in one place; called once, as the last step of construction.
+    """All initial values in one place; the last step of construction, also of a new policy head.
 
     | parameter | value | why |
     |---|---|---|
-    | linear, conv1d weights | normal, sd min(0.02 sqrt(768 / fan_in), fan_in^-1/2) | unit activations at any width |
+    | linear, conv1d weights | normal, sd 0.02 sqrt(768 / fan_in) | GPT-2's 0.02 at width 768, for any width |
     | conv2d weights | normal, sd sqrt(2 / fan_in) (He et al.) | else the stem's GELUs shrink the signal to nothing |
     | mixer.out_proj | the same / sqrt(n_layer) | the residual stream does not grow with depth (Mamba's code) |
     | embeddings, class token, positions | normal, sd 0.02 | tied with the output: a larger sd starts overconfident |
@@ -638,7 +638,7 @@ def init_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             fan_in = module.weight[0].numel()
-            small = min(0.02 * math.sqrt(768 / fan_in), fan_in**-0.5)
+            small = 0.02 * math.sqrt(768 / fan_in)
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in) if isinstance(module, nn.Conv2d) else small)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

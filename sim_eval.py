@@ -81,7 +81,9 @@ DEMO = {"policy": "model-depth,model,expert,random,random-normal,blind", "split"
 
 @dataclass
 class EvalConfig:
-    policy: str = flag("model", "comma-separated (x lists the names; physics: a preset list); --strips draws the first")
+    policy: str = flag(
+        "model", "comma-separated (a wrong name lists them all; physics: a preset list); --strips draws the first"
+    )
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "checkpoint folder of the policy `model`")
     blind_table: str = flag("data/pretrained/blind_table.json", "label table that `mean-action` and `blind` use")
     split: str = flag("", "which scenes (default: both; physics: val; --objects: only those)", choices=("", *SPLITS))
@@ -129,7 +131,8 @@ def make_policies(cfg: EvalConfig) -> tuple[dict[str, Callable], dict[str, str |
                 raise ValueError(f"{named} {source or '(not given)'}: no such folder; the policy {name} needs it")
             if source not in models:
                 models[source] = load_model(ours(source))
-            found[name] = model_policy(models[source], set(name.split("-")[1:]))
+            way = max((way for way in WAYS if name.endswith(f"-{way}")), key=len, default="")
+            found[name] = model_policy(models[source], set(way.split("-")))
     sizes = {folder: model.config.vision.image_size for folder, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"checkpoints want pictures of different sizes, which cannot share a scene: {sizes}")
@@ -247,7 +250,8 @@ def score(o: Observation, done: Attempt) -> dict:
     outcome = done.outcome
     record = {"u": u, "v": v, "approach": approach, "moved": round(float(outcome.moved), 5)}
     record |= {"initial": bool(outcome.initial), "long": bool(outcome.long), "reason": outcome.reason}
-    record |= {"failure": done.failure, "on_part": False} if done.failure else {"on_part": False}
+    record |= {"failure": done.failure} if done.failure else {}
+    record["on_part"] = False
     if None not in (u, v, *approach):
         pixel = math.floor(v + 0.5), math.floor(u + 0.5)
         inside = min(pixel) >= 0 and max(pixel) < o.scene.image_size
@@ -272,7 +276,8 @@ def wrong_sentence(policy: Callable, o: Observation, done: Attempt, labels: dict
     u, v = done.action[:2]
     away = {} if None in (u, v) else {j: math.hypot(u - label.u, v - label.v) for j, label in labels.items()}
     other = int(rng.choice([j for j in labels if j != o.part]))
-    wrong = attempt(policy, o._replace(instruction=sentence(o.scene, other), part=other, rng=rng), o.part)
+    asked = o._replace(instruction=sentence(o.scene, other), part=other, label=labels[other], rng=rng)
+    wrong = attempt(policy, asked, o.part)
     nearest = min(away, key=away.get, default=None) == o.part
     return {"parts": len(labels), "nearest": nearest, "wrong_initial": bool(wrong and wrong.outcome.initial)}
 
@@ -333,7 +338,8 @@ class Bench:
                 record["object"] = job.category
             record |= {"part": scene.spec.parts[o.part].label, "instruction": o.instruction} | score(o, done)
             if self.sources[name] is not None:
-                answer["ms"][name] = done.ms
+                if not done.failure:
+                    answer["ms"][name] = done.ms
                 labels = labels or all_labels(scene, label)
                 if len(labels) > 1:
                     record["language"] = wrong_sentence(policy, o, done, labels)
@@ -348,6 +354,8 @@ def only(splits: dict[str, tuple], categories: str) -> dict[str, tuple]:
     """Keep the named categories of each split. Raises: ValueError for a category that is in none of them."""
     splits = {split: (*names, *GRAMMAR) if split == "val" else names for split, names in splits.items()}
     wanted = listed("--categories", categories, tuple(name for names in splits.values() for name in names))
+    if not wanted:
+        raise ValueError(f"--categories '{categories}': no name")
     found = {split: tuple(name for name in wanted if name in names) for split, names in splits.items()}
     return {split: names for split, names in found.items() if names}
 

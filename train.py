@@ -9,24 +9,25 @@
 
 What each stage trains, and what stays frozen (RoboMamba section 3.2; frozen weights are checked bit by bit):
 
-    stage     trained        frozen        loss
-    vision    vision         -             depth, normals, masks, part kind and openness; category, colour; for the part
-                                           named in an instruction: contact, direction, mask, motion, moment arm
-    align     projector      vision, lm    next token of answers in words
-    cotrain   projector, lm  vision        next token of all answers, general and robot questions together
-    (policy)  head           all the rest  finetune_policy.py
+    stage     trained        loss (data/objectives.py); all the rest is frozen
+    vision    vision         depth, normals, masks, part kind and openness; category, colour; for the part named in an
+                             instruction: contact, direction, mask, motion, moment arm
+    align     projector      next token of answers in words
+    cotrain   projector, lm  next token of all answers, general and robot questions together
+    (policy)  heads          finetune_policy.py
 
 Differences from the paper: stage `vision` replaces CLIP's pre-training. No weights can be downloaded, so the encoder
 learns from the simulator's dense labels. The language model also starts from random weights. Numbers ("37" of 00..99)
 are learned with Gaussian soft labels (`--soft-numbers`), and an auxiliary head predicts all of an answer's numbers at
 once from the last prompt state (`--number-weight`), which the policy head will read; both can be switched off. Muon
-halves the steps of stage 1.2 (common/optim.py). Question types are sampled in proportion to the square root of their
-count, times `--more`: when 10 % of the questions were "is there an X?" (`presence`), the model did not learn them.
+halves the steps of stage 1.2 (common/optim.py). NUMERIC sets the shares of questions answered with numbers; the other
+types are sampled in proportion to the square root of their count, times `--more`: when 10 % of the questions were "is
+there an X?" (`presence`), the model did not learn them.
 
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
-    loss; vision: geometry, mask, movable, kinds, openness, words and on --val: movable_iou, kind_accuracy,
-    normal_degrees, category_accuracy
-    align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of the picture) and on --val: exact.TYPE = exact
+    loss; vision: geometry, mask, movable, kinds, openness, words; of named parts contact, aim, motion, part, dice, arm;
+    on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy, contact_px, part_iou
+    align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of their range) and on --val: exact.TYPE = exact
     match of answers per question type, blank.TYPE = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees
 and answers.md: the model's answers to three fixed questions of --val, next to the truth.
@@ -122,7 +123,6 @@ def start_model(cfg: TrainConfig, vocabulary: Path) -> RoboMamba:
     encoding = load_encoding(vocabulary)
     config = RoboMambaConfig.from_dict(PRESETS[cfg.preset].to_dict())
     config.lm.vocab_size = encoding.n_vocab
-    torch.manual_seed(cfg.seed)
     return RoboMamba(config, encoding)
 
 
@@ -142,8 +142,12 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     if cfg.unfreeze_vision:
         trained = ("vision", *trained)
     frozen = freeze(model, trained)
-    if cfg.unfreeze_vision and model.config.vision.fine:
-        model.vision.fine.requires_grad_(False)  # no answer depends on it
+    vision = model.vision
+    unread = [*vision.encoder.layers[vision.cfg.select_layer % (vision.cfg.n_layer + 1) :]]
+    unread += [] if vision.cfg.output_norm else [vision.post_layernorm]
+    unread += [vision.fine] if vision.cfg.fine and cfg.stage != "vision" else []
+    for part in unread:  # data parallelism refuses weights without a gradient
+        part.requires_grad_(False)
     run = Run(cfg, processes, cfg.max_steps, LOG_EVERY)
     sizes = (
         f"{name} {count(part):,d} {'frozen' if name in frozen else 'trained'}" for name, part in parts_of(model).items()

@@ -55,7 +55,7 @@ class Muon(torch.optim.AdamW):
 
     @staticmethod
     def orthogonal(M: Tensor) -> Tensor:
-        """Brings every singular value of matrices M (.., m, n) to about 1 (0.7 to 1.2); the singular vectors stay."""
+        """Brings singular values of M (.., m, n) above 0.003 |M| to 0.7 .. 1.2, smaller ones less far; vectors stay."""
         X = M / (M.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # all singular values at most 1
         tall = X.shape[-2] > X.shape[-1]
         for _ in range(5):
@@ -66,9 +66,9 @@ class Muon(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Weight decay for matrices only; none for A_log, D, norms, biases, embeddings, positions.
+    """Weight decay for matrices only; none for A_log, D, norms, biases, and what has "embedding" in its name.
 
-    muon: matrices of at least 32 x 32 form a group with `orthogonal`; narrow ones (dt_proj, x_proj) stay with AdamW.
+    muon: matrices of at least 32 x 32 form a group with `orthogonal`; narrow ones such as dt_proj stay with AdamW.
     """
     decay, rest, wide = [], [], []
     for name, p in module.named_parameters():

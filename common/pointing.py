@@ -4,9 +4,9 @@
     tokens 8 x 8 ------------> FineMap (B, C, 32, 32) --.
     last state of the words ----------------------------> PointingHead -> a logit and a direction per cell -> peak
 
-The paper's head regresses one point, the mean of all likely ones: given two good contacts, it predicts the point
-between them. A map has room for both. The presets tiny, tiny-rgbd and small have these parts (`fine` in
-common/config.py); the sizes above are those of tiny.
+The paper's head regresses one point amid all likely ones: given two good contacts, it predicts a point between them. A
+map has room for both. The presets tiny, tiny-rgbd and small have these parts (`fine` in common/config.py); the sizes
+above are those of tiny.
 """
 
 import math
@@ -54,8 +54,8 @@ def as_map(tokens: Tensor) -> Tensor:
 class PointingHead(nn.Module):
     """A state and a map -> for every cell of the map, whether it is the contact, and in which direction to grip there.
 
-    The state scales and shifts the map's channels (FiLM, arXiv 1709.07871), before and after they are mixed. It passes
-    through `narrow` units first, as many as in the paper's head: 0.1 % of the parameters in all. Not in the paper.
+    The state scales and shifts the map's channels (FiLM, arXiv 1709.07871), before and after they are mixed. The state
+    first passes through `narrow` units, as in the policy head: 0.1 % of the parameters in all. Not in the paper.
     """
 
     def __init__(self, d_model: int, channels: int, hidden: int = 16, outputs: int = 4, narrow: int = 8):

@@ -20,7 +20,7 @@ from common.scripts import run_main
 DATA = Path(__file__).parent.parent / "data"
 PAPER = DATA / "paper_table2.json"
 THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
-CATALOGUE_SPLITS = ("seen", "unseen", "val")  # of our own catalogue, named as the paper's; not the user's objects
+CATALOGUE_SPLITS = ("seen", "unseen", "val")  # their categories have the names of the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
 SUCCESS = """Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m (or half of
 its remaining range, if that is less than 0.1). px / deg off: median distance to the expert's contact. Only scenes that
@@ -28,7 +28,7 @@ the expert (the oracle) solves are used; the last row counts all sampled scenes.
 SENTENCES = ("policy", "ms a prediction", "nearest to the named part", "chance", "right sentence", "wrong sentence")
 SENTENCES_TEXT = """Scenes with several parts: how often the predicted pixel is nearest to the named part, and how often
 it would be by chance; how often the named part moves >= 0.01 with its own instruction, and with the instruction for
-another part. ms: median, batch 1, one thread."""
+another part. ms: median, batch 1, one thread; with depth about 10 of them simulate the imperfect camera."""
 OURS = """Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,
 other objects, another gripper. Their columns are for orientation only; do not compare the numbers.**"""
 ON_PART = """Scored like the released evaluator of ManipLLM, on which the paper builds: episodes whose predicted pixel
@@ -196,7 +196,7 @@ def skips(skipped: dict) -> list[str]:
 
 
 def details(results: dict) -> str:
-    """Per split: how the episodes ended; then the rates as the released scorer of the paper's ancestor counts."""
+    """Per split: how the episodes ended; then the rates as ManipLLM's released evaluator counts them."""
     policies = results["policies"]
     lines = []
     for split in results["splits"]:

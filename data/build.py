@@ -9,10 +9,11 @@ Files in DIR (--out) after a build:
                                 16-bit millimetres, 0 = nothing measured (data/depth.py)
     conversations.json          LLaVA layout: [{id, image, conversations: [{from, value}, ..]}]; several turns per image
     manipulation.jsonl          one line per working contact: {image, depth, intrinsics, category, part, instruction,
-                                u, v, approach, ..}; with --full-labels also camera and mask
-    dense.npz                   per picture: 16 x 16 depth, normals, masks, part kind; 32 x 32 part number, gripper
-                                direction for moving the part, moment arm; the object's category and colour
+                                u, v, approach, ..}; with --full-labels also camera and mask, a .parts.png
+    dense.npz                   per picture: 16 x 16 depth, normals, masks, openness, part kind; 32 x 32 part number,
+                                gripper direction for moving the part, moment arm; the object's category and colour
     facts.jsonl                 the ground truth of each picture, from which the questions are generated
+    vocab.tiktoken              the tokenizer learned from the texts (train only)
     manifest.json               settings, counts, intrinsics, versions, seconds
 
 Deterministic given --seed and --scenes, for any --workers. An interrupted build resumes where it stopped: finished
@@ -263,10 +264,11 @@ def merge(cfg: BuildConfig, seconds: float) -> dict:
     dense = {name: np.concatenate([group[name] for group in groups]) for name in DENSE}
     names = [row["facts"]["category"] for row in rows]
     shares = {name: n / len(rows) for name, n in sorted(Counter(names).items())}  # weights of the words of "no"
+    untold = draw_from(cfg)["general"] if cfg.split == "train" else ()  # elsewhere all that is shown may be asked for
     conversations, samples, taken = [], [], Counter()
     for row, name in zip(rows, names, strict=True):
         rng = np.random.default_rng([cfg.seed, row["index"], 2])
-        turns = questions.turns(row["facts"], rng, row["rule"], shares, draw_from(cfg)["general"])
+        turns = questions.turns(row["facts"], rng, row["rule"], shares, untold)
         record = questions.to_llava(f"{row['index']:08d}", row["image"], turns)
         conversations.append(record | {"families": [turn.question_type for turn in turns]})
         source = "grammar" if name.startswith(PREFIX) else "categories"

@@ -241,7 +241,7 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B * Q,) int64, true lengths
     labels: Tensor  # (B * Q, T) int64, IGNORE outside answers
     prompts: Tensor  # (B * Q,) int64, length of the first prompt: the policy head reads the state of its last token
-    numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers / 100, NaN where there are fewer
+    numbers: Tensor  # (B * Q, N_NUMBERS) float32, the answer's numbers, (n + 0.5) / 100; NaN where there are fewer
 
 
 class Item(NamedTuple):
@@ -250,7 +250,7 @@ class Item(NamedTuple):
     tokens: list[int]
     labels: list[int]  # IGNORE outside answers
     prompt: int  # length of the (first) prompt
-    numbers: list[float]  # the answer's numbers / 100
+    numbers: list[float]  # the answer's numbers, (n + 0.5) / 100
     weight: float  # how often it is drawn, relative to the others in its record
 
 
@@ -437,17 +437,17 @@ def visual_tokens(
 
     Computed once and cached on disk. The file name is a digest of the encoder and of every picture's name, size and
     modification time, so other weights or pictures never read it; a checksum at its end shows that it is complete.
-    Several processes share the work. Memory-mapped: only the rows that are used are read.
+    Several processes share the work. The file is memory-mapped, and read whole only for its checksum.
 
     Args: cache: folder of the file; default `folder`, or `out` if `folder` is not writable.
     """
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
-    file = f"tokens-{_pictures_digest(vision, folder, names)[:16]}{'-depth' if depth else ''}.npy"
+    file = f"tokens-{_pictures_digest(vision, folder, names, depth)[:16]}{'-depth' if depth else ''}.npy"
     path = Path(cache or folder) / file
     if not cache and out and not path.exists() and not os.access(folder, os.W_OK):
         path = Path(out) / file
-    if processes.first_says(not _is_whole(path, shape)):
+    if processes.first_says(processes.first and not _is_whole(path, shape)):
         blocks = (tokens for (tokens,) in _encode(vision, folder, names, processes, depth))
         if processes.first:
             write_atomically(path, lambda temporary: _write_tokens(temporary, shape, blocks))
@@ -468,9 +468,12 @@ def tokens_and_maps(vision, folder, names: list[str], processes, depth: bool = F
     return [np.concatenate(kind) for kind in zip(*blocks, strict=True)]
 
 
-def _pictures_digest(vision, folder, names: list[str]) -> str:
+def _pictures_digest(vision, folder, names: list[str], depth: bool) -> str:
     h = hashlib.sha256(digest(vision).encode())
     h.update(json.dumps(dataclasses.asdict(vision.cfg)).encode())
+    if depth:
+        h.update(json.dumps(_intrinsics(Path(folder))).encode())
+        names = [*names, *(str(Path(name).with_suffix(".depth.png")) for name in names if name)]
     for name in names:
         stat = os.stat(Path(folder, name)) if name else None
         h.update(f"{name}\n{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())

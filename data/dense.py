@@ -33,7 +33,7 @@ class Cells(NamedTuple):
 
     geometry: Tensor  # (B, 16, 16, 4): relative depth, then the surface normal x, y, z in the camera frame
     mask: Tensor  # (B, 16, 16): fraction of the cell that the object fills
-    movable: Tensor  # (B, 16, 16): 1 on a movable part, 0 elsewhere, -1 = unlabelled (held-out categories)
+    movable: Tensor  # (B, 16, 16): fraction that movable parts fill; -1 here and below: unlabelled (unseen category)
     openness: Tensor  # (B, 16, 16): of the part in the cell, 0 closed .. 1 open
     kind: Tensor  # (B, 16, 16) int64, index into objects.PART_KINDS; predicted: (B, 16, 16, N_KINDS)
 
@@ -54,7 +54,7 @@ class NamedParts(NamedTuple):
 class DenseBatch(NamedTuple):
     pictures: Tensor  # (B, 3, S, S) uint8
     geometry: Tensor | None  # (B, 4, S, S) float32, for an RGB-D encoder
-    named: NamedParts | None  # None if the folder has no such labels
+    named: NamedParts | None  # None if no part of the batch can be asked for
     cells: Cells
     category: Tensor  # (B,) int64
     colour: Tensor  # (B,) int64, index into objects.COLOURS
@@ -105,6 +105,10 @@ class DensePictures:
         self.parts: list[list[dict]] = []  # for each picture, the parts with a contact
         if (self.folder / "facts.jsonl").exists():
             self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder again").values()
+            for name, tail in (("part", ()), ("act", (3,)), ("arm", ())):
+                shape = getattr(self, name).shape
+                if shape != (n, FINE, FINE, *tail):
+                    raise ValueError(f"{file}: {name} {shape}; remove the folder and build it again")
             self.parts = read_parts(self.folder / "facts.jsonl")
             if len(self.parts) != n:
                 raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")

@@ -5,7 +5,7 @@
                                                     '--refine(u, v, approach)--> a better contact nearby, no training
 
 Depth is metres along the camera's z; 0 or not finite where nothing was measured. Camera frame: x right, y down,
-z forward. Intrinsics are (fx, fy, cx, cy) in pixels, with pixel centres at whole numbers. numpy only.
+z forward. Intrinsics are (fx, fy, cx, cy) in pixels, with pixel centres at whole numbers.
 
 `camera_depth` errs as structured-light and stereo cameras do: noise that grows with z^2 (Khoshelham and Elberink 2012:
 1.425 mm x (z / 1 m)^2 for the first Kinect), rounding to millimetres, and at a jump either side's depth or none.
@@ -94,7 +94,7 @@ def windows(picture: np.ndarray, reach: int, mode: str = "constant") -> np.ndarr
 
 
 def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
-    """Depth (H, W) -> unit normals (H, W, 3) float32, camera frame, towards the camera (z < 0); 0 where unknown.
+    """Depth (H, W) -> unit normals (H, W, 3) float32, camera frame, facing the camera (n . X < 0); 0 where unknown.
 
     With x = (u - cx) / fx and y = (v - cy) / fy a plane n . X = k is 1 / z = (n / k) . (x, y, 1): linear in the pixel.
     A least-squares linear fit to 1 / z in the 5 x 5 window (ignoring pixels across a jump in depth) gives n. Median
@@ -114,7 +114,7 @@ def normals(depth: np.ndarray, intrinsics, reach: int = 2) -> np.ndarray:
     ii, ij, jj = sii - si * si / n, sij - si * sj / n, sjj - sj * sj / n
     di, dj = sdi - si * sd / n, sdj - sj * sd / n
     determinant = ii * jj - ij * ij
-    known = determinant > 0.5  # three or more pixels, not all in one line
+    known = determinant > 0.5  # pixels not all in one line, and more than three in a corner
     determinant[~known] = 1
     a, b = fx * (jj * di - ij * dj) / determinant, fy * (ii * dj - ij * di) / determinant
     c = middle - a * (columns - cx) / fx - b * (rows - cy) / fy

@@ -37,7 +37,8 @@ class DenseObjective(nn.Module):
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
         if GRID % self.side or (model.config.vision.fine and FINE % (4 * self.side)):
             raise ValueError(
-                f"vision: {self.side} x {self.side} patches do not divide the labels, {GRID} x {GRID} cells"
+                f"vision: {self.side} x {self.side} patches do not divide the labels, {GRID} x {GRID} cells, or the "
+                f"cells of their fine map not the raster, {FINE} x {FINE}"
             )
         self.cells = GRID // self.side  # cells along one side of a patch
         self.dense = nn.Linear(W, self.cells**2 * (7 + N_KINDS))
@@ -62,17 +63,23 @@ class DenseObjective(nn.Module):
         return [as_map(x), *fine], cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its terms. All but the mask are averaged over the object's cells; background teaches little."""
+        """The loss and its terms. Those of cells, but for the mask, are means over labelled cells of the object.
+
+        Background teaches little. Every process names the same terms: 0 where no cell is labelled or no part is named.
+        """
         maps, said, category, colour = self.predict(b)
         true = b.cells
         solid = true.mask > 0.5
         told = solid & (true.movable >= 0) & (true.kind >= 0)
         on_part = told & (true.kind > 0)
+        none = said.movable.sum() * 0.0
         parts = {
             "geometry": F.l1_loss(said.geometry[solid], true.geometry[solid]),
             "mask": F.binary_cross_entropy_with_logits(said.mask, true.mask),
-            "movable": F.binary_cross_entropy_with_logits(said.movable[told], true.movable[told]),
-            "kinds": F.cross_entropy(said.kind[told], true.kind[told], weight=self.kind_weight),
+            "movable": F.binary_cross_entropy_with_logits(said.movable[told], true.movable[told])
+            if told.any()
+            else none,
+            "kinds": F.cross_entropy(said.kind[told], true.kind[told], weight=self.kind_weight) if told.any() else none,
             "openness": (said.openness - true.openness).abs()[on_part].sum() / max(on_part.sum(), 1),
             "words": F.cross_entropy(category, b.category) + F.cross_entropy(colour, b.colour),
         }
@@ -84,6 +91,7 @@ class DenseObjective(nn.Module):
         if len(terms) == 1:
             unused = [*maps[1:], *(self.named.parameters() if self.named else ())]
             loss = loss + 0.0 * sum(x.sum() for x in unused)
+            terms.append(dict.fromkeys(NAMED_WEIGHTS, none) if self.named else {})
         return loss, parts | terms[-1]
 
 

@@ -183,6 +183,12 @@ def test_points_lie_on_what_they_are_said_to_lie_on():
     assert draw_points(np.full((64, 64), -2), np.random.default_rng(0)) == []
 
 
+def test_a_test_split_asks_for_parts_of_unseen_categories_too(tmp_path, inline):
+    build(replace(TINY, out=str(tmp_path), split="test-unseen", scenes=12))
+    asked = set(json.loads((tmp_path / "manifest.json").read_text())["families"])
+    assert {"possible", "presence", "count", "plan", "contact"} <= asked
+
+
 def test_every_picture_has_depth_and_every_contact_what_others_need(tmp_path, inline):
     """Full labels: from a sample's files alone its contact is found on the part, and its point in the world."""
     flags = dict(scenes=9, workers=1, image_size=64, grammar=0.5, unseen=0.3, after=0.0, vocab=0, full_labels=True)

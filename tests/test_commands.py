@@ -42,7 +42,7 @@ NAMES = (  # {place} is a folder with what a reader would bring
     (r"--objects DIR", "--objects {place}/objects"),
     (r"--(out|student) \S+", r"--\1 {out}"),
     (r"^(python train.py --stage \w+)$", rf"\1 --data {{place}}/data --val '' --init {SHIPPED}"),
-    (r"^python finetune_policy.py$", rf"\g<0> --data {{place}}/data --val '' --checkpoint {SHIPPED}"),
+    (r"^python finetune_policy.py --half$", rf"\g<0> --data {{place}}/data --val '' --checkpoint {SHIPPED}"),
 )
 SIZES = {
     "data.build": "--scenes 4 --demos 2 --workers 1 --out {out}",

@@ -5,6 +5,8 @@ pytest tests/test_dense.py
 
 import dataclasses
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,6 +129,20 @@ def test_geometry_changes_the_tokens_and_has_a_cache_of_its_own(folder, rgbd):
         image = DensePictures(str(folder), SIDE, rgbd.encoding).batch([1]).pictures
         geometry = torch.from_numpy(read_geometry(folder, names[1], SIDE))[None]
         assert torch.allclose(rgbd.vision(image, geometry)[0].half(), torch.from_numpy(np.array(deep[1])), atol=2e-3)
+    os.utime(folder / "images/1.depth.png")  # another depth picture beside the same picture
+    for way, files in ((False, 2), (True, 3)):
+        visual_tokens(rgbd.vision, folder, names, Processes("cpu"), depth=way)
+        assert len(list(folder.glob("tokens-*.npy"))) == files
+
+
+def test_labels_of_named_parts_must_have_their_shapes(folder, rgbd, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    with np.load(folder / "dense.npz") as file:
+        arrays = dict(file)
+    for name in ("part", "act", "arm"):
+        np.savez(tmp_path / "dense.npz", **(arrays | {name: arrays[name][:1]}))
+        with pytest.raises(ValueError, match=f"dense.npz: {name}"):
+            DensePictures(tmp_path, SIDE, rgbd.encoding)
 
 
 def test_all_stages_train_an_rgbd_model(folder, rgbd, tmp_path):

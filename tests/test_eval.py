@@ -332,6 +332,34 @@ def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
         scene.close()
 
 
+def test_the_end_of_a_name_says_how_its_checkpoint_is_used(checkpoints, monkeypatch):
+    monkeypatch.setattr(sim_eval, "model_policy", lambda model, ways: ways)
+    names = {"wide-text-2": {""}, "my-pixel-net": {""}, "a-depth-head": {"depth", "head"}, "b-depth": {"depth"}}
+    listed = ",".join(f"{name}={checkpoints['b']}" for name in names)
+    found = sim_eval.make_policies(EvalConfig(policy=f"model,model-point,{listed}", checkpoint=str(checkpoints["a"])))[
+        0
+    ]
+    assert found == {"model": {""}, "model-point": {"point"}} | names
+
+
+def test_the_wrong_sentence_comes_with_its_own_part_and_label():
+    scene, shown = Scene(64), []
+    try:
+        for seed in range(40):
+            scene.spawn("StorageFurniture", seed).render()
+            label = expert(scene, np.random.default_rng(0))
+            labels = sim_eval.all_labels(scene, label) if label else {}
+            if len(labels) > 1:
+                break
+        o = sim_eval.observe(scene, label, "test")
+        done = sim_eval.attempt(lambda o: shown.append(o) or (1.0, 1.0, np.array([0.0, 0.0, 1.0])), o, o.part)
+        sim_eval.wrong_sentence(lambda o: shown.append(o) or (1.0, 1.0, np.array([0.0, 0.0, 1.0])), o, done, labels)
+    finally:
+        scene.close()
+    right, wrong = shown
+    assert wrong.part != right.part == o.part and wrong.label is labels[wrong.part] and right.label is label
+
+
 def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
     flags = ("--policy", f"model,random-backbone={checkpoints['b']},expert", "--checkpoint", checkpoints["a"])
     results = run(tmp_path, *flags, "--split", "drawer-door", "--episodes", 8, "--workers", 1)
@@ -471,6 +499,7 @@ def test_a_policy_of_the_user_is_scored_and_its_failures_are_counted(user_module
     failed = next(r for r in results["episodes"] if r["reason"] == "raised KeyError")
     assert failed["failure"] == "raised KeyError: 'drawer'" and failed["u"] is None and not failed["on_part"]
     assert results["policies"]["my-good"]["checkpoint"] == f"{user_module}:good"
+    assert results["policies"]["my-slow"]["predict_ms"] is None  # it made no prediction
     assert (
         results["policies"]["my-good"]["predict_ms"] < 5 and results["policies"]["my-none"]["splits"]["val"]["n"] == 0
     )

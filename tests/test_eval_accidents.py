@@ -141,6 +141,7 @@ def alive(pid: int) -> bool:
         (("--policy", "expert", "--seed", "-1"), "--seed -1"),
         (("--policy", "expert", "--strips", "-1"), "--strips -1"),
         (("--policy", "expert", "--loud"), "--loud"),
+        (("--policy", "expert", "--categories", " , "), "--categories"),
         (("--policy", "expert", "--objects", "no/such/folder"), "no/such/folder"),
     ],
 )

@@ -559,6 +559,17 @@ def test_no_folder_ever_holds_a_config_beside_weights_of_another_save(mini, tmp_
     assert (folder / "extra.txt").read_text() == "kept"
 
 
+def test_a_pil_image_is_read_as_its_file(mini, tmp_path):
+    """Transparent pixels are white, and a camera's rotation mark is followed."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "b.png", exif=exif)
+    for name in ("a.png", "b.png"):
+        assert torch.equal(mini.image_tensor(tmp_path / name), mini.image_tensor(Image.open(tmp_path / name)))
+
+
 def test_bad_input_is_named(mini, picture, tmp_path):
     with pytest.raises(ValueError, match="empty"):
         mini.predict_action(picture, "  ")

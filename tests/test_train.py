@@ -31,7 +31,7 @@ from common.scripts import cli, end_with_parent, run_main
 from common.training import Processes, Run, stop_on_nan
 from data.dataset import IGNORE, Conversations, load_manipulation, visual_tokens
 from data.dense import N_CATEGORIES, N_COLOURS, N_KINDS, DenseBatch, DensePictures
-from data.objectives import AnswerObjective, DenseObjective
+from data.objectives import NAMED_WEIGHTS, WEIGHTS, AnswerObjective, DenseObjective
 from data.tokenizer import NUMBER_BASE, load_encoding
 from finetune_policy import PolicyConfig, finetune, geodesic
 from robomamba import HeadConfig, PolicyHead, RoboMamba, rotation_from_6d
@@ -212,6 +212,34 @@ def test_the_dense_loss_of_a_model_that_says_nothing(data, start):
     only = batch._replace(cells=batch.cells._replace(movable=-torch.ones_like(batch.cells.movable)))
     only.cells.movable[0] = batch.cells.movable[0]
     assert objective(only)[1]["kinds"].item() == pytest.approx(expected["kinds"], rel=1e-3)  # not told: left out
+
+
+def test_terms_of_what_a_batch_does_not_label_are_0(data, start):
+    """Not nan; and the names are the same in every process, which average the list."""
+    model = RoboMamba.from_pretrained(start)
+    objective = DenseObjective(model, named=True)
+    batch = DensePictures(data / "train", 32, model.encoding).batch(np.arange(2))
+    blank = {name: -torch.ones_like(getattr(batch.cells, name)) for name in ("movable", "kind", "openness")}
+    loss, parts = objective(batch._replace(named=None, cells=batch.cells._replace(**blank)))
+    assert list(parts) == [*WEIGHTS, *NAMED_WEIGHTS] and loss.isfinite() and parts["geometry"] > 0
+    assert all(parts[name] == 0 for name in ("movable", "kinds", "openness", *NAMED_WEIGHTS))
+    loss.backward()
+    assert all(p.grad is not None for p in objective.named.parameters())
+
+
+def test_what_no_output_reads_is_not_trained(start, tmp_path, data):
+    """A CLIP-shaped encoder skips its last block; stage vision trains the fine map, whatever --unfreeze-vision says."""
+    model = RoboMamba.from_pretrained(start)
+    config_ = dataclasses.replace(
+        model.config.vision, n_layer=2, select_layer=-2, output_norm=False, fine=8, stem=(8, 16)
+    )
+    RoboMamba(dataclasses.replace(model.config, vision=config_), model.encoding).save_pretrained(tmp_path / "clip")
+    for stage, fine in (("vision", True), ("cotrain", False)):
+        cfg = config(data, tmp_path / "clip", tmp_path / stage, stage, unfreeze_vision=True)
+        vision = train_module.set_up(cfg)[0].vision
+        trained = {name.split(".weight")[0] for name, p in vision.named_parameters() if p.requires_grad}
+        assert "encoder.layers.0.layer_norm1" in trained and ("fine.mixes.0" in trained) == fine
+        assert not any(name.startswith(("encoder.layers.1", "post_layernorm")) for name in trained)
 
 
 def test_read_outs_lie_where_their_cells_are(start):
@@ -615,6 +643,8 @@ def test_stage_2_goes_on_with_the_old_head_or_another_backbone(data, start, tmp_
     assert all((old[name] - kept[name]).abs().max() < 1e-7 for name in old)
     finetune(policy(data, start, tmp_path / "r", random_backbone=True, epochs=1, seed=5, val=""))
     assert moved(start, tmp_path / "r") == {"vision", "projector", "lm", "head"}
+    untrained = RoboMamba.from_pretrained(tmp_path / "r").lm.backbone
+    assert all((norm.weight == 1).all() for norm in [untrained.norm_f, *(block.norm for block in untrained.layers)])
 
 
 def test_states_are_the_same_in_batches_of_any_size(data, start):
