@@ -207,7 +207,8 @@ class Job(NamedTuple):
 def sentence(scene: Scene, part: int) -> str:
     """The instruction for `part`: one of several phrasings, determined by (category, seed, part)."""
     noun = NOUNS.get(scene.category, scene.category.lower())
-    return questions.instruction(scene.spec.parts[part], noun, stream(scene.category, scene.seed, f"sentence {part}"))
+    rng = stream(scene.category, scene.seed, f"sentence {part}")
+    return questions.instruction(vars(scene.spec.parts[part]), noun, rng)
 
 
 def observe(scene: Scene, label: Label | None, purpose: str) -> Observation:

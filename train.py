@@ -48,7 +48,7 @@ from common.weights import count
 from data.dataset import IGNORE, Batch, Conversations, visual_tokens, ways
 from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
-from data.tokenizer import has_number_tokens, load_encoding
+from data.tokenizer import PublishedEncoding, load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import RoboMamba, RoboMambaConfig
 
@@ -241,7 +241,7 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         cached = cached_tokens(cfg, model, data, run)
         val_cached = cached_tokens(cfg, model, val, run)[-1] if cfg.val else None
     shown = shown_questions(val) if cfg.val else []
-    has_numbers = has_number_tokens(model.encoding)  # a published vocabulary has none
+    has_numbers = not isinstance(model.encoding, PublishedEncoding)  # a published vocabulary has none
     weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)

@@ -204,11 +204,10 @@ def details(results: dict) -> str:
         reasons = list(dict.fromkeys(reason for count in counts.values() for reason in count))
         rows = [[name, *(count.get(reason, 0) for reason in reasons)] for name, count in counts.items()]
         lines += [grid([f"{split}: how episodes ended", *reasons], rows), ""]
-    if all("on_part" in summary for summary in results["splits"].values()):  # not in older files
-        head = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
-        summaries = {name: [s["on_part"] for s in policy["splits"].values()] for name, policy in policies.items()}
-        rows = [[name, *(percent(s[goal]) for s in parts for goal in GOALS)] for name, parts in summaries.items()]
-        lines += [grid(["pixels on a movable part only", *head], rows), "", ON_PART, ""]
+    head = [f"{split} {goal}" for split in results["splits"] for goal in GOALS.values()]
+    summaries = {name: [s["on_part"] for s in policy["splits"].values()] for name, policy in policies.items()}
+    rows = [[name, *(percent(s[goal]) for s in parts for goal in GOALS)] for name, parts in summaries.items()]
+    lines += [grid(["pixels on a movable part only", *head], rows), "", ON_PART, ""]
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ from common.files import read_json, read_json_lines, write_atomically
 from common.training import digest
 from data.depth import check_intrinsics, geometry, read_depth, resample
 from data.prompts import QUESTION_TYPES
-from data.tokenizer import NUMBER_BASE, NUMBERS, SPECIAL_TOKENS, has_number_tokens
+from data.tokenizer import NUMBER_BASE, NUMBERS, SPECIAL_TOKENS, PublishedEncoding
 
 IGNORE = -100  # label of tokens that are not predicted
 N_NUMBERS = 5  # maximum number of numbers in an answer: u, v and the approach's x, y, z
@@ -334,7 +334,7 @@ class Conversations:
         self.records = load_records(file, self.root)[: limit or None]
         self.image_size = image_size
         self.encoding = encoding
-        self.has_numbers = has_number_tokens(encoding)  # a published vocabulary has none
+        self.has_numbers = not isinstance(encoding, PublishedEncoding)  # a published vocabulary has none
         self.cut = 0
         self.end, self.user, self.assistant = (encoding.encode_single_token(name) for name in SPECIAL_TOKENS)
         weights = question_weights(self.records, more)

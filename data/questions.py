@@ -50,7 +50,7 @@ from numpy.random import Generator
 from data.prompts import ASK, INSTRUCTIONS_NOUN, INSTRUCTIONS_PLAIN, contact_answer, contact_question, number
 from sim.catalogue import NOUNS, SEEN, UNSEEN, make_object
 from sim.grammar import PREFIX
-from sim.objects import PART_KINDS
+from sim.objects import PART_KINDS, pick
 
 MIN_VISIBLE = 0.001  # share of the picture's pixels below which a part is not asked about (16 pixels at 128 x 128)
 CLOSED_UP_TO = 0.10  # openness (share of the joint's range) that still looks closed; the start jitter is 0.08
@@ -111,10 +111,6 @@ def action_words(verb: str, thing: str) -> str:
     return " ".join([first, thing, *rest] if thing == "it" else [verb, thing])
 
 
-def draw_one(rng: Generator, options: Sequence):
-    return options[int(rng.integers(len(options)))]
-
-
 def draw_weighted(rng: Generator, weights: Mapping):
     """A key of `weights`, drawn in proportion to its weight; None if there are none."""
     p = np.array(list(weights.values()))
@@ -137,14 +133,11 @@ def write_pixels(values: Sequence[float], size: float) -> str:
     return f"({','.join(number(value, size) for value in values)})"
 
 
-def instruction(part, noun: str, rng: Generator) -> str:
-    """The sentence for the robot: verb and label of a part in one of eight wordings, half of them with the noun.
-
-    part: an entry of facts["parts"], or anything with the attributes `verb` and `label` (objects.Part).
-    """
-    verb, label = (part["verb"], part["label"]) if isinstance(part, Mapping) else (part.verb, part.label)
+def instruction(part: Mapping, noun: str, rng: Generator) -> str:
+    """The sentence for the robot: verb and label of a part in one of eight wordings, half of them with the noun."""
+    verb, label = part["verb"], part["label"]
     with_noun = rng.random() < 0.5 and fit_together(noun, label)
-    wording = draw_one(rng, INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN)
+    wording = pick(rng, *(INSTRUCTIONS_NOUN if with_noun else INSTRUCTIONS_PLAIN))
     return wording.format(act=action_words(verb, f"the {label}"), noun=noun.removeprefix("pair of "))
 
 
@@ -216,7 +209,7 @@ def list_steps(part: Mapping) -> list[str]:
 
 def draw_turn(rng: Generator, question_type: str, answer: str, wording=None, part=None, **slots) -> Turn:
     """A turn with one of the wordings of ASK[wording], or of ASK[question_type]."""
-    return Turn(question_type, draw_one(rng, ASK[wording or question_type]).format(**slots), answer, part)
+    return Turn(question_type, pick(rng, *ASK[wording or question_type]).format(**slots), answer, part)
 
 
 def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) -> tuple[list, list]:
@@ -290,7 +283,7 @@ def look_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list
     asked = (("colour", "part colour", parts), ("state", None, stated), ("box", None, parts))
     for question_type, wording, options in asked:
         if options:
-            part = draw_one(rng, options)
+            part = pick(rng, *options)
             box = write_pixels(part["box"], facts["image_size"])
             answers = {"colour": part["colour"], "state": part_state(part), "box": box}
             the = name_part(part["label"], NOUNS[facts["category"]], rng)
@@ -333,9 +326,9 @@ def presence_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
     if not kinds or not other or facts["category"].startswith(PREFIX):
         return []
     yes = rng.random() < 0.5
-    kind = draw_one(rng, kinds) if yes else other
+    kind = pick(rng, *kinds) if yes else other
     found = [draw_turn(rng, "presence", "yes" if yes else "no", None, kind, a=with_article(kind))]
-    kind = other if rng.random() < ABSENT_COUNT else draw_one(rng, kinds)
+    kind = other if rng.random() < ABSENT_COUNT else pick(rng, *kinds)
     n = sum(p["kind"] == kind for p in parts)
     return [*found, draw_turn(rng, "count", COUNT_WORDS[n], "count kind", kind, kinds=plural(kind))]
 
@@ -375,13 +368,13 @@ def possible_turns(parts: Sequence[Mapping], facts: Mapping, words: Mapping, rng
     if grammar and not opened and not (closable and rng.random() < CLOSE_CLOSED):
         return []
     if rng.random() < 0.5:
-        part = draw_one(rng, opened + closed)
+        part = pick(rng, *opened, *closed)
         verb, label, answer = "close" if part_state(part) == "open" else part["verb"], part["label"], "yes"
     elif opened and (grammar or rng.random() < 0.5):
-        part = draw_one(rng, opened)
+        part = pick(rng, *opened)
         verb, label, answer = part["verb"], part["label"], f"no, the {part['label']} is already open"
     elif closable and (grammar or rng.random() < CLOSE_CLOSED):
-        label = draw_one(rng, closable)["label"]
+        label = pick(rng, *closable)["label"]
         verb, answer = "close", f"no, the {label} is already closed"
     else:
         verb, label = other
@@ -394,9 +387,9 @@ def plan_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Tu
     """How to operate one part, or what comes next; and the next five steps for all parts, some already done."""
     if not decided:
         return []
-    part = draw_one(rng, decided)
+    part = pick(rng, *decided)
     steps = list_steps(part)
-    wording = draw_one(rng, ("plan", "next"))
+    wording = pick(rng, "plan", "next")
     is_open = part_state(part) == "open"
     n_done = int(rng.integers(len(steps) + 1)) if wording == "next" and not is_open else 0
     answer = ", ".join(steps) if wording == "plan" else (*steps, "done")[n_done]
@@ -407,7 +400,7 @@ def plan_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[Tu
     found = [draw_turn(rng, "plan", answer, wording, part["label"], act=goal, done=done)]
 
     steps = [step for p in decided if part_state(p) != "open" for step in (*list_steps(p), "let go")]
-    wording = draw_one(rng, ASK["five"])
+    wording = pick(rng, *ASK["five"])
     n_done = int(rng.integers(min(len(steps), 3) + 1)) if "{done}" in wording else 0
     answer = ", ".join(steps[n_done : n_done + FIVE]) or "nothing, everything is already open"
     one = len(decided) == 1
@@ -422,7 +415,7 @@ def future_turns(decided: Sequence[Mapping], noun: str, rng: Generator) -> list[
     movable = [p for p in movable if p["primitive"] == "pull" or part_state(p) != "open"]
     if not movable:
         return []
-    part = draw_one(rng, movable)
+    part = pick(rng, *movable)
     state, label = part_state(part), part["label"]
     push = part["primitive"] == "push" or (state is not None and rng.random() < 0.4)
     the = name_part(label, noun, rng)
@@ -486,7 +479,7 @@ def dialogue(facts: Mapping, rng: Generator) -> list[Turn]:
         if (turn.part is not None) == (turn.question_type in ("state", "possible", "plan")):
             found.setdefault(turn.question_type, turn)
     if "state" in found and "possible" in found:
-        del found[draw_one(rng, ("state", "possible"))]
+        del found[pick(rng, "state", "possible")]
     said = [found[name] for name in ("object", "colour", "parts", "state", "possible", "plan") if name in found]
     return said if len(said) >= 3 else [*said, found["caption"]]
 

@@ -144,7 +144,7 @@ class PublishedEncoding:
         ids = [*self.file.get_vocab().values()]
         self.n_vocab = max(ids) + 1
         if len(set(ids)) != len(ids):
-            raise ValueError(f"{path}: an id is used twice, or the ids have a gap")
+            raise ValueError(f"{path}: an id is used twice")
         if self.decode(self.encode_ordinary(SAMPLE)) != SAMPLE:
             raise ValueError(f"{path}: not a byte-level tokenizer: it does not give {SAMPLE!r} back")
 
@@ -177,11 +177,6 @@ def write_encoding(folder: Path, encoding: tiktoken.Encoding | PublishedEncoding
         write_text(folder / PUBLISHED, encoding.file.to_str(pretty=True))
     else:
         write_ranks(folder / RANKS, encoding._mergeable_ranks)
-
-
-def has_number_tokens(encoding) -> bool:
-    """Whether ids NUMBER_BASE .. NUMBER_BASE + 99 are the numbers 00 .. 99, as in our own vocabulary."""
-    return not isinstance(encoding, PublishedEncoding)
 
 
 if __name__ == "__main__":

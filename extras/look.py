@@ -78,8 +78,7 @@ def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
         for mixer, parts in seen.items():
             hook = mixer.x_proj.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0]))
             hooks.callback(hook.remove)
-        picture = torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None]
-        model(picture, torch.tensor([ids]), torch.tensor([len(ids)]))
+        model(model.image_tensor(rgb), torch.tensor([ids]), torch.tensor([len(ids)]))
     inputs = {mixer: torch.cat(parts, 1)[0] for mixer, parts in seen.items()}
     return [Layer(*(x.double() for x in (u, *mixer.selection(u), mixer.D))) for mixer, u in inputs.items()]
 
@@ -295,8 +294,7 @@ def episode(model, category: str, seed: int) -> dict[str, list[Image.Image]]:
     """
     from sim.scene import Scene
 
-    scene = Scene(model.config.vision.image_size)
-    try:
+    with Scene(model.config.vision.image_size) as scene:
         for k in range(seed, seed + EPISODE_TRIES):
             part = scene.spawn(category, k).spec.parts[scene.target]
             instruction = f"open the {part.label}"
@@ -307,8 +305,6 @@ def episode(model, category: str, seed: int) -> dict[str, list[Image.Image]]:
                 print(f'{category} {k}, "{instruction}"', flush=True)
                 pictures = pictures_of(model, scene.rgb, contact_question(instruction))
                 return pictures | {"opening.gif": draw_film(film(model, scene, action, instruction))}
-    finally:
-        scene.close()
     raise ValueError(f"no drawer that the model opens among {category} {seed} to {k}; try another --seed")
 
 

@@ -45,16 +45,14 @@ def samples(size: int) -> list[Sample]:
     from sim.expert import expert
     from sim.scene import Scene
 
-    scene, found = Scene(size), []
-    try:
+    found = []
+    with Scene(size) as scene:
         for k, category in enumerate(SEEN):
             scene.spawn(category, FIRST_SEED + k).render()
             label = expert(scene, np.random.default_rng(k))
             if label is not None:
                 instruction = f"open the {scene.spec.parts[scene.target].label}"
                 found.append(Sample(scene.rgb, instruction, label))
-    finally:
-        scene.close()
     return found
 
 

@@ -292,9 +292,7 @@ def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> P
         raise ValueError(f"{where}: the axis has no length")
     axis = tuple((axis / np.linalg.norm(axis)).tolist())
     kind = "prismatic" if joint.get("type") == "prismatic" else "revolute"
-    part = Part("", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [])
-    part.both_ways = joint.get("type") == "continuous"
-    return part
+    return Part("", kind, tuple(pose[:3, 3].tolist()), axis, *limits, [], both_ways=joint.get("type") == "continuous")
 
 
 def _box_around(mesh: Mesh, origin: tuple) -> Shape:

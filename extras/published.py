@@ -248,16 +248,15 @@ def save_clip(vision: VisionTransformer, folder) -> None:
 # ---- a whole model ---------------------------------------------------------------------------------------------------
 
 
-def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", tokenizer_file=None, dtype=torch.float32):
+def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", dtype=torch.float32):
     """A RoboMamba ready for stage 1.1: published CLIP encoder and Mamba language model, new projector and policy head.
 
-    preset: "tiny" or "small" for their projector, head, pooling and position code; else the paper's. tokenizer_file:
-    default tokenizer.json in mamba_folder (the original folders have none). dtype: of the published parts; the new
-    parts, which are to be trained, are float32.
+    mamba_folder also holds the tokenizer.json. preset: "tiny" or "small" for their projector, head, pooling and
+    position code; else the paper's. dtype: of the published parts; the new parts, to be trained, are float32.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    encoding = PublishedEncoding(tokenizer_file or Path(mamba_folder) / PUBLISHED)
+    encoding = PublishedEncoding(Path(mamba_folder) / PUBLISHED)
     vision = read_clip(vision_folder, dtype=dtype)
     lm = read_mamba(mamba_folder, dtype)
     if preset in ("tiny", "small"):

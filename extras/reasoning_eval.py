@@ -36,7 +36,7 @@ import numpy as np
 from common.files import read_json, read_json_lines, write_json, write_text
 from common.report import DATA, grid, percent, wilson
 from common.scripts import cli, environment, flag, progress, run_main
-from data.dataset import GREY, load_records
+from data.dataset import grey_picture, load_records
 from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
 from extras.decoding import generate_batch, generate_ids
 
@@ -204,8 +204,7 @@ def majority(questions: Sequence[Question]) -> dict[str, str]:
 
 def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[str], list[str], float]:
     """Greedy answers with the picture and with a grey one, and tokens per second of the former (prefill included)."""
-    side = model.config.vision.image_size
-    grey = np.full((side, side, 3), GREY, np.uint8)
+    grey = grey_picture(model.config.vision.image_size)
     images = list(dict.fromkeys(q.image for q in questions))
     said = [""] * len(questions)
     blind: dict[str, str] = {}  # question: the answer without a picture, one per wording

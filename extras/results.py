@@ -163,15 +163,6 @@ def categories(results: dict) -> str:
     return report.categories(results | {"policies": {name: results["policies"][name] for name in README_ROWS}})
 
 
-def physics(results: dict) -> str:
-    """What the simulator forgives: success of scripted policies on validation scenes."""
-    rows = []
-    for name, policy in results["policies"].items():
-        (summary,) = policy["splits"].values()
-        rows.append([name, *(report.percent(summary[goal]) for goal in report.GOALS)])
-    return grid(["policy", *report.GOALS.values()], rows)
-
-
 def scan(results: dict) -> str:
     """Forward and backward of every method, shape and thread count; the classic failures; the time per element."""
     names = list(dict.fromkeys(method["method"] for shape in results["shapes"] for method in shape["methods"]))
@@ -209,7 +200,7 @@ def trainings(results: dict) -> str:
     for name, rates in seeds.items():
         ranges = (f"{sum(x) / len(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in zip(*rates, strict=True))
         rows.append([f"mean of {len(rates)} `{name}`, range", *ranges])
-    return grid(["training", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
+    return grid(["row", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
 
 
 def variety(results: dict) -> dict:
@@ -314,7 +305,7 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "Reasoning": (f"{RGBD}/reasoning.json", reasoning_report),
     "Reasoning, beside the paper": (f"{RGBD}/reasoning.json", paper_table1),
     "Speed": (f"{KEPT}/speed.json", speed_table, SPEED_NOTES),
-    "What the physics forgives": (f"{KEPT}/physics.json", physics),
+    "What the physics forgives": (f"{KEPT}/physics.json", trainings),
     "Scan": (f"{KEPT}/scan.json", CHUNKS, scan),
     "Scan on a GPU": (f"{KEPT}/scan_gpu.json", scan),
     "On a GPU": (f"{KEPT}/gpu.json", gpu),

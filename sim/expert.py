@@ -25,8 +25,7 @@ MOST_EDGE = 1 / 32  # share of the frame: more distance to an edge does not help
 EDGE_JUMP_M = 0.02  # a larger jump in depth counts as an edge
 REGION = 0.75  # pixels with at least this share of the best score form the region
 LEAST_SCORE = 0.3  # minimum share of the best score for the other pixels that are tried
-JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # perturbations that a label must survive: share of the frame, tilt
-JITTER_SHARE = 0.8  # share of the perturbed copies that must work
+JITTER_FRAME, JITTER_DEG = 1 / 128, 8.0  # perturbation that a label must survive: share of the frame, tilt
 ATTEMPTS = ("good", "good", "good", "other", "bad", "bad")  # the expert's; on another part; wrong direction
 BAD_ANGLE = (math.pi / 3, math.pi / 2)  # radians by which a wrong direction is off
 FURTHER = (0.3, 0.8)  # end position of a part that was moved on purpose, as a share of its range
@@ -44,11 +43,11 @@ class Label(NamedTuple):
     approach: np.ndarray
 
 
-def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitters: int = 1) -> Label | None:
+def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitter: bool = True) -> Label | None:
     """A contact in the rendered picture that works for `part` (None: the target); None if none was found.
 
     Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, tries the middle one
-    of the best region along the true motion, then others. Most of `jitters` perturbed copies of a label must work too.
+    of the best region along the true motion, then others. With `jitter` a perturbed copy of a label must work too.
     """
     part = scene.target if part is None else part
     mask = scene.links == part
@@ -64,7 +63,7 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
         return None
     for i in _candidates(points, score):
         label = Label(float(columns[i]), float(rows[i]), scene.camera_rotation @ way[i])
-        if _works(scene, label, part, rng, jitters):
+        if _works(scene, label, part, rng, jitter):
             return label
     return None
 
@@ -112,16 +111,14 @@ def _candidates(points: np.ndarray, score: np.ndarray) -> list[int]:
     return list(dict.fromkeys([int(region[spread.argmin()]), *others.tolist()]))
 
 
-def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitters: int) -> bool:
-    """Whether the label reaches the long threshold, and enough of its perturbed copies the initial one."""
-    if not scene.act(*label, part, stop_at=scene.long_threshold(part)).long:
-        return False
-    survived = 0
-    for _ in range(jitters):
-        du, dv = rng.uniform(-1, 1, 2) * JITTER_FRAME * scene.image_size
-        approach = tilt(label.approach, math.radians(JITTER_DEG), rng)
-        survived += scene.act(label.u + du, label.v + dv, approach, part, stop_at=INITIAL).initial
-    return survived >= JITTER_SHARE * jitters
+def _works(scene: Scene, label: Label, part: int, rng: np.random.Generator, jitter: bool) -> bool:
+    """Whether the label reaches the long threshold, and with `jitter` its perturbed copy the initial one."""
+    long = scene.act(*label, part, stop_at=scene.long_threshold(part)).long
+    if not long or not jitter:
+        return long
+    du, dv = rng.uniform(-1, 1, 2) * JITTER_FRAME * scene.image_size
+    approach = tilt(label.approach, math.radians(JITTER_DEG), rng)
+    return scene.act(label.u + du, label.v + dv, approach, part, stop_at=INITIAL).initial
 
 
 def _edge_distance(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -152,7 +149,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     kind = ATTEMPTS[rng.integers(len(ATTEMPTS))]
     if kind == "other" and others:
         acted = others[rng.integers(len(others))]
-    label = expert(scene, rng, acted, jitters=0)
+    label = expert(scene, rng, acted, jitter=False)
     if label is None:
         return None
     approach = tilt(label.approach, rng.uniform(*BAD_ANGLE), rng) if kind == "bad" else label.approach
@@ -172,7 +169,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
 def facts(scene: Scene, rng: np.random.Generator, expert: bool = True) -> dict:
     """Facts about the rendered picture, as plain JSON values (data/questions.py uses them).
 
-    Args: rng: for the expert's jitters. expert: fill "contact" (else it is None).
+    Args: rng: for the expert's jitter. expert: fill "contact" (else it is None).
     """
     return {
         "category": scene.category,

@@ -1,6 +1,6 @@
 """A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no particular category.
 
-    python -m sim.pictures --sheet FILE.png --grammar     # a picture: one archetype per row
+    python -m sim.pictures --sheet FILE.png --grammar     # a picture: one object of each archetype
 
 An archetype puts a movable part on a body. It draws a body, an edge or face, a part and fixed distractors from shared
 lists, so a few functions produce a large variety of objects. They vary what the 20 seen categories keep fixed. None is

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.files import write_atomically
-from common.scripts import cli, flag, run_main
+from common.scripts import cli, flag, listed, run_main
 from sim.catalogue import NOUNS, SEEDS, SEEN, UNSEEN
 from sim.expert import true_approach
 from sim.grammar import ARCHETYPES, PREFIX
@@ -137,33 +137,31 @@ def save(path: str, sheet: Image.Image) -> None:
 def contact_sheet(path: str, names: list[str], seed: int = 0) -> None:
     """Draw one scene for each of `names` (a repeated name gets the next seed), from a friendlier camera."""
     view = View(azimuth_deg=(15, 50), elevation_deg=(18, 35), distance=(1.5, 1.6), shift=(0, 0), roll_deg=(0, 0))
-    scene = Scene(image_size=192, view=view)
     items = []
-    for i, name in enumerate(names):
-        rgb = scene.spawn(name, seed + names[:i].count(name)).render()
-        items.append((Image.fromarray(rgb), f"{name} (unseen)" if name in UNSEEN else name))
-    scene.close()
+    with Scene(image_size=192, view=view) as scene:
+        for i, name in enumerate(names):
+            rgb = scene.spawn(name, seed + names[:i].count(name)).render()
+            items.append((Image.fromarray(rgb), f"{name} (unseen)" if name in UNSEEN else name))
     save(path, grid(items, 7))
 
 
 def affordance_sheet(path: str, names: list[str], seed: int, image_size: int = 256) -> None:
     """Where on a part does a pull work? Below the pictures of `names`: how far the target moves if pulled at every 4th
     pixel, in the TRUE direction of motion. Red: not at all (friction wins near a hinge); green: the long threshold."""
-    scene = Scene(image_size)
     items = []
-    for name in names:
-        rgb = scene.spawn(name, seed).render()
-        part = scene.links == scene.target
-        faded = rgb // 2 + 96
-        heat = faded.copy()
-        for row, column in np.argwhere(part[::4, ::4]) * 4:
-            approach = true_approach(scene, scene.backproject(column, row), scene.target)
-            moved = 0.0 if approach is None else scene.act(column, row, approach).moved
-            share = np.clip(moved / scene.long_threshold(scene.target), 0, 1)
-            heat[row : row + 4, column : column + 4] = 255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0
-        both = np.vstack([rgb, np.where(part[..., None], heat, faded)])
-        items.append((Image.fromarray(both), f"{name}: {scene.spec.parts[scene.target].label}"))
-    scene.close()
+    with Scene(image_size) as scene:
+        for name in names:
+            rgb = scene.spawn(name, seed).render()
+            part = scene.links == scene.target
+            faded = rgb // 2 + 96
+            heat = faded.copy()
+            for row, column in np.argwhere(part[::4, ::4]) * 4:
+                approach = true_approach(scene, scene.backproject(column, row), scene.target)
+                moved = 0.0 if approach is None else scene.act(column, row, approach).moved
+                share = np.clip(moved / scene.long_threshold(scene.target), 0, 1)
+                heat[row : row + 4, column : column + 4] = 255 * min(1, 2 - 2 * share), 255 * min(1, 2 * share), 0
+            both = np.vstack([rgb, np.where(part[..., None], heat, faded)])
+            items.append((Image.fromarray(both), f"{name}: {scene.spec.parts[scene.target].label}"))
     save(path, grid(items, len(items)))
 
 
@@ -178,12 +176,9 @@ class PicturesConfig:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli(PicturesConfig, __doc__, argv)
-    names = [name for name in cfg.affordance.split(",") if name]
+    names = listed("--affordance", cfg.affordance, tuple(NOUNS))
     if not cfg.sheet and not names:
         raise ValueError("nothing to draw: --sheet FILE or --affordance CATEGORIES")
-    for name in names:
-        if name not in NOUNS:
-            raise ValueError(f"--affordance {name}: unknown category; choose from {', '.join(NOUNS)}")
     if cfg.sheet:
         archetypes = [PREFIX + name for name in ARCHETYPES]
         contact_sheet(cfg.sheet, archetypes if cfg.grammar else [*SEEN, *UNSEEN], cfg.seed)

@@ -171,7 +171,7 @@ def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
     return np.array([[1 - k * x * x, -k * x * y, x], [-k * x * y, 1 - k * y * y, y], [-x, -y, z]])
 
 
-class Scene:
+class Scene(contextlib.AbstractContextManager):
     """One object in an empty world; image_size: side S of its picture, pixels.
 
     Raises: RuntimeError for a second Scene in the process: PyBullet's calls go to the first connection anyway.
@@ -188,6 +188,9 @@ class Scene:
 
     def close(self):
         p.disconnect()
+
+    def __exit__(self, *error):
+        self.close()
 
     # ---- the object -------------------------------------------------------------------------------------------------
     def spawn(self, category: str, seed: int, part: int | None = None) -> Scene:

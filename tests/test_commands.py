@@ -163,16 +163,13 @@ def test_the_readme_s_loader_of_demonstrations_finds_the_points_that_the_simulat
     exec(block, names)
     assert len(names["found"]) == len(capsys.readouterr().out.splitlines()) >= 4
     errors = []
-    scene = Scene(128)
-    try:
+    with Scene(128) as scene:
         for demo, rgb, part, v, u, z, world in names["found"]:
             scene.spawn(demo["category"], demo["seed"]).render()
             assert np.array_equal(rgb, scene.rgb) and part[v, u]
             assert np.array_equal(part, scene.links == demo["mask_value"] - 2)
             if z:
                 errors.append(np.linalg.norm(world - scene.backproject(u, v)))
-    finally:
-        scene.close()
     assert len(errors) >= 3 and np.median(errors) < 0.01 and max(errors) < 0.1  # in metres; the depth camera errs
 
 

@@ -179,8 +179,8 @@ def test_shipped_model_looks_at_the_picture(model):
     from sim.scene import Scene
 
     table = blind_policy(read_blind_table(ROOT / "data/pretrained/blind_table.json"))
-    scene, rng, errors = Scene(model.config.vision.image_size), np.random.default_rng(0), []
-    try:
+    rng, errors = np.random.default_rng(0), []
+    with Scene(model.config.vision.image_size) as scene:
         for k in range(40):
             scene.spawn(SEEN[k % 20], 10_500_000 + k).render()
             label = expert(scene, rng)
@@ -190,8 +190,6 @@ def test_shipped_model_looks_at_the_picture(model):
             action = model.predict_action(scene.rgb, sentence)
             u, v, _ = table(Observation(scene, sentence, scene.target, label, rng))
             errors.append([np.hypot(x - label.u, y - label.v) for x, y in ((action.u, action.v), (u, v))])
-    finally:
-        scene.close()
     ours, blind = np.median(errors, 0)
     assert len(errors) >= 35 and ours < 2 / 3 * blind, (ours, blind)
 

@@ -259,14 +259,11 @@ def test_more_episodes_and_more_policies_leave_the_earlier_ones_alone(tiny, tmp_
 
 
 def test_a_record_can_be_played_again(tiny):
-    scene = Scene()
-    try:
+    with Scene() as scene:
         for record in tiny[2]["episodes"]:
             scene.spawn(record["category"], record["seed"]).render()
             outcome = scene.act(record["u"], record["v"], record["approach"])
             assert (round(outcome.moved, 5), outcome.reason) == (record["moved"], record["reason"])
-    finally:
-        scene.close()
 
 
 def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
@@ -305,9 +302,8 @@ def test_only_some_categories_and_archetypes(tmp_path):
 # ---- models ---------------------------------------------------------------------------------------------------------
 def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
     model = load_model(checkpoints["a"])
-    scene = Scene(64)
     label = Label(3.0, 4.0, np.array([0.0, 0.6, 0.8]))
-    try:
+    with Scene(64) as scene:
         scene.spawn("Door", 1).render()
         o = sim_eval.observe(scene, label, "test")
         monkeypatch.setattr(RoboMamba, "generate", lambda *_, **__: "50 25 49 49 99")
@@ -328,8 +324,6 @@ def test_a_model_is_used_in_four_ways(checkpoints, monkeypatch):
         ways = [{"depth"}, {"depth", "raw"}, {"depth", "head"}, {"depth", "head", "raw"}]
         said = [model_policy(model, way)(o)[:2] for way in ways]
         assert said == [(True, True), (True, False), (False, True), (False, False)]
-    finally:
-        scene.close()
 
 
 def test_the_end_of_a_name_says_how_its_checkpoint_is_used(checkpoints, monkeypatch):
@@ -369,13 +363,11 @@ def test_checkpoints_side_by_side_on_the_same_scenes(checkpoints, tmp_path):
     scenes = [[(r["category"], r["seed"], r["instruction"]) for r in records] for records in by_policy.values()]
     assert scenes[0] == scenes[1] == scenes[2] and len(scenes[0]) == 16
     assert [r["u"] for r in by_policy["model"]] != [r["u"] for r in by_policy["random-backbone"]]
-    record, scene = by_policy["model"][3], Scene(64)
-    try:
+    record = by_policy["model"][3]
+    with Scene(64) as scene:
         action = RoboMamba.from_pretrained(checkpoints["a"]).predict_action(
             scene.spawn(record["category"], record["seed"]).render(), record["instruction"]
         )
-    finally:
-        scene.close()
     assert (record["u"], record["v"]) == pytest.approx((action.u, action.v), abs=1e-2)
     asked = [r["language"] for r in by_policy["model"] if "language" in r]
     assert len(asked) == results["language"]["nearest"]["n"] >= 3 and all(said["parts"] >= 2 for said in asked)
@@ -413,8 +405,7 @@ def test_a_scene_without_a_contact_is_counted_and_passed_over(bench, monkeypatch
 
 
 def test_an_observation_is_what_a_camera_gives():
-    scene = Scene(64)
-    try:
+    with Scene(64) as scene:
         scene.spawn("Microwave", 5).render()
         o = sim_eval.observe(scene, None, "policy x")
         assert o.image.shape == (64, 64, 3) and o.image.dtype == np.uint8 and (o.image == scene.rgb).all()
@@ -428,8 +419,6 @@ def test_an_observation_is_what_a_camera_gives():
         z = exact[row, column]
         point = scene.camera_rotation @ (scene.backproject(column, row) - scene.eye)
         assert [(column - cx) * z / fx, (row - cy) * z / fy, z] == pytest.approx(point.tolist(), abs=1e-5)
-    finally:
-        scene.close()
 
 
 USER_POLICY = """
@@ -527,16 +516,13 @@ def test_a_random_pixel_gets_the_help_of_the_depth_picture(monkeypatch):
         return u, v, None if len(asked) == 2 else np.array([0.0, 0.6, 0.8])
 
     monkeypatch.setattr(depth, "refine", refine)
-    scene = Scene(64)
-    try:
+    with Scene(64) as scene:
         scene.spawn("Box", 3).render()
         o = sim_eval.observe(scene, None, "policy random-depth")
         u, v, approach = sim_eval.random_depth(o)
         assert scene.links[int(v), int(u)] >= -1 and asked[0] == (u, v, None, (64, 64), o.intrinsics)
         assert approach.tolist() == [0, 0.6, 0.8]
         assert list(sim_eval.random_depth(o)[2]) == [0, 0, 1]  # where nothing was measured
-    finally:
-        scene.close()
 
 
 # ---- pictures and modes ---------------------------------------------------------------------------------------------

@@ -312,7 +312,7 @@ def test_the_spaces_hold_every_sentence_of_the_catalogue():
     for category in SEEN + UNSEEN:
         for seed in range(20):
             for part in make_object(category, stream(category, seed, "object")).parts:
-                text = questions.instruction(part, NOUNS[category], np.random.default_rng(seed))
+                text = questions.instruction(vars(part), NOUNS[category], np.random.default_rng(seed))
                 ids = env.encoding.encode_ordinary(text)
                 longest = max(longest, len(ids))
                 assert text in spaces["sentence"] and len(ids) in spaces["length"]

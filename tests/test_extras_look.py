@@ -136,15 +136,12 @@ def test_the_film_of_a_drawer(mini, tmp_path, monkeypatch):
 
     monkeypatch.setattr(look, "EVERY", 40)
     monkeypatch.setattr(look, "EPISODE_TRIES", 2)
-    scene = Scene(32)
-    try:
+    with Scene(32) as scene:
         scene.spawn("StorageFurniture", 10_700_012).render()
         label = expert(scene, np.random.default_rng(0))
         assert scene.spec.parts[scene.target].joint == "prismatic"
         moved = scene.act(label.u, label.v, label.approach).moved
         frames = look.film(mini, scene, label, "open the drawer")
-    finally:
-        scene.close()
     assert frames[0].opening < 1e-6 and abs(frames[-1].opening - moved) < 5e-3 < moved  # the last frame is no last step
     assert len(frames[0].dt) == 16 and set(frames[0].states) == {1, 2}
     sheets = look.draw_film(frames)

@@ -99,9 +99,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def scene(library):
-    scene = ObjectScene(str(library))
-    yield scene
-    scene.close()
+    with ObjectScene(str(library)) as scene:
+        yield scene
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -221,8 +220,8 @@ def test_an_object_that_nobody_can_open_says_what_to_check(library, tmp_path):
     """A door whose positive motion goes into the cabinet: no contact, and the reason names axis and limits."""
     shutil.copytree(library / "45261", tmp_path / "a")
     change('<axis xyz="0 1 0"/>', '<axis xyz="0 -1 0"/>')(tmp_path / "a")
-    scene, said = ObjectScene(str(tmp_path)), []
-    try:
+    said = []
+    with ObjectScene(str(tmp_path)) as scene:
         for seed in range(12):
             scene.spawn("objects/a", seed, part=0).render()
             if (scene.links == 0).sum() > 100:
@@ -231,8 +230,6 @@ def test_an_object_that_nobody_can_open_says_what_to_check(library, tmp_path):
         scene.spawn("objects/a", 0, part=0).render()
         scene.links[:] = -2
         assert "0 pixels" in why_unsolved(scene)
-    finally:
-        scene.close()
     assert len(said) >= 3 and sum("blocked" in why and "check axis and limits" in why for why in said) > 0.6 * len(said)
 
 
@@ -389,11 +386,8 @@ def test_hostile_folders_are_passed_over(library, tmp_path):
 def test_127_parts_load(library, tmp_path):
     shutil.copytree(library / "45261", tmp_path / "a")
     add_drawers(tmp_path / "a", 125)
-    scene = ObjectScene(str(tmp_path), 64)
-    try:
+    with ObjectScene(str(tmp_path), 64) as scene:
         assert len(scene.spawn("objects/a", 0, part=126).spec.parts) == 127
-    finally:
-        scene.close()
 
 
 def test_faces_may_count_back_and_carry_textures(tmp_path):

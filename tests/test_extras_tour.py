@@ -53,13 +53,10 @@ def test_an_example_is_what_the_simulator_renders_from_its_seed(example):
     pytest.importorskip("pybullet")
     from sim.scene import Scene
 
-    scene = Scene(128)
-    try:
+    with Scene(128) as scene:
         scene.spawn(example["category"], example["seed"]).render()
         depth = np.nan_to_num(np.round(scene.depth * 1000), posinf=0)
         f, cx, cy = scene.intrinsics
-    finally:
-        scene.close()
     assert np.array_equal(np.array(Image.open(EXAMPLES / example["picture"])), scene.rgb)
     assert np.abs(np.array(Image.open(EXAMPLES / example["depth"])).astype(float) - depth).max() <= 1
     assert example["intrinsics"] == pytest.approx([f, f, cx, cy], abs=1e-3)

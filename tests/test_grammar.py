@@ -59,14 +59,12 @@ def test_the_expert_solves_every_archetype():
     from sim.expert import expert
     from sim.scene import Scene
 
-    scene, solved = Scene(), {}
-    try:
+    solved = {}
+    with Scene() as scene:
         for name in ARCHETYPES:
             solved[name] = 0
             for seed in range(4):
                 scene.spawn(PREFIX + name, 8_000_000 + seed).render()
                 label = expert(scene, np.random.default_rng(seed))
                 solved[name] += label is not None and scene.act(label.u, label.v, label.approach).long
-    finally:
-        scene.close()
     assert sum(solved.values()) >= 0.95 * 4 * len(ARCHETYPES) and min(solved.values()) >= 3, solved

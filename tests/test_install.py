@@ -144,7 +144,11 @@ def test_make_without_the_simulator_is_one_line(bare, target):
 BLOCKED = """
 import sys
 sys.modules["pybullet"] = None
+import numpy as np
 import robomamba, train, finetune_policy, data.dataset, data.depth
+from sim import appearance, catalogue, objects
+for name in ("Safe", "grammar:book"):
+    assert "<robot" in objects.to_urdf(catalogue.make_object(name, np.random.default_rng(0)))
 model = robomamba.RoboMamba.from_pretrained("data/pretrained/robomamba-tiny-rgbd")
 picture = "data/figures/examples/microwave.png"
 print(model.generate(picture, "What is this object?"), model.predict_action(picture, "open the door").u > 0)
