@@ -177,7 +177,7 @@ def position_code(side: int, d_model: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) over the last axis. F.rms_norm gives the same with twice as many operations."""
+    """x / sqrt(mean x^2 + eps) over the last axis. F.rms_norm gives the same, more slowly on a CPU."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * torch.rsqrt(length * length / x.shape[-1] + eps)
 
@@ -244,7 +244,7 @@ class MambaMixer(nn.Module):
         return y
 
     def selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): what the input selects (Algorithm 2, lines 2-4)."""
+        """u (.., E) -> dt (.., E), A (E, N), B (.., N), C (.., N): Algorithm 2, lines 1 to 4; all but A depend on u."""
         # exercise 5: the Mamba block, what a token selects
         cfg = self.cfg
         dt, BC = self.x_proj(u).split([cfg.rank, 2 * cfg.d_state], -1)
@@ -449,7 +449,9 @@ class RoboMamba(nn.Module):
         if images is None:
             return words
         if len(images) != len(tokens):
-            raise ValueError(f"{len(tokens)} rows of tokens for {len(images)} images; say whose each is with owners")
+            raise ValueError(
+                f"{len(tokens)} rows of tokens for {len(images)} images; give each row its image by owners"
+            )
         return torch.cat([self.visual_tokens(images, geometry), words], 1)
 
     def encode_image(self, images: Tensor, geometry: Tensor | None = None) -> list[LayerState]:
@@ -461,7 +463,7 @@ class RoboMamba(nn.Module):
 
         owners: (n,) int64; row i is about image owners[i], and each image is encoded once (prefill). None: row i is
         about image i, and both are read in one pass. lengths: (n,) true lengths, used with owners: rows of similar
-        length are batched together to save padding. States at padding are undefined. None: no row is padded.
+        length are batched together to save padding. States at padding are undefined. None: all rows in one batch.
         """
         if images is None or owners is None:
             return self.lm.backbone(self.sequence(images, tokens, geometry))[0][:, -tokens.shape[1] :]
