@@ -449,9 +449,7 @@ class RoboMamba(nn.Module):
         if images is None:
             return words
         if len(images) != len(tokens):
-            raise ValueError(
-                f"{len(tokens)} rows of tokens for {len(images)} images; give each row its image by owners"
-            )
+            raise ValueError(f"{len(tokens)} rows of tokens for {len(images)} images; owners says whose each is")
         return torch.cat([self.visual_tokens(images, geometry), words], 1)
 
     def encode_image(self, images: Tensor, geometry: Tensor | None = None) -> list[LayerState]:
