@@ -86,9 +86,9 @@ SCAN_TABLES = {  # key in scan.json: caption of its table
     "indexed": "Indexing a tensor inside an autograd loop takes time quadratic in L; calling `unbind` once does not:",
     "cumprod": "Fraction of outputs that are inf or nan when dividing by the cumulative product of decays:",
 }
-SHORT = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads. Three seeds; `strict` is seed 0 without the
-archetypes that come near an unseen category (`ARCHETYPES=strict`). `rgb` has no depth: `--preset tiny`, 15,000
-pictures, 3,000 + 100 + 1,400 steps, stages vision and cotrain at `--lr 5e-3`.
+SHORT = """`make short`: 8,000 pictures, 1,800 + 60 + 800 steps, 20 epochs of heads, from three seeds; `strict`
+(`ARCHETYPES=strict`, seed 0) leaves out the archetypes that come near an unseen category. `rgb` has no depth:
+`--preset tiny`, 15,000 pictures, 3,000 + 100 + 1,400 steps, stages vision and cotrain at `--lr 5e-3`.
 
 | ending | what the model is shown |
 | --- | --- |
