@@ -15,7 +15,7 @@ part of each batch to predict, for each cell of the map, whether it is the conta
 twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
-    loss, averaged per epoch; on --val every five epochs, with depth if the encoder sees it: pixel_px (median distance
+    loss, averaged per epoch; on --val every five epochs, with depth if the encoder takes it: pixel_px (median distance
     in pixels), approach_degrees (median angle of the approach axis, which is what matters), rotation_degrees (median
     angle of the whole rotation); point_px, point_degrees: the same for the pointing head
 """

@@ -365,7 +365,7 @@ PARALLEL_SLAB = 64 * SLAB  # elements of a buffer, 128 MiB in float32: a GPU wan
 def scan_parallel(u, dt, A, B, C, D=None, state=None):
     """Chunks side by side (see "The parallel form" above), through one slab of the sequence after the other.
 
-    Forward and backward issue about 4 sqrt(L) + 130 tensor operators a slab of L tokens (at most 12 sqrt(L) + 60 from
+    Forward and backward issue about 4 sqrt(L) + 140 tensor operators a slab of L tokens (at most 12 sqrt(L) + 60 from
     L = 200 on). Same contract as `selective_scan`. Raises: RuntimeError as `scan_chunked` does.
     """
     return _fast(_ParallelScan, u, dt, A, B, C, D, state)

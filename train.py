@@ -25,8 +25,9 @@ types are sampled in proportion to the square root of their count, times `--more
 there an X?" (`presence`), the model did not learn them.
 
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
-    loss; vision: geometry, mask, movable, kinds, openness, words; of named parts contact, aim, motion, part, dice, arm;
-    on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy, contact_px, part_iou
+    loss; vision: geometry, mask, movable, kinds, openness, words; of named parts (0 if there is none) contact, aim,
+    motion, part, dice, arm; on --val: movable_iou, kind_accuracy, normal_degrees, category_accuracy, contact_px,
+    part_iou
     align, cotrain: answer (cross-entropy), numbers (L1 as a fraction of their range) and on --val: exact.TYPE = exact
     match of answers per question type, blank.TYPE = the same with a grey picture (what the wording alone gives
     away), contact_px, contact_degrees

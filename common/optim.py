@@ -66,7 +66,7 @@ class Muon(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Weight decay for matrices only; none for A_log, D, norms, biases, and what has "embedding" in its name.
+    """Weight decay for matrices only; none for A_log, D, norms, biases, and embeddings other than of patches.
 
     muon: matrices of at least 32 x 32 form a group with `orthogonal`; narrow ones such as dt_proj stay with AdamW.
     """

@@ -25,7 +25,7 @@ rule (README, "Unseen"), unseen categories with general questions only: no part,
 choices about transfer can be made without the test categories (--hold-out Display,Toaster,trays,latch).
 
 Sources: successful poses as in RoboMamba section 4.1 and ManipLLM (arXiv 2312.16217); question types of RoboVQA (arXiv
-2311.00899). Differs: a contact is the centre of the region that works, tested with small jitters, not a random point.
+2311.00899). Differs: a contact is the centre of the region that works, tested with a small jitter, not a random point.
 """
 
 import functools

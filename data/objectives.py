@@ -74,7 +74,7 @@ class DenseObjective(nn.Module):
         on_part = told & (true.kind > 0)
         none = said.movable.sum() * 0.0
         parts = {
-            "geometry": F.l1_loss(said.geometry[solid], true.geometry[solid]),
+            "geometry": F.l1_loss(said.geometry[solid], true.geometry[solid]) if solid.any() else none,
             "mask": F.binary_cross_entropy_with_logits(said.mask, true.mask),
             "movable": F.binary_cross_entropy_with_logits(said.movable[told], true.movable[told])
             if told.any()

@@ -190,7 +190,7 @@ def records(items: list[dict]) -> str:
 
 
 def trainings(results: dict) -> str:
-    """A row a training, then mean and range of the seeds."""
+    """A row for each training or policy, then mean and range of the seeds, if any."""
     columns = [(split, goal) for split in results["splits"] for goal in report.GOALS]
     rows, seeds = [], {}
     for name, policy in results["policies"].items():

@@ -337,8 +337,13 @@ def test_the_end_of_a_name_says_how_its_checkpoint_is_used(checkpoints, monkeypa
 
 
 def test_the_wrong_sentence_comes_with_its_own_part_and_label():
-    scene, shown = Scene(64), []
-    try:
+    shown = []
+
+    def policy(o):
+        shown.append(o)
+        return 1.0, 1.0, np.array([0.0, 0.0, 1.0])
+
+    with Scene(64) as scene:
         for seed in range(40):
             scene.spawn("StorageFurniture", seed).render()
             label = expert(scene, np.random.default_rng(0))
@@ -346,10 +351,8 @@ def test_the_wrong_sentence_comes_with_its_own_part_and_label():
             if len(labels) > 1:
                 break
         o = sim_eval.observe(scene, label, "test")
-        done = sim_eval.attempt(lambda o: shown.append(o) or (1.0, 1.0, np.array([0.0, 0.0, 1.0])), o, o.part)
-        sim_eval.wrong_sentence(lambda o: shown.append(o) or (1.0, 1.0, np.array([0.0, 0.0, 1.0])), o, done, labels)
-    finally:
-        scene.close()
+        done = sim_eval.attempt(policy, o, o.part)
+        sim_eval.wrong_sentence(policy, o, done, labels)
     right, wrong = shown
     assert wrong.part != right.part == o.part and wrong.label is labels[wrong.part] and right.label is label
 
