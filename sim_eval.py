@@ -81,9 +81,7 @@ DEMO = {"policy": "model-depth,model,expert,random,random-normal,blind", "split"
 
 @dataclass
 class EvalConfig:
-    policy: str = flag(
-        "model", "comma-separated (a wrong name lists them all; physics: a preset list); --strips draws the first"
-    )
+    policy: str = flag("model", "comma-separated names (a wrong one lists all; physics: a preset); --strips: the first")
     checkpoint: str = flag("data/pretrained/robomamba-tiny-rgbd", "checkpoint folder of the policy `model`")
     blind_table: str = flag("data/pretrained/blind_table.json", "label table that `mean-action` and `blind` use")
     split: str = flag("", "which scenes (default: both; physics: val; --objects: only those)", choices=("", *SPLITS))
@@ -251,7 +249,8 @@ def score(o: Observation, done: Attempt) -> dict:
     outcome = done.outcome
     record = {"u": u, "v": v, "approach": approach, "moved": round(float(outcome.moved), 5)}
     record |= {"initial": bool(outcome.initial), "long": bool(outcome.long), "reason": outcome.reason}
-    record |= {"failure": done.failure} if done.failure else {}
+    if done.failure:
+        record["failure"] = done.failure
     record["on_part"] = False
     if None not in (u, v, *approach):
         pixel = math.floor(v + 0.5), math.floor(u + 0.5)

@@ -28,7 +28,7 @@ the expert (the oracle) solves are used; the last row counts all sampled scenes.
 SENTENCES = ("policy", "ms a prediction", "nearest to the named part", "chance", "right sentence", "wrong sentence")
 SENTENCES_TEXT = """Scenes with several parts: how often the predicted pixel is nearest to the named part, and how often
 it would be by chance; how often the named part moves >= 0.01 with its own instruction, and with the instruction for
-another part. ms: median, batch 1, one thread; with depth about 10 of them simulate the imperfect camera."""
+another part. ms: median, batch 1, one thread; with depth it includes the simulation of the imperfect camera."""
 OURS = """Ours: share of episodes that moved the named part by >= 0.01 / >= 0.1 rad or m. **Theirs: another simulator,
 other objects, another gripper. Their columns are for orientation only; do not compare the numbers.**"""
 ON_PART = """Scored like the released evaluator of ManipLLM, on which the paper builds: episodes whose predicted pixel

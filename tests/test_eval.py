@@ -330,9 +330,8 @@ def test_the_end_of_a_name_says_how_its_checkpoint_is_used(checkpoints, monkeypa
     monkeypatch.setattr(sim_eval, "model_policy", lambda model, ways: ways)
     names = {"wide-text-2": {""}, "my-pixel-net": {""}, "a-depth-head": {"depth", "head"}, "b-depth": {"depth"}}
     listed = ",".join(f"{name}={checkpoints['b']}" for name in names)
-    found = sim_eval.make_policies(EvalConfig(policy=f"model,model-point,{listed}", checkpoint=str(checkpoints["a"])))[
-        0
-    ]
+    cfg = EvalConfig(policy=f"model,model-point,{listed}", checkpoint=str(checkpoints["a"]))
+    found, _, _ = sim_eval.make_policies(cfg)
     assert found == {"model": {""}, "model-point": {"point"}} | names
 
 
