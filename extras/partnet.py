@@ -308,7 +308,6 @@ def _name_parts(parts: list[Part]) -> None:
         usual = "door" if abs(part.axis[2]) > math.sqrt(0.5) else "lid"
         part.label = part.label or ("drawer" if part.joint == "prismatic" else usual)
         part.verb = VERBS.get(part.label, "open")
-        part.primitive = "push" if part.verb == "press down" else "pull"
         part.both_ways = part.both_ways or part.verb == "turn"
     centres = [np.mean([shape.xyz for shape in part.shapes], 0) + part.origin for part in parts]
     for part, label in zip(parts, labels([part.label for part in parts], centres), strict=True):

@@ -286,8 +286,7 @@ def remote(rng):
     base += [cylinder(0.02, 0.02, (x, y, 0.085), tint(rng)) for x, y in spots]
     cover = [box((long * 0.36, wide * 0.9, 0.02), (0, 0, 0.01), shade(rgb, 0.8))]
     cover += [box((0.025, wide * 0.6, 0.05), (0.03, 0, 0.04), shade(rgb, 0.6))]  # the ridge to push against
-    at = (-long * 0.3, 0, 0.08)
-    return base, [slide("battery cover", at, (-1, 0, 0), 0.22, cover, "push back", primitive="push")]
+    return base, [slide("battery cover", (-long * 0.3, 0, 0.08), (-1, 0, 0), 0.22, cover, "push back")]
 
 
 def bottle(rng):
@@ -320,7 +319,7 @@ def toaster(rng):
     base += [box((0.004, 0.03, tall * 0.6), (deep / 2 + 0.002, y, tall * 0.55), seam(rgb)) for y, _ in levers]
     knob = [box((0.065, 0.12, 0.045), (0.035, 0, 0), seam(rgb))]
     at = [((deep / 2, y, tall * 0.78), label) for y, label in levers]
-    return base, [slide(label, p, (0, 0, -1), tall * 0.45, knob, "press down", primitive="push") for p, label in at]
+    return base, [slide(label, place, (0, 0, -1), tall * 0.45, knob, "press down") for place, label in at]
 
 
 def lamp(rng):
@@ -410,8 +409,7 @@ def switch(rng):
     stick = [box((0.2, 0.09, 0.06), (0.1, 0, 0), lever_rgb), box((0.08, 0.13, 0.07), (0.18, 0, 0), lever_rgb)]
     at = [(s * wide / 4, f"{word} lever") for s, word in LEFT_RIGHT] if double else [(0, "lever")]
     base += [box((0.012, 0.12, tall * 0.55), (0.024, y, middle), shade(rgb, 0.7)) for y, _ in at]
-    more = dict(verb="press down", primitive="push", lower=-0.15)
-    return base, [hinge(label, (0.02, y, middle), (0, 1, 0), 0.6, stick, **more) for y, label in at]
+    return base, [hinge(label, (0.02, y, middle), (0, 1, 0), 0.6, stick, "press down", -0.15) for y, label in at]
 
 
 def washing_machine(rng):

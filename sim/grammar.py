@@ -407,8 +407,7 @@ def sliding_cover(rng):
     cover = [box((away * share, along * 0.85, thick), (0, 0, thick / 2), rgb)]
     at = (away * share * rng.uniform(-0.3, 0.3), 0, thick + ridge / 2)
     cover += [box((0.025, along * rng.uniform(0.3, 0.7), ridge), at, other_colour(rng, rgb))]
-    at, travel = (-away * 0.2, 0, 0.004), max(0.14, away * 0.45)
-    part = slide("cover", at, (1, 0, 0), travel, cover, "push back", primitive="push")
+    part = slide("cover", (-away * 0.2, 0, 0.004), (1, 0, 0), max(0.14, away * 0.45), cover, "push back")
     return finish(rng, body, [moved(part, quarter(k), (0, 0, body.top))])
 
 
@@ -445,7 +444,7 @@ def plunger(rng):
     rgb, size = other_colour(rng, body.rgb), (2 * radius, 2 * radius, thick)
     top = pick(rng, cylinder(radius, thick, (0, 0, high), rgb), box(size, (0, 0, high), rgb))
     shapes, label = [top, cylinder(0.025, high, (0, 0, high / 2), METAL)], pick(rng, "button", "head", "lever")
-    part = slide(label, (0, 0, body.top), (0, 0, -1), high - 0.01, shapes, "press down", primitive="push")
+    part = slide(label, (0, 0, body.top), (0, 0, -1), high - 0.01, shapes, "press down")
     return finish(rng, body, [part], fixtures=2)
 
 
@@ -514,7 +513,7 @@ def clamp_arm(rng):
     arm += pick(rng, [], [box((0.1, wide * 1.1, thick * 1.2), (reach, 0, thick / 2), other_colour(rng, rgb))])
     word, k = pick(rng, "bar", "lever", "handle", "head"), rng.integers(4)
     if high > 0.2 and rng.random() < 0.4:
-        more = dict(axis=(0, 1, 0), upper=0.6, verb="press down", lower=-rng.uniform(0.1, 0.4), primitive="push")
+        more = dict(axis=(0, 1, 0), upper=0.6, verb="press down", lower=-rng.uniform(0.1, 0.4))
     else:
         verb, start = pick(rng, "lift", "raise"), rng.uniform(0, 0.4)
         more = dict(axis=(0, -1, 0), upper=rng.uniform(0.9, 1.5), verb=verb, start=start)
@@ -566,7 +565,7 @@ def wall_levers(rng):
     lever = stick(rng, long, thick, other_colour(rng, rgb))
     z, lower = tall * rng.uniform(0.4, 0.7), -rng.uniform(0.1, 0.4)
     joint = {
-        "press down": dict(axis=(0, 1, 0), upper=0.6, lower=lower, primitive="push"),
+        "press down": dict(axis=(0, 1, 0), upper=0.6, lower=lower),
         "raise": dict(axis=(0, -1, 0), upper=0.7, lower=lower),
         "turn": dict(axis=(0, 0, 1), upper=0.9, lower=-0.9, start=0.0, both_ways=True),
     }[way]

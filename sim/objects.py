@@ -71,10 +71,10 @@ class Shape:
 class Part:
     """One movable link.
 
-    label: its everyday name, unique within the object. joint: "revolute" | "prismatic". origin: metres, base
-    frame; the link's frame has the same axes as the base at joint value 0. axis: unit vector. lower, upper: radians or
-    metres. verb: imperative for the instruction. primitive: "pull" | "push", the way the gripper moves after contact.
-    start: joint value of the closed state (None: lower). both_ways: either sense of motion counts (a lever that turns).
+    label: its everyday name, unique within the object. joint: "revolute" | "prismatic". origin: metres, base frame; the
+    link's frame has the same axes as the base at joint value 0. axis: unit vector. lower, upper: radians or metres.
+    verb: imperative for the instruction. start: joint value of the closed state (None: lower). both_ways: either sense
+    of motion counts (a lever that turns).
     """
 
     label: str
@@ -85,7 +85,6 @@ class Part:
     upper: float
     shapes: list[Shape]
     verb: str = "open"
-    primitive: str = "pull"
     start: float | None = None
     both_ways: bool = False
 
@@ -97,6 +96,11 @@ class Part:
     def kind(self) -> str:
         """Last word of the label: "drawer", "door", "lid" ..."""
         return self.label.split()[-1]
+
+    @property
+    def primitive(self) -> str:
+        """How the gripper moves after contact: "pull" or "push"."""
+        return "push" if self.verb in ("press down", "push back") else "pull"
 
 
 @dataclass
