@@ -1,14 +1,10 @@
 """The catalogue: the 30 categories of articulated objects, generated in code from a seed (numpy only).
 
     python -m sim.catalogue          # print it: category, split, colour, parts of three sample instances
+    make_object("Safe", rng)         # an ObjectSpec: base shapes and parts; sim/objects.py: frames, units, URDF text
 
-    make_object(category, rng) -> ObjectSpec(base shapes, parts) -> to_urdf(spec) -> text for any URDF simulator
-
-Frames and units as in sim/objects.py: front +x, up +z, "left" is -y, positive motion is the instructed motion. The
-category tables are at the end.
-
-Source: RoboMamba (arXiv 2406.04339) Table 2 for the categories and the split; the shapes are our own, since
-PartNet-Mobility may not be redistributed.
+The tables of categories are at the end. Source: RoboMamba (arXiv 2406.04339) Table 2 for the categories and the split;
+the shapes are our own, since PartNet-Mobility may not be redistributed.
 """
 
 import math
@@ -19,8 +15,8 @@ import numpy as np
 from sim.grammar import ARCHETYPES, PREFIX
 
 from sim.objects import (  # isort: skip
-    COLOURS, DARK, ENDS, LEFT_RIGHT, METAL, ObjectSpec, box, cylinder, drawer, handle, hinge, legs, main_colour, pair,
-    pick, seam, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
+    COLOURS, DARK, ENDS, LEFT_RIGHT, METAL, ObjectSpec, box, cylinder, drawer, grid, handle, hinge, legs, main_colour,
+    pair, pick, seam, shade, shell, side_door, sizes, slide, sphere, tint, top_lid,
 )  # fmt: skip
 
 # First scene seed of each use; the ranges do not overlap.
@@ -56,13 +52,10 @@ def door(rng):
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
-
-    def leaf(label, side, y):
-        return side_door(rng, label, side, (0.03, wide, tall), (0, y, tall / 2), rgb, grip, 0.2, panels)
-
-    if double:
-        return base, [leaf(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
-    return base, [leaf("door", pick(rng, *ENDS), 0)]
+    leaves, size = [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT], (0.03, wide, tall)
+    if not double:
+        leaves = [("door", pick(rng, *ENDS), 0)]
+    return base, [side_door(rng, label, s, size, (0, y, tall / 2), rgb, grip, 0.2, panels) for label, s, y in leaves]
 
 
 def display(rng):
@@ -171,15 +164,14 @@ def trash_can(rng):
     tab = box((0.05, 0.1, 0.02), (2 * half + 0.02, 0, 0.02), DARK)
     if rng.random() < 0.6:  # two compartments side by side
         body = box((2 * half, 3 * half, tall), (0, 0, tall / 2), rgb)
-        size, at = (2 * half + 0.01, 1.5 * half - 0.01, 0.04), [(s * 0.75 * half, word) for s, word in LEFT_RIGHT]
-        lids = [top_lid(f"{word} lid", (-half, y, tall), size, 1.6, lid_rgb, [tab]) for y, word in at]
+        size, y = (2 * half + 0.01, 1.5 * half - 0.01, 0.04), 0.75 * half
+        lids = [top_lid(f"{word} lid", (-half, s * y, tall), size, 1.6, lid_rgb, [tab]) for s, word in LEFT_RIGHT]
     elif rng.random() < 0.5:
         body, lid = cylinder(half, tall, (0, 0, tall / 2), rgb), cylinder(half * 1.05, 0.04, (half, 0, 0.02), lid_rgb)
         lids = [hinge("lid", (-half, 0, tall), (0, -1, 0), 1.6, [lid, tab])]
     else:
         body = box((2 * half, 2 * half, tall), (0, 0, tall / 2), rgb)
-        size = (2 * half + 0.02, 2 * half + 0.02, 0.04)
-        lids = [top_lid("lid", (-half, 0, tall), size, 1.6, lid_rgb, [tab])]
+        lids = [top_lid("lid", (-half, 0, tall), (2 * half + 0.02, 2 * half + 0.02, 0.04), 1.6, lid_rgb, [tab])]
     return [body, pedal], lids
 
 
@@ -235,18 +227,14 @@ def crossed_levers(rng, scissors=False):
     return base, [hinge("front handle", (0, 0, 0.045), (0, 0, side), 0.9, lever(1, 0.03))]
 
 
-def drawer_grid(rng, rows, size, front, rgb, grip):
-    """A grid of drawers: rows of labels from top to bottom, each from left to right. size: total depth, width, height.
-
-    front: middle of the upper edge of the panels' back faces.
-    """
-    (depth, wide, tall), (x, _, top) = size, front
+def drawer_grid(rng, rows, columns, size, x, top, rgb, grip):
+    """A grid of drawers. size: total depth, width, height. x: of the panels' back faces. top: z of the upper edge."""
+    depth, wide, tall = size
     parts = []
-    for i, row in enumerate(rows):
-        for j, label in enumerate(row):
-            each = (depth, wide / len(row), tall / len(rows))
-            at = (x, each[1] * (j + 0.5 - len(row) / 2), top - each[2] * (i + 0.5))
-            parts.append(drawer(rng, label, each, at, rgb, grip))
+    for i, j, label in grid(rows, columns, "drawer"):
+        each = (depth, wide / columns, tall / rows)
+        at = (x, each[1] * (j + 0.5 - columns / 2), top - each[2] * (i + 0.5))
+        parts.append(drawer(rng, label, each, at, rgb, grip))
     return parts
 
 
@@ -257,20 +245,12 @@ def storage_furniture(rng):
     drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
     base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
     x, inner, low, top = deep / 2, wide - 0.03, bottom + 0.015, bottom + tall - 0.015
-    rows, doors = (  # rows of drawer labels from the top; number of doors below them
-        ([("drawer",)], 0),
-        ([("top drawer",), ("bottom drawer",)], 0),
-        ([("top drawer",), ("middle drawer",), ("bottom drawer",)], 0),
-        ([("top left drawer", "top right drawer"), ("bottom left drawer", "bottom right drawer")], 0),
-        ([], 1),
-        ([], 2),
-        ([("drawer",)], 1),
-        ([("drawer",)], 2),
-    )[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]
-    split = low
-    if doors:
-        split = top - (top - low) * rng.uniform(0.25, 0.35) if rows else top
-    parts = drawer_grid(rng, rows, (deep - 0.04, inner, top - split), (x, 0, top), front_rgb, drawer_grip)
+    layouts = ((1, 1, 0), (2, 1, 0), (3, 1, 0), (2, 2, 0), (0, 0, 1), (0, 0, 2), (1, 1, 1), (1, 1, 2))
+    rows, columns, doors = layouts[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]  # doors below
+    split = top if doors else low  # height of the edge between drawers and doors
+    if rows and doors:
+        split = top - (top - low) * rng.uniform(0.25, 0.35)
+    parts = drawer_grid(rng, rows, columns, (deep - 0.04, inner, top - split), x, top, front_rgb, drawer_grip)
     leaves = [(s, f"{word} door", s * inner / 4) for s, word in LEFT_RIGHT] if doors == 2 else [(0, "door", 0)] * doors
     for side, label, y in leaves:
         size, at = (0.02, inner / doors, split - low), (x, y, (split + low) / 2)
@@ -362,9 +342,8 @@ def table(rng):
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), *legs(wide - 0.04, deep - 0.04, tall, 0.05, dark)]
     base += pair((deep - 0.08, 0.02, low), (0, wide / 2 - 0.06, z), dark)
     base += [box((0.02, wide - 0.1, low), (-deep / 2 + 0.05, 0, z), dark)]
-    rows = (("drawer",), ("left drawer", "right drawer"), ("left drawer", "middle drawer", "right drawer"))
-    labels, grip = rows[rng.choice(3, p=[0.4, 0.4, 0.2])], pick(rng, "knob", "bar")
-    return base, drawer_grid(rng, [labels], (deep - 0.1, wide - 0.14, low), (deep / 2 - 0.03, 0, top), front_rgb, grip)
+    columns, grip = (1, 2, 3)[rng.choice(3, p=[0.4, 0.4, 0.2])], pick(rng, "knob", "bar")
+    return base, drawer_grid(rng, 1, columns, (deep - 0.1, wide - 0.14, low), deep / 2 - 0.03, top, front_rgb, grip)
 
 
 def stapler(rng):
@@ -461,7 +440,7 @@ SEEN_TABLE = {
     "Safe": (safe, "safe"),  # a door
     "Door": (door, "door"),  # one leaf, or left and right door
     "Display": (display, "monitor"),  # the screen, tilted forward
-    "Refrigerator": (refrigerator, "refrigerator"),  # 1 door, 2 stacked doors, or French doors and a drawer
+    "Refrigerator": (refrigerator, "refrigerator"),  # 1 door, 2 stacked doors, or French doors, some with a drawer
     "Laptop": (laptop, "laptop"),  # the lid
     "Lighter": (lighter, "lighter"),  # the cap, hinged at one side
     "Microwave": (microwave, "microwave"),  # the door, hinged at the left
@@ -487,7 +466,7 @@ UNSEEN_TABLE = {
     "Kettle": (kettle, "kettle"),  # the lid, hinged at one side
     "USB": (usb, "USB stick"),  # the cap, pulled forward
     "Switch": (switch, "switch"),  # 1-2 levers, pressed down
-    "WashingMachine": (washing_machine, "washing machine"),  # a round door, a detergent drawer
+    "WashingMachine": (washing_machine, "washing machine"),  # a round door, often a detergent drawer
     "Faucet": (faucet, "faucet"),  # 1-2 levers that turn either way
     "Phone": (phone, "flip phone"),  # the cover
 }

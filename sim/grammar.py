@@ -1,37 +1,29 @@
 """A grammar of training objects: skeletons x bodies x edges x handles x distractors, like no particular category.
 
     python -m sim.pictures --sheet FILE.png --grammar     # a picture: one object of each archetype
+    make_object("grammar:book", rng)                      # sim/catalogue.py: one object
 
-An archetype puts a movable part on a body. It draws a body, an edge or face, a part and fixed distractors from shared
+An archetype puts movable parts on a body. It draws a body, an edge or face, parts and fixed distractors from shared
 lists, so a few functions produce a large variety of objects. They vary what the 20 seen categories keep fixed. None is
 in a test set, and none is built to be one of the ten unseen categories. Some come close anyway: a slab hinged on a slab
 is also a flip phone. NEAR lists these; training on STRICT leaves them out.
 
-    make_object("grammar:book", rng) -> base shapes, parts        Scene.spawn("grammar:book", seed)
-
-The words come from the seen categories; frames, units and helpers come from sim/objects.py: front +x, up +z, "left" is
--y, metres, radians, positive motion is the instructed motion.
+The words are those of the seen categories, except bar, slider, turn, slide and swing out. Frames and units:
+sim/objects.py. k: an edge of the top, also quarter turns about z: 0 back, 1 left, 2 front, 3 right.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from sim.objects import (  # isort: skip
-    DARK, ENDS, LEFT_RIGHT, METAL, Part, Shape, box, cylinder, drawer, handle, hinge, legs, moved, pair, pick, shade,
-    shell, side_door, sizes, slide, sphere, tint, turned,
+    DARK, ENDS, LEFT_RIGHT, METAL, Part, Shape, box, cylinder, drawer, grid, handle, hinge, legs, moved, pair, pick,
+    shade, shell, side_door, sizes, slide, sphere, tint, turned,
 )  # fmt: skip
 
-# Letters: x, y, z metres · k an edge of the top, also quarter turns about z: 0 back, 1 left, 2 front, 3 right.
-
 PREFIX = "grammar:"  # of a category's name: "grammar:book"
-Object = tuple[list[Shape], list[Part]]
-
-ROW = {1: ("",), 2: ("left ", "right "), 3: ("left ", "middle ", "right ")}  # words of parts side by side, -y to +y
-COLUMN = {1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}
 BACK_FRONT = ((-1, "back"), (1, "front"))  # sign of x, word
 LID_WORDS = ("lid", "lid", "lid", "cover", "flap", "cap")
 GRIPS = ("knob", "bar", "upright bar", "recess", "lever", "none")
@@ -68,7 +60,7 @@ class Body:
     wide: float
     top: float  # z of the top
     low: float = 0.0  # z of the lower edge of the front
-    flat: bool = True  # has a flat front and flat sides
+    flat: bool = True  # has a flat, rectangular front: details fit on it, and a hinged lid is a plate, not a disc
 
     @property
     def face(self) -> np.ndarray:
@@ -84,7 +76,7 @@ class Body:
         return self.deep / 2 + out, y, (self.top + self.low) / 2 + z
 
     def somewhere(self, rng, size, out=0.003) -> tuple[float, float, float]:
-        """A random centre on the front, `out` in front of it, for something of `size` (width, height)."""
+        """A random centre on the front, `out` in front of it, for something of `size` (width, height) or a square."""
         return self.front(*(self.face - size) / 2 * rng.uniform(-1, 1, 2), out)
 
 
@@ -168,7 +160,7 @@ def front_details(rng, body: Body) -> list[Shape]:
 
 
 def lump(rng, body: Body) -> list[Shape]:
-    """A box, cylinder or ball, partly inside the body and below its top."""
+    """A box, cylinder or ball, partly inside the body, with its centre below the top."""
     size = sizes(rng, *[(0.05, 0.18)] * 3)
     x, y = rng.uniform(-0.5, 0.5, 2) * (body.deep, body.wide)
     at, rgb = (x, y, body.top * rng.uniform(0.15, 0.6)), tint(rng)
@@ -177,7 +169,7 @@ def lump(rng, body: Body) -> list[Shape]:
 
 
 def fixture(rng, body: Body) -> list[Shape]:
-    """A handle, a tube, a lug or a mast at one side, all fixed."""
+    """A handle, a tube, a lug or a mast at any side, all fixed."""
     k = rng.integers(4)
     x, out, z = body.extents(k)[0] / 2, rng.uniform(0.06, 0.18), body.top * rng.uniform(0.35, 0.8)
     rgb = other_colour(rng, body.rgb)
@@ -189,7 +181,7 @@ def fixture(rng, body: Body) -> list[Shape]:
     return turn_all(pick(rng, loop, [tube], [lug], [mast]), k)
 
 
-def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int = 0) -> Object:
+def finish(rng, body: Body, parts: list[Part], details: int = 3, fixtures: int = 0) -> tuple[list[Shape], list[Part]]:
     """The object: its body with up to `details` front details or lumps and up to `fixtures` fixtures."""
     shapes = list(body.shapes)
     for _ in range(rng.integers(details + 1)):
@@ -295,10 +287,9 @@ def chest(rng):
     kind, grip, rgb = pick(rng, "drawer", "drawer", "door", "flap"), pick(rng, *GRIPS), other_colour(rng, body.rgb)
     wide, tall = body.face * rng.uniform(0.65, 0.97, 2) / (columns, rows)
     parts = []
-    for i, row in enumerate(COLUMN[rows]):
-        for j, column in enumerate(ROW[columns]):
-            at = body.front(wide * (j + 0.5 - columns / 2), tall * (rows / 2 - i - 0.5), 0.0)
-            parts.append(front_part(rng, kind, row + column + kind, at, wide * 0.96, tall * 0.96, body.deep, rgb, grip))
+    for i, j, label in grid(rows, columns, kind):
+        at = body.front(wide * (j + 0.5 - columns / 2), tall * (rows / 2 - i - 0.5), 0.0)
+        parts.append(front_part(rng, kind, label, at, wide * 0.96, tall * 0.96, body.deep, rgb, grip))
     return finish(rng, body, parts, 1)
 
 
@@ -310,7 +301,7 @@ def trays(rng):
     own, lip = other_colour(rng, rgb), rng.uniform(0.05, 0.1)
     tray = [box((deep * 0.9, wide - 0.1, 0.02), (-deep * 0.45, 0, -lip / 2), own)]
     tray += [box((0.03, wide - 0.1, lip), (0, 0, 0), own)]
-    cells = [(tall * (count - i - 0.4) / count, f"{word}drawer") for i, word in enumerate(COLUMN[count])]
+    cells = [(tall * (count - i - 0.4) / count, label) for i, _, label in grid(count, 1, "drawer")]
     parts = [slide(label, (deep / 2, 0, z), (1, 0, 0), deep * 0.6, tray) for z, label in cells]
     return [*frame, box((deep, wide, 0.03), (0, 0, tall + 0.015), rgb)], parts
 
@@ -341,7 +332,7 @@ def hanging_flap(rng):
     """A panel that hangs from a rail between posts, or on a body, and swings out below."""
     wide, tall, thick, rise = sizes(rng, (0.3, 0.8), (0.25, 0.6), (0.02, 0.05), (0.05, 0.3))
     rgb, top = tint(rng), tall + rise
-    posts = [*pair((0.05, 0.05, top), (0, wide / 2 + 0.03, top / 2), rgb)]
+    posts = pair((0.05, 0.05, top), (0, wide / 2 + 0.03, top / 2), rgb)
     posts += [cylinder(0.025, wide + 0.1, (0, 0, top), METAL, "y"), foot(rng, wide * 0.8, rgb)]
     wall = [box((0.25, wide * rng.uniform(0.9, 1.3), top + 0.05), (-0.15, 0, top / 2), rgb)]
     panel = [box((thick, wide * 0.94, tall), (0, 0, -tall / 2), other_colour(rng, rgb))]
@@ -544,7 +535,7 @@ def post_levers(rng):
         x, y, tall = sizes(rng, (-0.2, 0.2), (-0.2, 0.2), (0.15, 0.5))
         base += [cylinder(0.03, tall, (x, y, tall / 2), other_colour(rng, rgb))]
         base += turn_all([cylinder(0.025, 0.2, (0.1, 0, tall * 0.9), rgb, "x")], rng.integers(4), (x, y, 0))
-    lever = [turned(s, np.eye(3), (0, 0, 0.05)) for s in stick(rng, long, thick, other_colour(rng, rgb))]
+    lever = turn_all(stick(rng, long, thick, other_colour(rng, rgb)), 0, (0, 0, 0.05))
     lever += [cylinder(thick, 0.06, (0, 0, 0.03), rgb)]
     cells = [(s * 0.2, f"{word} ") for s, word in LEFT_RIGHT] if rng.random() < 0.4 else [(0.0, "")]
     tall, kind, k, parts = rng.uniform(0.1, 0.45), pick(rng, "lever", "handle", "bar"), rng.integers(4), []
@@ -564,16 +555,13 @@ def wall_levers(rng):
     body.shapes += [box((deep + 0.2, wide * 0.7, 0.04), (0, 0, 0.02), other_colour(rng, rgb))]
     lever = stick(rng, long, thick, other_colour(rng, rgb))
     z, lower = tall * rng.uniform(0.4, 0.7), -rng.uniform(0.1, 0.4)
-    joint = {
-        "press down": dict(axis=(0, 1, 0), upper=0.6, lower=lower),
-        "raise": dict(axis=(0, -1, 0), upper=0.7, lower=lower),
-        "turn": dict(axis=(0, 0, 1), upper=0.9, lower=-0.9, start=0.0, both_ways=True),
-    }[way]
+    axis, upper = {"press down": ((0, 1, 0), 0.6), "raise": ((0, -1, 0), 0.7), "turn": ((0, 0, 1), 0.9)}[way]
+    more = dict(lower=-0.9, start=0.0, both_ways=True) if way == "turn" else dict(lower=lower)
     kind, parts = pick(rng, "lever", "bar", "handle"), []
-    for i, word in enumerate(ROW[count]):
+    for _, i, label in grid(1, count, kind):
         y = wide * ((i + 0.5) / count - 0.5)
         body.shapes += pick(rng, [], [box((0.01, thick * 1.6, tall * 0.4), (deep / 2 + 0.002, y, z), DARK)])
-        parts.append(hinge(word + kind, (deep / 2, y, z), shapes=lever, verb=way, **joint))
+        parts.append(hinge(label, (deep / 2, y, z), axis, upper, lever, way, **more))
     return finish(rng, body, parts, 2)
 
 
@@ -645,7 +633,7 @@ def frame_drawers(rng):
     base = [box((deep, wide, 0.03), (0, 0, tall), rgb), box((deep * 0.8, span, low), (-0.03, 0, z), dark)]
     base += pick(rng, legs(wide * 0.95, deep * 0.9, tall, 0.05, dark), walls, column)
     kind, grip, own = pick(rng, "drawer", "drawer", "drawer", "flap"), pick(rng, *GRIPS), other_colour(rng, rgb)
-    cells = [(span * ((i + 0.5) / count - 0.5), word + kind) for i, word in enumerate(ROW[count])]
+    cells = [(span * ((i + 0.5) / count - 0.5), label) for _, i, label in grid(1, count, kind)]
     at, size = deep * 0.4 - 0.03, (span / count * 0.96, low * 0.95)
     return base, [front_part(rng, kind, label, (at, y, z), *size, deep * 0.8, own, grip) for y, label in cells]
 
@@ -674,13 +662,9 @@ NEAR: dict[str, tuple[str, ...]] = {  # archetype -> the unseen categories it is
     "post_levers": ("Faucet",), "wall_levers": ("Switch",), "capped_stick": ("USB",), "plugged_face": ("USB",),
     "crossed": ("Scissors",), "frame_drawers": ("Table",), "round_door": ("WashingMachine",),
 }  # fmt: skip
-ARCHETYPES: dict[str, Callable[[np.random.Generator], Object]] = {
-    build.__name__: build
-    for build in (
-        lidded_box, lift_off, tipped_cap, chest, trays, side_flap, latch, hanging_flap, wings, sash,
-        sliders, sliding_cover, tilting_panel, pull_up, plunger, buttons, folding_plate, boom,
-        book, clamp_arm, lidded_drum, backed_lid, post_levers, wall_levers, capped_stick, plugged_face, crossed,
-        frame_drawers, round_door,
-    )
-}  # fmt: skip
+ARCHETYPES = {build.__name__: build for build in (
+    lidded_box, lift_off, tipped_cap, chest, trays, side_flap, latch, hanging_flap, wings, sash, sliders, sliding_cover,
+    tilting_panel, pull_up, plunger, buttons, folding_plate, boom, book, clamp_arm, lidded_drum, backed_lid,
+    post_levers, wall_levers, capped_stick, plugged_face, crossed, frame_drawers, round_door,
+)}  # fmt: skip
 STRICT = tuple(name for name in ARCHETYPES if name not in NEAR)

@@ -2,10 +2,10 @@
 
     base shapes + parts -> ObjectSpec -> to_urdf(spec) -> text for any URDF simulator
 
-World frame: the object's front is +x, up is +z; metres and radians; objects are 0.5-1 m, normalised as in
-PartNet-Mobility. A viewer in front of the object looks along -x and sees +y on the RIGHT: "left door" is at -y.
-Positive joint motion is always the instructed motion (opening, lifting, pressing ...). The objects themselves:
-sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), extras/partnet.py (the user's own).
+World frame: the object's front is +x, up is +z; metres and radians. Objects are about 0.5-1 m across, whatever their
+real size, as PartNet-Mobility normalises them too. A viewer in front of the object looks along -x and sees +y on the
+RIGHT: "left door" is at -y. Positive joint motion is always the instructed motion (opening, lifting, pressing ...). The
+objects: sim/catalogue.py (the 30 categories), sim/grammar.py (training objects), extras/partnet.py (the user's own).
 """
 
 import math
@@ -33,6 +33,8 @@ COLOUR_MARGIN = 0.1  # a shade must be this much nearer (in rgb) to its own word
 GAP = 0.012  # metres, between the front of a door or drawer and its neighbours, so that its edge is visible
 BACKGROUND, BASE = -2, -1  # ids of non-parts in pictures and rays; part j has id j
 LEFT_RIGHT = ((-1, "left"), (1, "right"))  # sign of y, word
+ROW = {1: ("",), 2: ("left ", "right "), 3: ("left ", "middle ", "right ")}  # words of parts side by side, -y to +y
+COLUMN = {0: (), 1: ("",), 2: ("top ", "bottom "), 3: ("top ", "middle ", "bottom ")}  # and one above the other
 ENDS = (-1, 1)  # both ends of an axis
 
 
@@ -59,10 +61,8 @@ class Shape:
 
     def corners(self) -> np.ndarray:
         """(8, 3) corners of the bounding box in the link's frame, metres; corner 4a + 2b + c, a b c in {0, 1}."""
-        extents = self.size
-        if self.kind != "box":
-            diameter = 2 * self.size[0]
-            extents = (diameter, diameter, self.size[1] if self.kind == "cylinder" else diameter)
+        diameter, length = 2 * self.size[0], self.size[-1]
+        extents = {"box": self.size, "cylinder": (diameter, diameter, length), "sphere": (diameter,) * 3}[self.kind]
         signs = np.array([(a, b, c) for a in ENDS for b in ENDS for c in ENDS])
         return np.array(self.xyz) + signs * np.array(extents) / 2 @ rotation(self.rpy).T
 
@@ -140,12 +140,11 @@ def to_urdf(spec: ObjectSpec, mass: float = 1.0, inertia: float = 0.02, bodies: 
 
 
 def _shape_urdf(s: Shape, material: int) -> str:
-    size = " ".join(f"{v:.4f}" for v in s.size)
     geometry = {
-        "box": f'<box size="{size}"/>',
-        "cylinder": f'<cylinder radius="{s.size[0]:.4f}" length="{s.size[-1]:.4f}"/>',
-        "sphere": f'<sphere radius="{size}"/>',
-    }[s.kind]
+        "box": '<box size="{:.4f} {:.4f} {:.4f}"/>',
+        "cylinder": '<cylinder radius="{:.4f}" length="{:.4f}"/>',
+        "sphere": '<sphere radius="{:.4f}"/>',
+    }[s.kind].format(*s.size)
     origin = '<origin xyz="{:.4f} {:.4f} {:.4f}" rpy="{:.5f} {:.5f} {:.5f}"/>'.format(*s.xyz, *s.rpy)
     body = f"{origin}<geometry>{geometry}</geometry>"
     colour = '<color rgba="{:.3f} {:.3f} {:.3f} 1"/>'.format(*s.rgb)
@@ -218,6 +217,11 @@ def hinge(label, origin, axis, upper, shapes, verb="open", lower=0.0, **more) ->
 
 def slide(label, origin, axis, travel, shapes, verb="open", **more) -> Part:
     return Part(label, "prismatic", tuple(origin), tuple(axis), 0.0, travel, shapes, verb, **more)
+
+
+def grid(rows, columns, kind) -> list[tuple[int, int, str]]:
+    """(row, column, label) of parts of one kind on a front, from its top left: (0, 1, "top right drawer")."""
+    return [(i, j, row + word + kind) for i, row in enumerate(COLUMN[rows]) for j, word in enumerate(ROW[columns])]
 
 
 # ---- turns ----------------------------------------------------------------------------------------------------------
