@@ -240,22 +240,6 @@ def stages(data: dict) -> str:
     return grid(["stage", "steps", "minutes"], rows)
 
 
-def earlier(first: dict) -> str:
-    """The trainings before the shipped one; the first three on the same test scenes."""
-    trainings = {"first": first}
-    for name in ("second", "third", "fourth"):
-        trainings[name] = read_json(ROOT / KEPT / f"{name}_training.json", dict)
-    columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
-    rows = [
-        [name, policy, *(report.percent(splits[split][goal]) for split, goal in columns)]
-        for name, training in trainings.items()
-        for policy, splits in training["policies"].items()
-        if policy.startswith("model")
-    ]
-    table = grid(["training", "policy", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
-    return "\n".join([table, "", *(f"* {training['what']}" for training in trainings.values())])
-
-
 # ---- the document
 
 
@@ -313,11 +297,6 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "Your own policy": (f"{KEPT}/example_policy.json", "`example` is extras/example_policy.py.", report.table),
     "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
     "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
-    "Earlier trainings": (
-        f"{KEPT}/first_training.json",
-        "The second to the fourth: second_training.json, third_training.json, fourth_training.json next to it.",
-        earlier,
-    ),
 }
 
 
