@@ -183,8 +183,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
             n = COORDINATE_TYPES.get(family)
             if n and coordinates(answer, n) is None:
                 raise ValueError(f"{file}, record {index}: family {family!r}: {answer!r} is not {n} numbers")
-            where = str(Path(folder) / image)
-            found.append(Question(where, categories.get(image, ""), family, question, answer))
+            found.append(Question(str(Path(folder) / image), categories.get(image, ""), family, question, answer))
     return found
 
 

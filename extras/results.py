@@ -126,11 +126,11 @@ def made_by(results: dict) -> str:
     return f"`{results['command']}`\n({said})."
 
 
-def rates(policy: dict, split: str, key: str = "long") -> str:
-    """One cell of the README: rate and interval of a policy on a split, `-` where it was not evaluated."""
+def rates(policy: dict, split: str) -> str:
+    """One cell of the README: rate at 0.1 and interval of a policy on a split, `-` where it was not evaluated."""
     if split not in policy.get("splits", {}):
         return "-"
-    rate = policy["splits"][split][key]
+    rate = policy["splits"][split]["long"]
     return f"{rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
 
 
