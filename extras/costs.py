@@ -1,14 +1,14 @@
 """What a model costs: parameters, bytes of weights, and bytes per sequence compared with a Transformer's.
 
-    python -m extras.costs      # every preset of robomamba.py
+    python -m extras.costs      # every preset of common/config.py
 
 Mamba keeps a state of fixed size; a Transformer keeps keys and values of every token it has read (its "KV cache").
 """
 
 import torch
-from torch import nn
 
 from common.config import PRESETS
+from common.training import PARTS
 from common.weights import KEEP_FLOAT32, count
 from robomamba import RoboMamba
 
@@ -18,7 +18,7 @@ KV: a Transformer's cache at so many tokens, with as many layers of the same wid
 (A Transformer with as many parameters has about half as many layers: halve these numbers.)"""
 
 
-def memory(model: nn.Module) -> dict[str, int]:
+def memory(model: RoboMamba) -> dict[str, int]:
     """Bytes: weights in "float32" and "bfloat16", recurrent "state" per sequence, Transformer "cache" per token."""
     lm = model.config.lm
     kept = sum(p.numel() for name, p in model.named_parameters() if name.endswith(KEEP_FLOAT32))
@@ -31,17 +31,17 @@ def memory(model: nn.Module) -> dict[str, int]:
 
 
 def main() -> None:
-    names = ("vision", "projector", "lm", "head")
-    columns = [("preset", 16), *((name, 14) for name in (*names, "total")), ("head %", 8)]
+    parts = (*PARTS, "total")
+    columns = [("preset", 16), *((name, 14) for name in parts), ("head %", 8)]
     columns += [(name, 12) for name in ("MB float32", "MB bfloat16", "MB state", *(f"KV {n:,d}" for n in TOKENS))]
     print("".join(f"{name:>{width}s}" for name, width in columns))
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = RoboMamba(config)
-        parts = [count(getattr(model, part)) for part in names]
+        sizes = {part: count(module) for part, module in model.named_children()} | {"total": count(model)}
         *costs, cache = memory(model).values()
         costs += [n * cache for n in TOKENS]
-        line = "".join(f"{n:14,d}" for n in (*parts, sum(parts))) + f"{100 * parts[-1] / sum(parts):8.3f}"
+        line = "".join(f"{sizes.get(part, 0):14,d}" for part in parts) + f"{100 * sizes['head'] / sizes['total']:8.3f}"
         print(f"{name:>16s}{line}" + "".join(f"{cost / 1e6:12,.1f}" for cost in costs))
     print(ASSUMED)
 

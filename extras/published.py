@@ -111,8 +111,9 @@ def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
                     raise ValueError("compressed, which torch.save never does")
         with warnings.catch_warnings(action="ignore"):  # about the pickle's age
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=in_zip)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError("not a table of tensors")
+        values = tensors.values() if isinstance(tensors, dict) else [None]
+        if not all(isinstance(value, Tensor) and value.layout == torch.strided for value in values):
+            raise ValueError("not a table of tensors, or a sparse one among them")
         shapes = {str(k): tuple(t.shape) if t.is_floating_point() else t.dtype for k, t in tensors.items()}
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL (\S+)", str(error))
@@ -125,11 +126,6 @@ def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
 
 
 # ---- Mamba -----------------------------------------------------------------------------------------------------------
-
-
-def mamba_name(name: str) -> str:
-    """A published tensor's name -> ours: -hf folders say `embeddings`."""
-    return name.replace("backbone.embeddings.", "backbone.embedding.")
 
 
 def mamba_config(folder) -> dict:
@@ -154,8 +150,7 @@ def mamba_config(folder) -> dict:
         if unknown:
             raise ValueError(f"{file}: unknown key {unknown[0]!r} in a Mamba config")
         values = read_shapes(file, config, MAMBA, MAMBA_FIXED, what)
-        multiple = config.get("pad_vocab_size_multiple", 8)
-        multiple = check_number(f"{file}: pad_vocab_size_multiple", multiple, True, 1)
+        multiple = check_number(f"{file}: pad_vocab_size_multiple", config.get("pad_vocab_size_multiple", 8), True, 1)
     values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
     start = {"dt_min": 0.001, "dt_max": 0.1, "a_min": 1.0, "a_max": float(values["d_state"])}
     return values | start | {"norm_eps": eps, "bc_norm": False}
@@ -163,7 +158,8 @@ def mamba_config(folder) -> dict:
 
 def read_mamba(folder, dtype=torch.float32) -> MambaLM:
     """A published Mamba folder: original or -hf naming, .bin or safetensors, sharded or not."""
-    lm = load(MambaLM, LMConfig(**mamba_config(folder)), folder, mamba_name, TIED, dtype)
+    cfg = LMConfig(**mamba_config(folder))
+    lm = load(MambaLM, cfg, folder, lambda name: name.replace(".embeddings.", ".embedding."), TIED, dtype)
     lm.tie()
     return lm
 
@@ -179,21 +175,21 @@ def save_mamba(lm: MambaLM, folder, naming: str = "hf") -> None:
         raise ValueError(f"norm_eps: {cfg.norm_eps} cannot be said in the original config, which means 1e-5")
     shapes = {ours: getattr(cfg, ours) for ours in MAMBA} | {"dt_rank": cfg.rank}
 
-    def write_hf(staging: Path) -> None:
-        config = {HF[ours]: value for ours, value in shapes.items()}
-        config |= {"intermediate_size": cfg.d_inner, "layer_norm_epsilon": cfg.norm_eps, "model_type": "mamba"}
-        config |= {"architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
-        save_tensors(staging / "model.safetensors", lm, lambda name: name.replace("embedding.", "embeddings."))
+    def write(staging: Path) -> None:
+        if naming == "hf":
+            config = {HF[ours]: value for ours, value in shapes.items()}
+            config |= {"intermediate_size": cfg.d_inner, "layer_norm_epsilon": cfg.norm_eps, "model_type": "mamba"}
+            config |= {"architectures": ["MambaForCausalLM"], "tie_word_embeddings": True}
+            save_tensors(staging / "model.safetensors", lm, lambda name: name.replace("embedding.", "embeddings."))
+        else:
+            ssm = {key: shapes.pop(key) for key in ("d_state", "d_conv", "expand", "dt_rank")}
+            config = shapes | {"ssm_cfg": ssm, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+            config["pad_vocab_size_multiple"] = 1
+            weights = {name: p.detach().cpu() for name, p in lm.state_dict().items()}  # the tied head under both names
+            write_atomically(staging / "pytorch_model.bin", lambda temporary: torch.save(weights, temporary))
         write_json(staging / "config.json", config)
 
-    def write_original(staging: Path) -> None:
-        ssm = {key: shapes.pop(key) for key in ("d_state", "d_conv", "expand", "dt_rank")}
-        config = shapes | {"ssm_cfg": ssm, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
-        weights = {name: p.detach().cpu() for name, p in lm.state_dict().items()}  # the tied head under both names
-        write_atomically(staging / "pytorch_model.bin", lambda temporary: torch.save(weights, temporary))
-        write_json(staging / "config.json", config | {"pad_vocab_size_multiple": 1})
-
-    save_folder(folder, write_hf if naming == "hf" else write_original)
+    save_folder(folder, write)
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
@@ -243,9 +239,6 @@ def save_clip(vision: VisionTransformer, folder) -> None:
         write_json(staging / "config.json", config)
 
     save_folder(folder, write)
-
-
-# ---- a whole model ---------------------------------------------------------------------------------------------------
 
 
 def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", dtype=torch.float32):

@@ -36,9 +36,12 @@ import numpy as np
 from common.files import read_json, read_json_lines, write_json, write_text
 from common.report import DATA, grid, percent, wilson
 from common.scripts import cli, environment, flag, progress, run_main
+from common.training import Processes
+from common.weights import count
 from data.dataset import grey_picture, load_records
-from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, ROBOT_TYPES, parse_contact
+from data.prompts import COORDINATE_TYPES, GENERAL_TYPES, QUESTION_TYPES, ROBOT_TYPES, parse_contact
 from extras.decoding import generate_batch, generate_ids
+from robomamba import RoboMamba
 
 ANSWERERS = ("model", "image-blind", "majority", "copy")
 PAPER_REASONING = DATA / "paper_table1.json"
@@ -61,7 +64,7 @@ class ReasoningConfig:
     out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")
     pictures: int = flag(0, "use only the first N pictures of each folder; 0 = all", low=0)
     batch_size: int = flag(8, "pictures per batch, with all their questions", low=1)
-    device: str = flag("auto", "auto | cpu | cuda")
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
 
 def words(text: str) -> list[str]:
@@ -100,7 +103,7 @@ def pope(said: Sequence[str], true: Sequence[str]) -> dict:
     both = sum(s == t == "yes" for s, t in zip(said, true, strict=True))
     precision, recall = both / max(yes, 1), both / max(wanted, 1)
     return {
-        "accuracy": wilson(sum(s == t for s, t in zip(said, true, strict=True)), len(true)),
+        "accuracy": exact(said, true),
         "precision": round(precision, 4),
         "recall": round(recall, 4),
         "f1": round(2 * precision * recall / max(precision + recall, 1e-9), 4),
@@ -162,16 +165,15 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
     """All turns of a data.build folder, or of its first `limit` pictures. Raises: ValueError naming file and record."""
     file, facts = Path(folder) / "conversations.json", Path(folder) / "facts.jsonl"
     records = load_records(file)
-    found = []
     try:
         lines = read_json_lines(facts) if facts.exists() else ()
         categories = {row["image"]: row["facts"]["category"] for _, row in lines}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder again") from None
+    found = []
     for index, record in enumerate(records[: limit or None]):
         said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-        families = record.get("families")
-        image = record.get("image")
+        families, image = record.get("families"), record.get("image")
         if not families or not image:
             need = "expected an image, and families, a question type a turn"
             raise ValueError(f"{file}, record {index}: {need}; `python -m data.build` writes them")
@@ -181,8 +183,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
             n = COORDINATE_TYPES.get(family)
             if n and coordinates(answer, n) is None:
                 raise ValueError(f"{file}, record {index}: family {family!r}: {answer!r} is not {n} numbers")
-            where = str(Path(folder) / image)
-            found.append(Question(where, categories.get(image, ""), family, question, answer))
+            found.append(Question(str(Path(folder) / image), categories.get(image, ""), family, question, answer))
     return found
 
 
@@ -206,25 +207,23 @@ def decode(model, questions: Sequence[Question], pictures: int) -> tuple[list[st
     """Greedy answers with the picture and with a grey one, and tokens per second of the former (prefill included)."""
     grey = grey_picture(model.config.vision.image_size)
     images = list(dict.fromkeys(q.image for q in questions))
-    said = [""] * len(questions)
+    answers: dict[Question, list[int]] = {}  # token ids
     blind: dict[str, str] = {}  # question: the answer without a picture, one per wording
-    tokens = 0
     seconds = 0.0
     groups = range(0, len(images), pictures)
     start = time.monotonic()
     for k, first in enumerate(groups):
         now = set(images[first : first + pictures])
-        rows = [i for i, q in enumerate(questions) if q.image in now]
+        asked = [q for q in questions if q.image in now]
         began = time.monotonic()
-        ids = generate_ids(model, [questions[i].image for i in rows], [questions[i].question for i in rows])
+        ids = generate_ids(model, [q.image for q in asked], [q.question for q in asked])
         seconds += time.monotonic() - began
-        tokens += sum(map(len, ids))
-        for i, answer in zip(rows, ids, strict=True):
-            said[i] = model.text(answer)
-        new = list(dict.fromkeys(questions[i].question for i in rows if questions[i].question not in blind))
+        answers |= zip(asked, ids, strict=True)
+        new = list(dict.fromkeys(q.question for q in asked if q.question not in blind))
         blind |= zip(new, generate_batch(model, grey, new), strict=True)
         progress(k + 1, len(groups), start, f"batches of {pictures} pictures")
-    return said, [blind[q.question] for q in questions], round(tokens / max(seconds, 1e-9), 1)
+    speed = sum(len(answers[q]) for q in questions) / max(seconds, 1e-9)
+    return [model.text(answers[q]) for q in questions], [blind[q.question] for q in questions], round(speed, 1)
 
 
 def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict:
@@ -233,29 +232,28 @@ def score(questions: Sequence[Question], said: Sequence[str], size: int) -> dict
     Returns {"families": {question type: Wilson's or place_scores}, "general", "robot", "words": Wilson's of exact
     matches, "bleu": [1..4] of the robot's questions, "pope": {..}, "categories": {category: Wilson's}}.
     """
-    order = [*GENERAL_TYPES, *ROBOT_TYPES, *COORDINATE_TYPES]
     present = {q.question_type for q in questions}
-    names = [*(f for f in order if f in present), *sorted(present - set(order))]
-    types = {name: [i for i, q in enumerate(questions) if q.question_type == name] for name in names}
+    names = [*(name for name in QUESTION_TYPES if name in present), *sorted(present.difference(QUESTION_TYPES))]
+    in_words = [name for name in names if name not in COORDINATE_TYPES]
 
-    def texts(rows) -> tuple[list[str], list[str]]:
+    def texts(types, category: str | None = None) -> tuple[list[str], list[str]]:
+        """What was said to the questions of these types (about one category), and their true answers."""
+        rows = [i for i, q in enumerate(questions) if q.question_type in types and category in (None, q.category)]
         return [said[i] for i in rows], [questions[i].answer for i in rows]
 
-    def scored(name, rows) -> dict:
-        return place_scores(name, *texts(rows), size) if name in COORDINATE_TYPES else exact(*texts(rows))
-
-    out: dict = {"families": {name: scored(name, rows) for name, rows in types.items()}}
-    in_words = [i for i, q in enumerate(questions) if q.question_type not in COORDINATE_TYPES]
-    for name, wanted in {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": types}.items():
-        rows = [i for i in in_words if questions[i].question_type in wanted]
-        if rows:
-            out[name] = exact(*texts(rows))
-        if rows and name == "robot":
-            out["bleu"] = bleu(*texts(rows))
-    if "presence" in types:
-        out["pope"] = pope(*texts(types["presence"]))
-    categories = sorted({questions[i].category for i in in_words} - {""})
-    out["categories"] = {c: exact(*texts([i for i in in_words if questions[i].category == c])) for c in categories}
+    out: dict = {"families": {}}
+    for name in names:
+        pair = texts([name])
+        out["families"][name] = place_scores(name, *pair, size) if name in COORDINATE_TYPES else exact(*pair)
+    for key, types in {"general": GENERAL_TYPES, "robot": ROBOT_TYPES, "words": in_words}.items():
+        if present.intersection(types):
+            out[key] = exact(*texts(types))
+            if key == "robot":
+                out["bleu"] = bleu(*texts(types))
+    if "presence" in present:
+        out["pope"] = pope(*texts(["presence"]))
+    categories = sorted({q.category for q in questions if q.question_type in in_words} - {""})
+    out["categories"] = {category: exact(*texts(in_words, category)) for category in categories}
     return out
 
 
@@ -272,10 +270,6 @@ def split_name(folder: Path) -> tuple[str, dict]:
 
 def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]:
     """Runs everything; returns the contents of reasoning.json and one row per question for answers.jsonl."""
-    from common.training import Processes
-    from common.weights import count
-    from robomamba import RoboMamba
-
     start = time.monotonic()
     folders = [Path(name) for name in cfg.data.split(",")]
     named = [split_name(folder) for folder in folders]
@@ -385,11 +379,11 @@ def main() -> None:
     write_text(out / ".probe", "")  # an unwritable folder is reported before the work
     (out / ".probe").unlink()
     results, rows = evaluate(cfg, shlex.join(["python", "-m", "extras.reasoning_eval", *sys.argv[1:]]))
-    text = "\n".join([reasoning_report(results), reasoning_details(results), paper_table1(results)])
+    tables = [reasoning_report(results), reasoning_details(results), paper_table1(results)]
     write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(out / "reasoning.json", results)
-    write_text(out / "reasoning.md", text)
-    print(f"\n{reasoning_report(results)}")
+    write_text(out / "reasoning.md", "\n".join(tables))
+    print(f"\n{tables[0]}")
     print(f"{results['seconds']} s. Written:", *(out / name for name in ("reasoning.json", "reasoning.md")))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from common import report
 from common.files import read_json, read_text, write_atomically, write_text
 from common.plots import draw_lines
-from common.report import grid
 from common.scripts import run_main
 from extras.mistakes import mistakes_table
 from extras.reasoning_eval import paper_table1, reasoning_report
@@ -120,19 +119,18 @@ VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
 
 
 def made_by(results: dict) -> str:
-    """One line: command, commit, hardware, seed, versions; what a file does not say is left out."""
-    told = {key: results.get(key) for key in ("commit", "hardware", "seed", "versions")}
-    if isinstance(told["versions"], dict):
-        told["versions"] = ", ".join(f"{name} {part}" for name, part in told["versions"].items())
-    said = "; ".join(f"{name} {value}" for name, value in told.items() if value not in (None, ""))
-    return f"`{results['command']}`" + (f"\n({said})." if said else "")
+    """The command; then commit, hardware, seed, versions. What a file does not say is left out."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    told = {key: results.get(key) for key in ("commit", "hardware", "seed")} | {"versions": versions}
+    said = "; ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    return f"`{results['command']}`\n({said})."
 
 
-def rates(policy: dict, split: str, key: str = "long") -> str:
-    """One cell of the README: rate and interval of a policy on a split, `-` where it was not evaluated."""
+def rates(policy: dict, split: str) -> str:
+    """One cell of the README: rate at 0.1 and interval of a policy on a split, `-` where it was not evaluated."""
     if split not in policy.get("splits", {}):
         return "-"
-    rate = policy["splits"][split][key]
+    rate = policy["splits"][split]["long"]
     return f"{rate['rate']:.2f} [{rate['lo']:.2f}, {rate['hi']:.2f}]"
 
 
@@ -145,7 +143,7 @@ def short_table() -> str:
         [f"`{name}`", *(rates(policies.get(name, {}), split) for split in splits), text]
         for name, text in README_ROWS.items()
     ]
-    return grid(["policy", *episodes, "what it is"], rows)
+    return report.grid(["policy", *episodes, "what it is"], rows)
 
 
 def with_table(text: str, name: str = "README.md") -> str:
@@ -166,17 +164,16 @@ def categories(results: dict) -> str:
 
 def scan(results: dict) -> str:
     """Forward and backward of every method, shape and thread count; the classic failures; the time per element."""
-    names = list(dict.fromkeys(method["method"] for shape in results["shapes"] for method in shape["methods"]))
+    names = [method["method"] for method in results["shapes"][0]["methods"]]  # the same for every shape
     rows = []
     for shape in results["shapes"]:
         rows.append([tuple(shape["shape"]), shape["threads"]])
-        found = {method["method"]: method for method in shape["methods"]}
-        for name in names:
-            low, high = found[name]["train_range_ms"]
-            least, most = found[name]["times"]
-            cell = f"{low:.0f} to {high:.0f} ms, {found[name]['peak_mib']:.0f} MiB"
-            rows[-1].append(cell if name == "chunked" else f"{cell}, {least:.2g} to {most:.2g}x")
-    lines = [grid(["(B, L, E, N)", "threads", *names], rows), "", SCAN, ""]
+        for method in shape["methods"]:
+            low, high = method["train_range_ms"]
+            least, most = method["times"]
+            cell = f"{low:.0f} to {high:.0f} ms, {method['peak_mib']:.0f} MiB"
+            rows[-1].append(cell if method["method"] == "chunked" else f"{cell}, {least:.2g} to {most:.2g}x")
+    lines = [report.grid(["(B, L, E, N)", "threads", *names], rows), "", SCAN, ""]
     for key, text in SCAN_TABLES.items():
         if key in results:
             lines += [text, "", records(results[key]), ""]
@@ -186,7 +183,7 @@ def scan(results: dict) -> str:
 def records(items: list[dict]) -> str:
     """A list of flat JSON objects with the same keys as a table."""
     rows = [[f"{value:.3g}" if isinstance(value, float) else value for value in item.values()] for item in items]
-    return grid(items[0], rows)
+    return report.grid(items[0], rows)
 
 
 def trainings(results: dict) -> str:
@@ -201,7 +198,7 @@ def trainings(results: dict) -> str:
     for name, rates in seeds.items():
         ranges = (f"{sum(x) / len(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in zip(*rates, strict=True))
         rows.append([f"mean of {len(rates)} `{name}`, range", *ranges])
-    return grid(["row", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
+    return report.grid(["row", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
 
 
 def variety(results: dict) -> dict:
@@ -215,45 +212,15 @@ def variety(results: dict) -> dict:
     return {title: {name: sorted(line) for name, line in lines.items()} for title, lines in panels.items()}
 
 
-def gpu(results: dict) -> str:
-    """Seconds of each stage of `make short`, on a GPU and on two cores, and the last losses."""
-    return f"{results['what']}\n\n{records(results['runs'])}"
-
-
-def mistakes(results: dict) -> str:
-    """Eight planted mistakes: what the shipped model does with each, and the test that catches it."""
-    command = f"`python -m extras.mistakes`, {results['scenes']} validation scenes"
-    return f"{command}\n\n{mistakes_table(results['rows'])}"
-
-
 def stages(data: dict) -> str:
     """Minutes of every stage of the shipped run, and the steps in its metrics.csv. data: its data.json."""
-    last = {}
-    for item in csv.DictReader(read_text(ROOT / RGBD / "metrics.csv").splitlines()):
-        last[item["stage"]] = (int(item["step"]), float(item["seconds"]))
     times = {"data": ("", data["seconds"])}
-    for stage, (step, second) in last.items():
-        times[stage] = step, second
+    for item in csv.DictReader(read_text(ROOT / RGBD / "metrics.csv").splitlines()):  # the last row of a stage stays
+        times[item["stage"]] = (int(item["step"]), float(item["seconds"]))
     times["policy"] = (times["policy"][0], read_json(ROOT / RGBD / "policy.json", dict)["seconds"])
     times["together"] = ("", sum(second for _, second in times.values()))
     rows = [[stage, steps, f"{second / 60:.1f}"] for stage, (steps, second) in times.items()]
-    return grid(["stage", "steps", "minutes"], rows)
-
-
-def earlier(first: dict) -> str:
-    """The trainings before the shipped one; the first three on the same test scenes."""
-    trainings = {"first": first}
-    for name in ("second", "third", "fourth"):
-        trainings[name] = read_json(ROOT / KEPT / f"{name}_training.json", dict)
-    columns = [(split, goal) for split in ("seen", "unseen") for goal in report.GOALS]
-    rows = [
-        [name, policy, *(report.percent(splits[split][goal]) for split, goal in columns)]
-        for name, training in trainings.items()
-        for policy, splits in training["policies"].items()
-        if policy.startswith("model")
-    ]
-    table = grid(["training", "policy", *(f"{split} {report.GOALS[goal]}" for split, goal in columns)], rows)
-    return "\n".join([table, "", *(f"* {training['what']}" for training in trainings.values())])
+    return report.grid(["stage", "steps", "minutes"], rows)
 
 
 # ---- the document
@@ -309,15 +276,14 @@ SECTIONS = {  # title: file, then what to print: texts, or functions of the file
     "What the physics forgives": (f"{KEPT}/physics.json", trainings),
     "Scan": (f"{KEPT}/scan.json", CHUNKS, scan),
     "Scan on a GPU": (f"{KEPT}/scan_gpu.json", scan),
-    "On a GPU": (f"{KEPT}/gpu.json", gpu),
+    "On a GPU": (f"{KEPT}/gpu.json", lambda found: found["what"], lambda found: records(found["runs"])),
     "Your own policy": (f"{KEPT}/example_policy.json", "`example` is extras/example_policy.py.", report.table),
-    "Classic mistakes": (f"{KEPT}/mistakes.json", mistakes),
-    "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
-    "Earlier trainings": (
-        f"{KEPT}/first_training.json",
-        "The second to the fourth: second_training.json, third_training.json, fourth_training.json next to it.",
-        earlier,
+    "Classic mistakes": (
+        f"{KEPT}/mistakes.json",
+        lambda found: f"`python -m extras.mistakes`, {found['scenes']} validation scenes",
+        lambda found: mistakes_table(found["rows"]),
     ),
+    "Time of the shipped training": (f"{RGBD}/data.json", TIMES, stages),
 }
 
 
@@ -326,11 +292,12 @@ def document() -> str:
     lines = [HEAD, "", *(f"* [{title}](#{anchor(title)})" for title in (*SECTIONS, "Pictures"))]
     said = set()  # files whose command stands above already
     for title, (source, *parts) in SECTIONS.items():
-        found = read_json(ROOT / source)
-        made = [made_by] if isinstance(found, dict) and "command" in found and source not in said else []
+        found = read_json(ROOT / source, dict)
+        if "command" in found and source not in said:
+            parts = [made_by, *parts]
         said.add(source)
         lines += ["", f"## {title}", "", f"From {source}."]
-        for part in (*made, *parts):
+        for part in parts:
             lines += ["", (part if isinstance(part, str) else part(found)).strip()]
     return "\n".join([*lines, "", PICTURES]) + "\n"
 

@@ -119,7 +119,7 @@ def take_turns(call, scans, inputs, rounds):
     return {name: ms[1:] for name, ms in times.items()}
 
 
-def ladder(shape, methods, threads, rounds, device="cpu"):
+def ladder(shape, methods, threads, rounds, device):
     """{shape, threads, methods: one row each}. `times`: this method's time over that of chunked, min and max."""
     torch.set_num_threads(threads)
     inputs = [x.detach().to(device).requires_grad_() for x in example_inputs(*shape)]
@@ -133,8 +133,7 @@ def ladder(shape, methods, threads, rounds, device="cpu"):
         row = {"method": name} | errors(scan, inputs, exact)
         row |= {"forward_ms": statistics.median(alone[name]), "train_ms": statistics.median(both[name])}
         row |= {"train_range_ms": [min(both[name]), max(both[name])], "times": [min(ratios), max(ratios)]}
-        row["peak_mib"] = peak_mib(train, scan, inputs)
-        rows.append(row)
+        rows.append(row | {"peak_mib": peak_mib(train, scan, inputs)})
     print_rows(f"(B, L, E, N) = {shape}, threads: {threads}", rows)
     return {"shape": shape, "threads": threads, "methods": rows}
 
@@ -174,9 +173,6 @@ def cumprod(L):
     return row
 
 
-# --- the drawing ---
-
-
 def figure(path):
     """Plots one channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
     drawing = new_figure(7, 2.8)
@@ -213,14 +209,13 @@ def main(short=False):
     if importlib.util.find_spec("mambapy"):
         result["versions"]["mambapy"] = importlib.metadata.version("mambapy")
         methods["mambapy"] = scan_mambapy
+    shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
     if device.type == "cuda":
         result["hardware"] = f"{torch.cuda.get_device_name()}; {result['hardware']}"
+        shapes = shapes + GPU_SHAPES
     print(f"{result['hardware']}; torch {result['versions']['torch']}, float32; medians of {cfg.rounds} rounds")
     print("forward_ms; train_ms: forward + backward, times: least and most it took of chunked's in the same round;")
     print("peak_mib: tensors made by forward + backward; errors: against the definition in float64")
-    shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
-    if device.type == "cuda":
-        shapes = shapes + GPU_SHAPES
     threads = (1,) if cfg.quick or device.type == "cuda" else (1, 2)
     before = torch.get_num_threads()
     result["shapes"] = [ladder(shape, methods, n, cfg.rounds, device) for shape in shapes for n in threads]

@@ -41,8 +41,6 @@ from extras.transformer import parameter_matched
 from robomamba import RoboMamba
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192)  # tokens of context
-SENTENCE = "open the top drawer"
-ANSWER = "37 52 05 71 93"
 STEP = 8  # of the closed loop
 WARM = 2  # warm-up rounds, not counted
 ROUNDS = 5  # minimum number of counted rounds
@@ -107,8 +105,8 @@ class Subject:
         self.backbone = model.lm.backbone
         self.device = device
         self.picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, device=device)
-        self.ids = torch.tensor([model.prompt(contact_question(SENTENCE))], device=device)
-        self.answer = len(model.encoding.encode_ordinary(ANSWER)) + 1  # number of tokens, including the end token
+        self.ids = torch.tensor([model.prompt(contact_question("open the top drawer"))], device=device)
+        self.answer = len(model.encoding.encode_ordinary("37 52 05 71 93")) + 1  # tokens of a contact and the end token
         self.picture_tokens = (S // model.config.vision.patch_size) ** 2
         self.past = self.context((STEP - 1) * (self.picture_tokens + self.ids.shape[1]))  # of the closed loop
         self.past_states = self.read(self.past)[1]
@@ -230,15 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    try:
-        subject = Subject(mamba, torch.device("cpu"))
-        results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1], "text": subject.answer}
-        results["tokens"]["past of the closed loop"] = subject.past.shape[1]
-        results["devices"] = {
-            name: measure(models, device, lengths, cfg.seconds, tick) for name, device in devices.items()
-        }
-    finally:
-        torch.set_num_threads(threads)
+    subject = Subject(mamba, torch.device("cpu"))
+    results["tokens"] = {"picture": subject.picture_tokens, "prompt": subject.ids.shape[1], "text": subject.answer}
+    results["tokens"]["past of the closed loop"] = subject.past.shape[1]
+    results["devices"] = {name: measure(models, device, lengths, cfg.seconds, tick) for name, device in devices.items()}
+    torch.set_num_threads(threads)
     results["seconds"] = round(time.monotonic() - start, 1)
     out = Path(cfg.out)
     table = speed_table(results)

@@ -31,4 +31,5 @@ def test_presets_are_printed(capsys):
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1 : 1 + len(PRESETS)]}
     assert list(lines) == list(PRESETS) == ["tiny", "tiny-rgbd", "small", "mamba-130m", "robomamba-2.8b"]
     assert {"303,179,776", "2,768,345,600", "3,690,880", "22.9", "671.1"} <= set(lines["robomamba-2.8b"])
+    assert {"3,580", "3,392,076"} <= set(lines["tiny-rgbd"])  # the pointing head, and all parts together
     assert "multi-head attention, bfloat16" in text

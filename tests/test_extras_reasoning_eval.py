@@ -230,6 +230,7 @@ def test_bad_folders_are_one_line_and_exit_code_2(folders, tmp_path, refused, fi
     "flags, message",
     [
         (("--batch-size", 0), "--batch-size 0: must be at least 1"),
+        (("--device", "tpu"), "--device tpu: expected one of auto, cpu, cuda"),
         (("--checkpoint", "nowhere"), "nowhere/config.json: no such file"),
         (("--train", "nowhere"), "nowhere/conversations.json: no such file"),
         (("--out", "/proc/none"), "/proc/none/.probe: cannot be written"),
