@@ -7,7 +7,7 @@
     python sim_eval.py --objects FOLDER --policy model,expert --out runs/objects     # your own objects (extras/partnet)
     python sim_eval.py --policy physics --episodes 300 --out runs/physics            # how forgiving is the simulator?
 
-    (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (u, v), approach
+    (category, seed) -> Scene -> Observation(image, depth, sentence, ..) -> policy -> pixel (column u, row v), approach
                           |                                                    '-> Scene.act -> Outcome -> a record
                           '-> the expert finds no contact: counted as infeasible, and the next seed is tried
 
@@ -30,8 +30,6 @@ OUT/results.json holds every episode, OUT/table.md the tables, OUT/categories.md
 interrupted run leaves results.partial.json. Thresholds, categories and the seen/unseen split are RoboMamba's (arXiv
 2406.04339, section 4.3) and ManipLLM's (2312.16217); simulator and objects are not, so do not compare the numbers.
 """
-
-# S image side (pixels) · u, v pixel column and row
 
 import math
 import shlex
@@ -151,13 +149,11 @@ def load_model(folder: Path):
 
 def model_policy(model, ways: set[str]) -> Callable:
     """Wrap a RoboMamba as a policy. ways: the words of one of WAYS; see the module docstring."""
-    S = model.config.vision.image_size
+    S = model.config.vision.image_size  # side of its picture, pixels
     point = "point" in ways or ("depth" in ways and "head" not in ways)
 
     def head(o: Observation):
-        camera = {}
-        if "depth" in ways:
-            camera = {"depth": o.depth, "intrinsics": o.intrinsics, "refine": "raw" not in ways}
+        camera = {"depth": o.depth, "intrinsics": o.intrinsics, "refine": "raw" not in ways} if "depth" in ways else {}
         action = model.predict_action(o.image, o.instruction, point=point, **camera)
         return action.u, action.v, action.approach
 
@@ -185,9 +181,7 @@ def partnet():
     return partnet
 
 
-# ---- one episode -----------------------------------------------------------------------------------------------------
-
-
+# ---- one episode ----------------------------------------------------------------------------------------------------
 class Job(NamedTuple):
     """One episode: number `k` of a split is round k // len(categories) of its category."""
 
@@ -237,10 +231,9 @@ def attempt(policy: Callable, o: Observation, part: int) -> Attempt | None:
     if action is None:
         return None
     values = zip((*action[:2], *action[2]), (3, 3, 5, 5, 5), strict=True)
-    u, v, *approach = (round(float(x), digits) if math.isfinite(x) else None for x, digits in values)
-    if None in (u, v, *approach):
-        return Attempt([u, v, *approach], Outcome(0.0, False, False, "not a number"), ms)
-    return Attempt([u, v, *approach], o.scene.act(u, v, approach, part), ms)
+    u, v, *approach = (round(float(x), digits) for x, digits in values)
+    finite = [x if math.isfinite(x) else None for x in (u, v, *approach)]
+    return Attempt(finite, o.scene.act(u, v, approach, part), ms)
 
 
 def score(o: Observation, done: Attempt) -> dict:
@@ -347,9 +340,7 @@ class Bench:
         return answer
 
 
-# ---- the whole run ---------------------------------------------------------------------------------------------------
-
-
+# ---- the whole run --------------------------------------------------------------------------------------------------
 def only(splits: dict[str, tuple], categories: str) -> dict[str, tuple]:
     """Keep the named categories of each split. Raises: ValueError for a category that is in none of them."""
     splits = {split: (*names, *GRAMMAR) if split == "val" else names for split, names in splits.items()}
@@ -418,9 +409,8 @@ def evaluate(bench: Bench, splits: dict, broken: dict, held: dict, command: str 
 
 
 def skipped(done: list[tuple[Job, dict]], broken: dict) -> dict:
-    """What was left out: objects {name: why}; scenes without a contact and episodes given up {name: count}.
-
-    Raises: ValueError when nothing is left."""
+    """What was left out: objects {name: why}; scenes without a contact and episodes given up {name: count}. Raises:
+    ValueError when nothing is left."""
     given_up = Counter(job.category for job, answer in done if not answer["solved"])
     infeasible: Counter = Counter()
     for job, answer in done:
@@ -484,8 +474,9 @@ def main(argv: list[str] | None = None) -> int:
         results = evaluate(bench, splits, broken, held, shlex.join(["python", "sim_eval.py", *argv]))
         files = write_results(out, results)
         print(f"\n{report(results)}\n")
-        if cfg.strips and results["episodes"] and not results["partial"]:
-            files += draw_strips(out, results, cfg.strips, bench.open())
+        mine = [record for record in results["episodes"] if record["policy"] == results["policy"]]
+        if cfg.strips and mine and not results["partial"]:
+            files += draw_strips(out, mine, cfg.strips, bench.open())
     finally:
         bench.close()
     print(f"{results['seconds']} s. Written:", *files)

@@ -56,14 +56,13 @@ def texture(rng: np.random.Generator) -> Texture:
     size = rng.uniform(*AMPLITUDE)
     phase = rng.uniform(0, 6, 3)
     cells = rng.uniform(-1, 1, (16, 16, 16))
-    patterns = {
+    return {
         "plain": None,
         "stripes": lambda x: size * np.sign(np.sin(wave * x @ direction)),
         "grain": lambda x: size * np.sin(wave * x @ direction + 2 * np.sin(0.4 * wave * x @ side)),  # bent, as in wood
         "checks": lambda x: size * np.sign(np.sin(0.5 * wave * x + phase)).prod(1),
         "speckle": lambda x: size * cells[tuple((np.floor(wave / 3 * x).astype(int) % 16).T)],
-    }
-    return patterns[kind]
+    }[kind]
 
 
 def textures(rng: np.random.Generator, parts: int) -> dict[int, Texture]:

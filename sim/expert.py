@@ -47,8 +47,7 @@ def expert(scene: Scene, rng: np.random.Generator, part: int | None = None, jitt
     """A contact in the rendered picture that works for `part` (None: the target); None if none was found.
 
     Scores pixels by alignment(normal, motion) * min(lever, 0.8) * distance to the nearest edge, tries the middle one
-    of the best region along the true motion, then others. With `jitter` a perturbed copy of a label must work too.
-    """
+    of the best region along the true motion, then others. With `jitter` a perturbed copy of a label must work too."""
     part = scene.target if part is None else part
     mask = scene.links == part
     if mask.sum() < MIN_PART_PIXELS:
@@ -73,8 +72,7 @@ def _work(scene: Scene, points: np.ndarray, part: int) -> tuple[np.ndarray, np.n
 
     Returns: seen (n,), whether the part is visible there; along (n,), cosine between its surface and a pull along its
         motion (or a push against it), 0 where it is not visible; way (n, 3), world, the gripper's direction;
-        lever (n,), lever arm as a share of the largest.
-    """
+        lever (n,), lever arm as a share of the largest."""
     link, normals = scene.normals(points)
     direction, lever = scene.motion(points, part)
     along = np.where(link == part, (normals * direction).sum(1), 0)
@@ -141,8 +139,7 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     """Simulate a good or bad attempt at the target and keep the end state, for pictures taken afterwards.
 
     Returns {"goal", "acted" (labels), "moved" (by the first stroke, rad or m), "success" (the goal's long threshold)};
-    None where the expert finds no contact: nothing has moved.
-    """
+    None where the expert finds no contact: nothing has moved."""
     scene.render()
     goal = acted = scene.target
     others = [j for j in range(len(scene.joints)) if j != goal]
@@ -153,24 +150,21 @@ def attempt(scene: Scene, rng: np.random.Generator) -> dict | None:
     if label is None:
         return None
     approach = tilt(label.approach, rng.uniform(*BAD_ANGLE), rng) if kind == "bad" else label.approach
-    before = list(scene.joints)
     outcome = scene.act(label.u, label.v, approach, acted)
     parts = scene.spec.parts
-    ended = np.clip(outcome.joints or before, [part.lower for part in parts], [part.upper for part in parts])
+    ended = np.clip(outcome.joints or scene.joints, [part.lower for part in parts], [part.upper for part in parts])
     success = scene.opened(goal, ended[goal]) >= scene.long_threshold(goal)
     if outcome.long and not parts[acted].both_ways:  # as if more strokes followed, so that the motion is obvious
-        room = parts[acted].upper - before[acted]
-        ended[acted] = max(ended[acted], before[acted] + rng.uniform(*FURTHER) * room)
+        start = scene.joints[acted]
+        ended[acted] = max(ended[acted], start + rng.uniform(*FURTHER) * (parts[acted].upper - start))
     scene.set_joints(ended.tolist())
     done = {"moved": round(outcome.moved, 4), "success": bool(success)}
     return {"goal": parts[goal].label, "acted": parts[acted].label} | done
 
 
 def facts(scene: Scene, rng: np.random.Generator, expert: bool = True) -> dict:
-    """Facts about the rendered picture, as plain JSON values (data/questions.py uses them).
-
-    Args: rng: for the expert's jitter. expert: fill "contact" (else it is None).
-    """
+    """Facts about the rendered picture, as plain JSON values (data/questions.py uses them). rng: for the expert's
+    jitter. expert: fill "contact" (else it is None)."""
     return {
         "category": scene.category,
         "seed": int(scene.seed),
@@ -212,8 +206,7 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
             x, y, z (camera frame, from the depth image), share of object, share of movable parts, openness (0..1) of
             the part that fills the cell (0: none).
         part_kind (16, 16) int8: index into PART_KINDS of that part (0: none, or no such kind).
-    Raises: ValueError when 16 does not divide the image size.
-    """
+    Raises: ValueError when 16 does not divide the image size."""
     S = scene.image_size
     if S % GRID:
         raise ValueError(f"image_size={S} must be a multiple of {GRID} for the dense targets")
@@ -227,7 +220,7 @@ def dense_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     normal = unit(np.cross(down, right)) * shown[..., None]  # towards the camera: z < 0
     middle = depth[shown].mean() if shown.any() else 0.0
     relative = np.where(shown, (depth - middle) / DEPTH_UNIT_M, 0).clip(-3, 3)
-    maps = np.concatenate([relative[..., None], normal, shown[..., None], (scene.links >= 0)[..., None]], -1)
+    maps = np.dstack([relative, normal, shown, scene.links >= 0])
 
     def cells(picture):  # (S, S, C) -> (16, 16, C)
         return picture.reshape(GRID, S // GRID, GRID, S // GRID, -1).mean((1, 3))
@@ -250,8 +243,7 @@ def part_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         act (32, 32, 3) float16: unit approach direction, camera frame, for the part visible there; 0 where there is
             none, and where either sense counts and the surface does not say which.
         arm (32, 32) float16: moment arm as a share of the part's largest: 0 at the hinge, 1 far from it or for a slide.
-    Raises: ValueError for a picture smaller than 32 pixels.
-    """
+    Raises: ValueError for a picture smaller than 32 pixels."""
     S = scene.image_size
     if S < PART_GRID:
         raise ValueError(f"image_size={S} must be at least {PART_GRID} for the part targets")

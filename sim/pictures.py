@@ -68,9 +68,8 @@ def grid(items: list[tuple[Image.Image, str]], columns: int = 1, width: int = 0)
 
 
 def play(scene: Scene, record: dict, part: int | None = None) -> tuple[list[Image.Image], str]:
-    """Replays an episode: [the picture with the prediction, then frames of what happened], and the caption.
-
-    part: the part whose joint counts; None: the scene's target."""
+    """Replays an episode: [the picture with the prediction, then frames of what happened], and the caption. part: the
+    part whose joint counts; None: the scene's target."""
     scene.spawn(record.get("object", record["category"]), record["seed"]).render()
     scene.target = scene.target if part is None else part
     u, v, approach = record["u"], record["v"], record["approach"]
@@ -109,11 +108,11 @@ def save_gif(path, frames: list[Image.Image], colours: int = GIF_COLOURS) -> Non
     few[0].save(path, "GIF", save_all=True, append_images=few[1:], duration=GIF_MS, loop=0, optimize=True)
 
 
-def draw_strips(out: Path, results: dict, count: int, scene: Scene) -> list[Path]:
-    """Writes OUT/strip_*.png for `count` episodes of the first policy, all of them in OUT/strips.png at half size, and
+def draw_strips(out: Path, records: list[dict], count: int, scene: Scene) -> list[Path]:
+    """Writes OUT/strip_*.png for `count` of the episodes, all of them in OUT/strips.png at half size, and
     OUT/episode.gif of the first one."""
     paths, strips = [out / "episode.gif"], []
-    for i, record in enumerate(choose([r for r in results["episodes"] if r["policy"] == results["policy"]], count)):
+    for i, record in enumerate(choose(records, count)):
         frames, caption = play(scene, record)
         if i == 0:
             save_gif(paths[0], [frames[0], *frames[1::2]])
@@ -145,11 +144,11 @@ def contact_sheet(path: str, names: list[str], seed: int = 0) -> None:
     save(path, grid(items, 7))
 
 
-def affordance_sheet(path: str, names: list[str], seed: int, image_size: int = 256) -> None:
+def affordance_sheet(path: str, names: list[str], seed: int) -> None:
     """Where on a part does a pull work? Below the pictures of `names`: how far the target moves if pulled at every 4th
     pixel, in the TRUE direction of motion. Red: not at all (friction wins near a hinge); green: the long threshold."""
     items = []
-    with Scene(image_size) as scene:
+    with Scene(image_size=256) as scene:
         for name in names:
             rgb = scene.spawn(name, seed).render()
             part = scene.links == scene.target

@@ -30,7 +30,6 @@ from common.scripts import cli, flag, run_main
 from sim.expert import Label
 from sim.scene import BACKGROUND, Scene, stream, tilt, unit
 
-BLIND_TABLE = Path(__file__).parent.parent / "data/pretrained/blind_table.json"
 REFERENCE_S = 128  # picture size in which `pixel-4` is measured, whatever the scene's size
 TIME_LIMIT_S = 10.0  # per call of a user's policy
 HINGE_SHARE = 0.15  # hinge-pixel: drawn from this share of pixels, those with the smallest lever arm
@@ -81,9 +80,8 @@ def object_pixel(o: Observation) -> tuple[float, float]:
 def against_normal(scene: Scene, u: float, v: float) -> tuple[float, float, np.ndarray]:
     """The action perpendicular to the surface at (u, v), from the simulator's own normal, which no picture gives."""
     (link,), (normal,) = scene.normals(scene.backproject(u, v)[None])
-    if link == BACKGROUND:
-        return u, v, np.array([0.0, 0.0, 1.0])
-    return u, v, scene.camera_rotation @ -normal
+    approach = np.array([0.0, 0.0, 1.0]) if link == BACKGROUND else scene.camera_rotation @ -normal
+    return u, v, approach
 
 
 def hinge_pixel(o: Observation):
@@ -104,9 +102,8 @@ def oracle(o: Observation):
 
 
 def disturbed(pixels: float = 0, degrees: float = 0, square: bool = False) -> Callable:
-    """A policy: the expert's contact moved by `pixels` and its approach turned by `degrees`, in random directions.
-
-    square: moved by up to `pixels` in u and in v instead."""
+    """A policy: the expert's contact moved by `pixels` (square: by up to that in u and in v) and its approach turned by
+    `degrees`, in random directions."""
 
     def policy(o: Observation):
         if o.label is None:
@@ -146,7 +143,7 @@ def scripted(name: str) -> Callable | None:
     match = re.fullmatch(r"(pixel|direction)-(\d{1,3})", name)
     if match is None:
         return SCRIPTED.get(name)
-    return disturbed(**{{"pixel": "pixels", "direction": "degrees"}[match[1]]: int(match[2])})
+    return disturbed(pixels=int(match[2])) if match[1] == "pixel" else disturbed(degrees=int(match[2]))
 
 
 # ---- the user's own function ----------------------------------------------------------------------------------------
@@ -191,8 +188,8 @@ def user_function(name: str, source: str) -> Callable:
         try:
             u, v, approach = action
             u, v, *approach = np.array([u, v, *approach], float).reshape(5).tolist()
-        except (TypeError, ValueError):
-            raise PolicyFailure("wrong shape") from None
+        except Exception as error:  # numpy refuses a torch tensor that requires grad with a RuntimeError
+            raise PolicyFailure("wrong shape") from error
         if not any(approach):
             raise PolicyFailure("zero direction")
         return u, v, unit(approach)
@@ -227,13 +224,12 @@ def make_blind_table(samples: str, path: str) -> dict:
             row = np.array([record["u"], record["v"], *record["approach"]], float).reshape(5)
             if not np.isfinite(row).all():
                 raise ValueError("u, v and approach must be finite")
-            names = {"category_part": f"{record['category']}/{record['part']}", "part": str(record["part"])}
+            groups["category_part"][f"{record['category']}/{record['part']}"].append(row)
+            groups["part"][str(record["part"])].append(row)
             image = image or str(record["image"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{samples}, line {number}: {type(error).__name__}: {error}") from None
         rows.append(row)
-        for kind, name in names.items():
-            groups[kind][name].append(row)
     if not rows:
         raise ValueError(f"{samples}: no samples")
     first = Path(samples).parent / image
@@ -246,11 +242,10 @@ def make_blind_table(samples: str, path: str) -> dict:
     def compact(row) -> list[float]:
         return [*(round(float(x), 1) for x in row[:2]), *(round(float(x), 3) for x in unit(row[2:]))]
 
-    medians = {
-        kind: {key: compact(np.median(group[key], 0)) for key in sorted(group)} for kind, group in groups.items()
-    }
-    whole = {"mean": compact(np.mean(rows, 0)), "median": compact(np.median(rows, 0))}
-    table = {"samples": len(rows), "image_size": size} | whole | medians
+    table = {"samples": len(rows), "image_size": size}
+    table |= {"mean": compact(np.mean(rows, 0)), "median": compact(np.median(rows, 0))}
+    for kind, group in groups.items():
+        table[kind] = {key: compact(np.median(group[key], 0)) for key in sorted(group)}
     write_json(path, table, indent=None)
     return table
 
@@ -266,7 +261,7 @@ def read_blind_table(path) -> dict:
 @dataclass
 class TableConfig:
     make_blind_table: str = flag("", "manipulation.jsonl of the training data")
-    out: str = flag(str(BLIND_TABLE), "file for the table")
+    out: str = flag(str(Path(__file__).parent.parent / "data/pretrained/blind_table.json"), "file for the table")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,8 +12,8 @@ remaining range" makes success possible for parts with a short range.
 
 Differs from the paper: its simulator is SAPIEN with PartNet-Mobility meshes and a Franka gripper with a suction cup;
 here the objects are boxes, cylinders and spheres, and the gripper is only its suction cup: a spring and damper with
-three force limits. These limits keep the benchmark honest: with an unlimited joint, even hinge pixels and 60-degree
-errors "succeed".
+three force limits. These limits keep the benchmark honest: with a grip of unlimited force, even hinge pixels and
+60-degree errors "succeed".
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from sim.objects import BACKGROUND, BASE, Part
 p = None
 kept = os.dup(2)
 try:  # on import, PyBullet prints its build time from C, which would be the first line of every message
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(ImportError):  # need_pybullet reports a missing one
         os.dup2(nowhere.fileno(), 2)
-    with contextlib.suppress(ImportError):  # need_pybullet reports it
         import pybullet as p
 finally:
     os.dup2(kept, 2)
@@ -117,8 +116,7 @@ class Camera(NamedTuple):
 class Outcome:
     """What an interaction did. `moved` in rad or m; `reason` is "success" or why the initial threshold was missed:
     "off object", "not a number", "unreachable", "on body", "no seal", "wrong part", "seal broke (tension)", "seal broke
-    (shear)", "slipped", "did not move".
-    """
+    (shear)", "slipped", "did not move"."""
 
     moved: float
     initial: bool
@@ -159,8 +157,7 @@ def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
     """The gripper's rotation (3, 3), camera frame, columns [forward, left, approach], for an `approach` (3,).
 
     Suction leaves the turn about `approach` free, so a rule fixes it: the shortest arc from the camera's z (0, 0, 1) to
-    `approach`; for -z, half a turn about x. Raises: ValueError for a vector that is not (3,), not finite, or zero.
-    """
+    `approach`; for -z, half a turn about x. Raises: ValueError for a vector that is not (3,), not finite, or zero."""
     approach = np.asarray(approach, float)
     if approach.shape != (3,) or not np.isfinite(approach).all() or np.linalg.norm(approach) < 1e-9:
         raise ValueError(f"approach must be a finite non-zero (3,) vector, got {approach}")
@@ -172,10 +169,8 @@ def rotation_from_approach(approach: np.ndarray) -> np.ndarray:
 
 
 class Scene(contextlib.AbstractContextManager):
-    """One object in an empty world; image_size: side S of its picture, pixels.
-
-    Raises: RuntimeError for a second Scene in the process: PyBullet's calls go to the first connection anyway.
-    """
+    """One object in an empty world; image_size: side S of its picture, pixels. Raises: RuntimeError for a second Scene
+    in the process: PyBullet's calls go to the first connection anyway."""
 
     def __init__(self, image_size: int = 128, view: View | None = None):
         need_pybullet()
@@ -197,8 +192,7 @@ class Scene(contextlib.AbstractContextManager):
         """A new object, start, friction, target, camera, light, background: a function of (category, seed). No picture.
 
         part: index of the target; None: it is drawn at random, skipping a part that no camera can see.
-        Raises: ValueError for an unknown category, a negative seed or a part that the object does not have.
-        """
+        Raises: ValueError for an unknown category, a negative seed or a part that the object does not have."""
         self.spec, urdf, flags = self.make(category, seed)
         self.category = category
         self.seed = seed
@@ -210,12 +204,7 @@ class Scene(contextlib.AbstractContextManager):
         rng = stream(category, seed, "joints")
         self.set_joints([m.start + self.physics.start_open * rng.uniform() * (m.upper - m.start) for m in parts])
         order = [part] if part is not None else stream(category, seed, "target").permutation(len(parts)).tolist()
-        found = []
-        for j in order:
-            found.append((*self._search_camera(j, stream(category, seed, f"camera {j}")), j))
-            if found[-1][0] >= self.view.min_workable:
-                break
-        _, camera, self.target = max(found, key=lambda one: one[0])
+        camera, self.target = self._search_camera(order)
         self.look(camera)
         self.light = appearance.light(stream(category, seed, "light"), self.camera.azimuth_deg)
         self.background = appearance.background(stream(category, seed, "background"), self.image_size)
@@ -286,31 +275,33 @@ class Scene(contextlib.AbstractContextManager):
         half = self.image_size / 2
         return half / math.tan(math.radians(self.view.fov_deg) / 2), half, half - 1
 
-    def _search_camera(self, part: int, rng: np.random.Generator) -> tuple[float, Camera]:
-        """Draws cameras until `part` is workable from one; returns (workable share, camera) of it, else of the best."""
+    def _search_camera(self, order: list[int]) -> tuple[Camera, int]:
+        """Draws cameras for one part after another until a part is workable; returns that pair, else the best one."""
         view = self.view
         ranges = (view.azimuth_deg, view.elevation_deg, view.distance, view.roll_deg, view.shift, view.shift)
-        points = self._points_of(part, view.part_points, rng)
-        sense = self.sense(part)
         found = []
-        for _ in range(view.tries):
-            camera = Camera(*(rng.uniform(*limits) for limits in ranges))
-            self.look(camera)
-            pixels = self.project(points) / self.image_size
-            inside = ((pixels > view.border) & (pixels < 1 - view.border)).all(1)
-            score = inside.mean() - 1  # below every camera that has the part in its frame
-            if inside.mean() >= view.min_inside:
-                link, hit, normal = self.rays(self.eye, self.eye + 1.3 * (points - self.eye))
-                direction, lever = self.motion(hit, part)
-                along = (normal * direction).sum(1)
-                along = sense * along if sense else np.abs(along)
-                facing = (normal * unit(self.eye - hit)).sum(1)
-                workable = (link == part) & inside & (along > view.min_alignment)
-                score = (workable & (lever > view.min_lever) & (facing > view.min_facing)).mean()
-            found.append((score, camera))
-            if score >= view.min_workable:
-                break
-        return max(found, key=lambda one: one[0])
+        for part in order:
+            rng = stream(self.category, self.seed, f"camera {part}")
+            points = self._points_of(part, view.part_points, rng)
+            sense = self.sense(part)
+            for _ in range(view.tries):
+                camera = Camera(*(rng.uniform(*limits) for limits in ranges))
+                self.look(camera)
+                pixels = self.project(points) / self.image_size
+                inside = ((pixels > view.border) & (pixels < 1 - view.border)).all(1)
+                score = inside.mean() - 1  # below every camera that has the part in its frame
+                if inside.mean() >= view.min_inside:
+                    link, hit, normal = self.rays(self.eye, self.eye + 1.3 * (points - self.eye))
+                    direction, lever = self.motion(hit, part)
+                    along = (normal * direction).sum(1)
+                    along = sense * along if sense else np.abs(along)
+                    facing = (normal * unit(self.eye - hit)).sum(1)
+                    workable = (link == part) & inside & (along > view.min_alignment)
+                    score = (workable & (lever > view.min_lever) & (facing > view.min_facing)).mean()
+                if score >= view.min_workable:
+                    return camera, part
+                found.append((score, camera, part))
+        return max(found, key=lambda one: one[0])[1:]
 
     def look(self, camera: Camera):
         """Places the camera: sets .camera, .eye (3,) and .camera_rotation (3, 3), world -> camera."""
@@ -350,9 +341,8 @@ class Scene(contextlib.AbstractContextManager):
         pose[:3, :3] = self.camera_rotation * np.array([[1.0], [-1.0], [-1.0]])
         pose[:3, 3] = -pose[:3, :3] @ self.eye
         lens = p.computeProjectionMatrixFOV(self.view.fov_deg, 1.0, near, far)
-        flags = p.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX
-        view = pose.T.ravel().tolist()
-        images = p.getCameraImage(S, S, view, lens, renderer=p.ER_TINY_RENDERER, flags=flags, **self.light)
+        options = {"renderer": p.ER_TINY_RENDERER, "flags": p.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX}
+        images = p.getCameraImage(S, S, pose.T.ravel().tolist(), lens, **options, **self.light)
         rgb = np.reshape(images[2], (S, S, 4))[..., :3].astype(np.uint8)
         depth, segments = (np.reshape(image, (S, S)) for image in images[3:])
         links = np.where(segments < 0, BACKGROUND, (segments >> 24) - 1).astype(np.int16)
@@ -447,8 +437,7 @@ class Scene(contextlib.AbstractContextManager):
         Args:
             target: index of the part whose joint counts (None: the scene's); its `primitive` decides pull or push.
             on_frame: called as on_frame(step, contact point (3,)) before each step and after the last, for pictures.
-            stop_at: end early once the target has moved this much (rad or m); enough if only a threshold matters.
-        """
+            stop_at: end early once the target has moved this much (rad or m); enough if only a threshold matters."""
         if not np.isfinite([u, v, *approach]).all():
             return Outcome(0.0, False, False, "not a number")
         point = self.backproject(u, v)
@@ -495,7 +484,7 @@ class Scene(contextlib.AbstractContextManager):
         joints = [p.getJointState(self.body, j)[0] for j in range(len(self.joints))]
         moved = self.opened(target, joints[target])
         if on_frame is not None:
-            on_frame(step + 1, place(p.getJointState(self.body, link)[0])[0])
+            on_frame(step + 1, place(joints[link])[0])
         self.reset()  # so that rays and pictures between interactions always see the start state
         if moved >= INITIAL:
             reason = "success"

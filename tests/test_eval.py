@@ -279,6 +279,9 @@ def test_disturbed_labels_are_off_by_what_their_name_says(tmp_path):
     assert all(0 < r["pixel_error"] < math.sqrt(2) + 0.01 for r in by_policy["expert-jittered"])
     assert 0 < len(by_policy["hinge-pixel"]) < 12  # tables have drawers, which have no hinge
     assert not any("drawer" in r["part"] or r["initial"] for r in by_policy["hinge-pixel"])
+    run(tmp_path / "none", "--policy", "hinge-pixel,expert", "--split", "unseen", "--categories", "Table",
+        "--episodes", 1, "--workers", 1, "--strips", 1)  # fmt: skip
+    assert not list(tmp_path.glob("none/*.png"))  # the first policy applies to no scene: nothing to draw
     drawers, doors = ({r["category"] for r in results["episodes"] if r["split"] == s} for s in ("unseen", "seen"))
     assert drawers == {*DRAWER_DOOR_UNSEEN} and doors == {*DRAWER_DOOR_SEEN}
 
@@ -425,6 +428,7 @@ def test_an_observation_is_what_a_camera_gives():
 
 USER_POLICY = """
 import time
+import torch
 
 def good(o):
     return o.label.u, o.label.v, 7 * o.label.approach
@@ -441,7 +445,8 @@ def slow(o):
         pass
 
 answers = {"nan": (1, float("nan"), (0, 0, 1)), "flat": (1, 2, 3), "long": (1, 2, (0, 0, 1, 0)), "none": None,
-           "words": ("a", "b", (0, 0, 1)), "zero": (1, 2, (0, 0, 0)), "text": "1 2 3", "exit": SystemExit(0)}
+           "words": ("a", "b", (0, 0, 1)), "zero": (1, 2, (0, 0, 0)), "text": "1 2 3", "exit": SystemExit(0),
+           "grad": (1, 2, torch.ones(3, requires_grad=True))}
 
 def made(name):
     def policy(o):
@@ -450,7 +455,7 @@ def made(name):
         return answers[name]
     return policy
 
-nan, flat, long, none, words, zero, text, exit = (made(name) for name in answers)
+nan, flat, long, none, words, zero, text, exit, grad = (made(name) for name in answers)
 number = 5
 """
 
@@ -467,7 +472,7 @@ def user_module(tmp_path, monkeypatch):
 
 def test_a_policy_of_the_user_is_scored_and_its_failures_are_counted(user_module, tmp_path, monkeypatch):
     monkeypatch.setattr(policies, "TIME_LIMIT_S", 0.2)
-    names = ("good", "clumsy", "slow", "nan", "flat", "long", "none", "words", "zero", "text", "exit")
+    names = ("good", "clumsy", "slow", "nan", "flat", "long", "none", "words", "zero", "text", "exit", "grad")
     flags = ",".join(f"my-{name}={user_module}:{name}" for name in names)
     start = time.monotonic()
     results = run(tmp_path / "out", "--policy", flags, "--split", "val", "--episodes", 6, "--workers", 1)
@@ -485,6 +490,7 @@ def test_a_policy_of_the_user_is_scored_and_its_failures_are_counted(user_module
         "zero": {"zero direction": 6},
         "text": {"wrong shape": 6},
         "exit": {"raised SystemExit": 6},
+        "grad": {"wrong shape": 6},
     }
     assert time.monotonic() - start < 60
     failed = next(r for r in results["episodes"] if r["reason"] == "raised KeyError")
