@@ -16,17 +16,10 @@ PROCESSES ?= 2
 RGBD = data/pretrained/robomamba-tiny-rgbd
 # One thread per process: on few cores several one-thread processes are faster than one process with several threads.
 ONE = OMP_NUM_THREADS=1 $(PY)
-ifdef GPU
-RUN = $(PY)
-READ = --workers $(PROCESSES)
-else
-RUN = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
-endif
+RUN = $(if $(GPU),$(PY),$(ONE) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES))
+READ = $(if $(GPU),--workers $(PROCESSES))
 BUILD = $(PY) -m data.build --workers $(PROCESSES)
 , := ,
-DATA_FLAGS ?=
-TRAIN_FLAGS ?=
-EVAL_FLAGS ?=
 
 .PHONY: simulator demo test lint quick short train ship evaluate questions targets ablations results clean
 
@@ -69,16 +62,15 @@ QUICK_VAL_SCENES ?= 100
 QUICK_VISION_STEPS ?= 400
 QUICK_COTRAIN_STEPS ?= 150
 QUICK_EPISODES ?= 100
-QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val
+QUICK_DATA = --data $(QUICK)/data --val $(QUICK)/val $(READ)
 quick: simulator
 	$(BUILD) --categories $(QUICK_CATEGORIES) --scenes $(QUICK_SCENES) --out $(QUICK)/data
 	$(BUILD) --categories $(QUICK_CATEGORIES) --split val --scenes $(QUICK_VAL_SCENES) --out $(QUICK)/val
-	$(RUN) train.py --stage vision $(QUICK_DATA) $(READ) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
-	$(RUN) train.py --stage cotrain $(QUICK_DATA) $(READ) --init $(QUICK)/vision \
+	$(RUN) train.py --stage vision $(QUICK_DATA) --max-steps $(QUICK_VISION_STEPS) --out $(QUICK)/vision --resume
+	$(RUN) train.py --stage cotrain $(QUICK_DATA) --init $(QUICK)/vision \
 	  --max-steps $(QUICK_COTRAIN_STEPS) --out $(QUICK)/cotrain --resume
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/policy
-	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) $(READ) --out $(QUICK)/random \
-	  --random-backbone
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/policy
+	$(PY) finetune_policy.py --checkpoint $(QUICK)/cotrain $(QUICK_DATA) --out $(QUICK)/random --random-backbone
 	$(PY) -m sim.policies --make-blind-table $(QUICK)/data/manipulation.jsonl --out $(QUICK)/blind_table.json
 	$(PY) sim_eval.py --policy model,model-depth,random-backbone-depth=$(QUICK)/random,blind,random-normal,expert \
 	  --checkpoint $(QUICK)/policy --blind-table $(QUICK)/blind_table.json --split drawer-door \
@@ -124,12 +116,11 @@ ship: .venv/ready
 # The tables: manipulation on test scenes next to the baselines, then test questions in words.
 OURS = model,model-point,model-text,model-depth,model-depth-raw,model-depth-head,model-depth-head-raw
 BASELINES = random-backbone-depth=runs/random,random-depth,blind,part-pixel-normal,random-normal,random
-POLICIES = $(OURS),$(BASELINES),expert
 EVALUATE = $(PY) sim_eval.py --checkpoint $(RGBD) --split both --episodes 550 --workers $(PROCESSES) $(EVAL_FLAGS)
 runs/random/model.safetensors:
 	$(PY) finetune_policy.py --random-backbone --out runs/random
 evaluate: simulator runs/random/model.safetensors
-	$(EVALUATE) --policy $(POLICIES) --seed 11 --out runs/eval
+	$(EVALUATE) --policy $(OURS),$(BASELINES),expert --seed 11 --out runs/eval
 	$(PY) -m common.report runs/eval/results.json --out $(RGBD)/results.json
 	$(BUILD) --scenes 300 --split test-seen --out data/cache/test-seen $(DATA_FLAGS)
 	$(BUILD) --scenes 300 --split test-unseen --out data/cache/test-unseen $(DATA_FLAGS)
@@ -159,15 +150,14 @@ TARGETS = runs/targets
 HELD = --hold-out Display,Toaster,KitchenPot,FoldingChair,trays,latch
 TARGET_ROWS = nothing arm motion part named kinds geometry words encoder grammar-20 grammar-60
 HELD_SCENES = --split val --categories Display,Toaster,KitchenPot,FoldingChair,grammar:trays,grammar:latch
+# $(1): row; $(2): stage cotrain's --init, stage vision's --more; $(3): data
+TARGET_DATA = --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ)
 define cotrained
-	$(RUN) train.py --stage cotrain --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
-	  --init "$(2)" --max-steps 350 --out $(TARGETS)/$(1)/cotrain
-	$(PY) finetune_policy.py --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
-	  --checkpoint $(TARGETS)/$(1)/cotrain --epochs 20 --out $(TARGETS)/$(1)/policy
+	$(RUN) train.py --stage cotrain $(TARGET_DATA) --init "$(2)" --max-steps 350 --out $(TARGETS)/$(1)/cotrain
+	$(PY) finetune_policy.py $(TARGET_DATA) --checkpoint $(TARGETS)/$(1)/cotrain --epochs 20 --out $(TARGETS)/$(1)/policy
 endef
 define without
-	$(RUN) train.py --stage vision --data $(TARGETS)/$(3) --val $(TARGETS)/val --resume $(READ) \
-	  --more "$(2)" --max-steps 800 --out $(TARGETS)/$(1)/vision
+	$(RUN) train.py --stage vision $(TARGET_DATA) --more "$(2)" --max-steps 800 --out $(TARGETS)/$(1)/vision
 	$(call cotrained,$(1),$(TARGETS)/$(1)/vision,$(3))
 endef
 targets: simulator

@@ -108,10 +108,7 @@ PRESETS = {
     "tiny": RoboMambaConfig(VisionConfig(fine=48)),
     "tiny-rgbd": RoboMambaConfig(VisionConfig(depth=True, fine=48)),
     "small": RoboMambaConfig(
-        VisionConfig(128, 16, 384, 8, depth=True, fine=96),
-        LMConfig(384, 8, 1024, 16),
-        HeadConfig(hidden=(24,)),
-        (768,),
+        VisionConfig(128, 16, 384, 8, depth=True, fine=96), LMConfig(384, 8, 1024, 16), HeadConfig(hidden=(24,)), (768,)
     ),
     "mamba-130m": paper_config(CLIP_L, LMConfig(d_model=768, n_layer=24, **MAMBA)),
     "robomamba-2.8b": paper_config(CLIP_L, LMConfig(d_model=2560, n_layer=64, **MAMBA)),

@@ -1,9 +1,5 @@
 """Files: written whole or not at all, read as UTF-8, with one kind of error, which names the file.
 
-    write_text(path, text)      write_json(path, value)      write_atomically(path, write)
-    read_text(path)             read_json(path, dict)        read_json_lines(path) -> (line number, object) pairs
-    read_npz(path, names)
-
 Every reader raises ValueError for any missing, truncated, mis-encoded, oversized or too deeply nested file.
 """
 
@@ -62,8 +58,8 @@ def read_text(path, hint: str = "") -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def parse_json(text: str, where: str, expected: type = object):

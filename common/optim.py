@@ -21,10 +21,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            if group["orthogonal"]:
-                matrices = [p for p in group["params"] if p.grad is not None]
-                if matrices:
-                    self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
+            matrices = [p for p in group["params"] if group["orthogonal"] and p.grad is not None]
+            if matrices:
+                self.orthogonal_step(matrices, group["lr"], group["weight_decay"])
         return super().step(closure)
 
     def orthogonal_step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -70,24 +69,20 @@ def parameter_groups(module: nn.Module, weight_decay: float, muon: bool = False)
 
     muon: matrices of at least 32 x 32 form a group with `orthogonal`; narrow ones such as dt_proj stay with AdamW.
     """
-    decay, rest, wide = [], [], []
+    decay = {"params": [], "weight_decay": weight_decay, "orthogonal": False}
+    rest = {"params": [], "weight_decay": 0.0, "orthogonal": False}
+    wide = {"params": [], "weight_decay": weight_decay, "orthogonal": True}
     for name, p in module.named_parameters():
-        embedding = "embedding" in name and "patch" not in name
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or name.endswith("A_log") or embedding:
-            rest.append(p)
+        if p.ndim < 2 or name.endswith("A_log") or ("embedding" in name and "patch" not in name):
+            group = rest
         elif muon and p.ndim == 2 and min(p.shape) >= WIDE:
-            wide.append(p)
+            group = wide
         else:
-            decay.append(p)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay, "orthogonal": False},
-        {"params": rest, "weight_decay": 0.0, "orthogonal": False},
-    ]
-    if wide:
-        groups.append({"params": wide, "weight_decay": weight_decay, "orthogonal": True})
-    return groups
+            group = decay
+        group["params"].append(p)
+    return [decay, rest, wide] if wide["params"] else [decay, rest]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -18,8 +18,7 @@ from common.files import read_json, write_json, write_text
 from common.scripts import run_main
 
 DATA = Path(__file__).parent.parent / "data"
-PAPER = DATA / "paper_table2.json"
-THEIRS = ("RoboMamba", "ManipLLM")  # columns of PAPER
+THEIRS = ("RoboMamba", "ManipLLM")  # columns of data/paper_table2.json
 CATALOGUE_SPLITS = ("seen", "unseen", "val")  # their categories have the names of the paper's; not the user's objects
 GOALS = {"initial": ">= 0.01", "long": ">= 0.1"}  # key of a record: rad or m
 SUCCESS = """Success: k/n, rate, [95 % Wilson interval]; the named part moved >= 0.01 and >= 0.1 rad or m (or half of
@@ -214,7 +213,7 @@ def details(results: dict) -> str:
 def categories(results: dict) -> str:
     """Per category: ours (>= 0.01 / >= 0.1) beside what RoboMamba's Table 2 prints for RoboMamba and ManipLLM."""
     policies = results["policies"]
-    paper = read_json(PAPER, dict)
+    paper = read_json(DATA / "paper_table2.json", dict)
     lines = [OURS, f"Theirs: {paper['source']} ({paper['setting']}).", ""]
     for split in results["splits"]:
         columns = THEIRS if split in CATALOGUE_SPLITS else ()
@@ -228,7 +227,7 @@ def categories(results: dict) -> str:
             theirs = [f"{paper['categories'][name][c]:.2f}" if name in paper["categories"] else "-" for c in columns]
             rows.append([name, max(group[name]["n"] for group in groups if name in group), *ours, *theirs])
         ours = [both(summary["category_mean"], summary["n"]) for summary in summaries]
-        theirs = [f"{sum(row[c] for row in known) / max(1, len(known)):.2f}" for c in columns]
+        theirs = [f"{sum(row[c] for row in known) / len(known):.2f}" if known else "-" for c in columns]
         rows.append(["mean", "", *ours, *theirs])
         printed = paper["printed_average"].get(split)
         if printed and results["split"] in ("both", split) and not results.get("categories"):

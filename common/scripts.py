@@ -1,11 +1,4 @@
-"""Shared by all scripts: flags, one-line errors, workers, progress. Does not load torch.
-
-Helpers that only training needs are in common/training.py.
-
-    cfg = cli(Config, __doc__)         every field of a dataclass is a flag; booleans are --x / --no-x
-    run_main(main)                     bad input and Ctrl-C end with one line, exit codes 2 and 130
-    for job, result in parallel(...)   a pool of workers
-"""
+"""Shared by all scripts: flags, one-line errors, workers, progress; no torch. Only for training: common/training.py."""
 
 import argparse
 import contextlib
@@ -68,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def cli(config_class, doc: str, argv: list[str] | None = None, recipes: dict[str, dict] | None = None):
-    """Flags from a dataclass made of `flag(..)` fields.
+    """Flags from a dataclass made of `flag(..)` fields; booleans are --x / --no-x.
 
     Args: doc: the script's docstring; its first paragraph is the description. recipes: {value of the first field:
         {field: default}}, so that `--stage align` alone selects a whole recipe; --help shows that stage's defaults.
@@ -146,9 +139,7 @@ def start_worker(counter, setup: Callable | None = None, arguments: tuple = ()) 
         setup(*arguments)
 
 
-def parallel(
-    function: Callable, jobs: Iterable, workers: int, setup: Callable | None = None, arguments: tuple = ()
-) -> Iterator[tuple]:
+def parallel(function: Callable, jobs: Iterable, workers: int, setup=None, arguments: tuple = ()) -> Iterator[tuple]:
     """Yield (job, function(job)) as jobs finish in `workers` fresh processes.
 
     Args: jobs: hashable. setup(*arguments): called once in every worker, before its first job.
@@ -187,27 +178,17 @@ def progress(done: int, total: int, start: float, what: str = "scenes") -> None:
         print(line, flush=True)
 
 
-def commit() -> str | None:
-    """Short hash of this repository's commit; None outside of git."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def hardware() -> str:
-    """The processor's name and the number of cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text() + "\nmodel name: " + name)[1]
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def environment() -> dict:
-    """What a committed result records about where it was made: commit, hardware, versions."""
+    """What a committed result records about where it was made: commit (None outside of git), hardware, versions."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text() + "\nmodel name: " + cpu)[1]
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "pybullet"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"commit": commit(), "hardware": hardware(), "versions": versions}
+    return {"commit": commit, "hardware": f"{cpu}, {os.cpu_count()} cores", "versions": versions}

@@ -50,6 +50,7 @@ class Processes:
             raise ValueError(f"--workers {workers}: this system does not fork processes; leave it at 0")
         self.workers = workers
         self.rank = int(os.environ.get("RANK", 0))
+        self.first = self.rank == 0
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         if device == "auto":
@@ -64,10 +65,6 @@ class Processes:
             pin_to_core(local)
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Wrap `module` in PyTorch's own data parallel if there are several processes."""
@@ -182,12 +179,9 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def freeze(model: nn.Module, trained: tuple) -> dict[str, str]:
     """Only the parts in `trained` require gradients; returns {frozen part: its digest} for check_frozen."""
-    frozen = {}
     for name, part in parts_of(model).items():
         part.requires_grad_(name in trained)
-        if name not in trained:
-            frozen[name] = digest(part)
-    return frozen
+    return {name: digest(part) for name, part in parts_of(model).items() if name not in trained}
 
 
 def check_frozen(model: nn.Module, frozen: dict[str, str]) -> None:
@@ -220,6 +214,7 @@ class Run:
 
     def __init__(self, cfg, processes: Processes, total: int, log_every: int = 20):
         self.cfg = cfg
+        self.settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.FREE}
         self.out = Path(cfg.out)
         self.processes = processes
         self.total = total
@@ -236,6 +231,8 @@ class Run:
 
     def __exit__(self, *error) -> None:
         if self.lock:
+            if not fcntl:  # Windows removes no open file
+                self.lock.close()
             (self.out / "run.lock").unlink(missing_ok=True)
             self.lock.close()
         if error[0] is None:  # otherwise the others still wait for this one; torchrun ends them
@@ -246,26 +243,19 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-        try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip()
+            owner = file.read()
             file.close()
             raise ValueError(f"--out {self.out}: process {owner} is training into it; wait, or name another") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         return file
-
-    # -- checkpoints
-
-    def settings(self) -> dict:
-        """What a resumed run must share with the interrupted one."""
-        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in self.FREE}
 
     def begin(self) -> int:
         """Call once all input is checked: writes run.json and returns the first step to do.
@@ -294,7 +284,7 @@ class Run:
         except Exception as error:  # a truncated or damaged file makes torch.load raise nearly anything
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"{path}: cannot be read ({reason}); remove it to start from the beginning") from None
-        for name, value in self.settings().items():
+        for name, value in self.settings.items():
             if was.get(name) != value:
                 flag = name.replace("_", "-")
                 raise ValueError(f"{path}: --{flag} was {was.get(name)!r}, now {value!r}; name another --out")
@@ -312,7 +302,7 @@ class Run:
         """Save everything that the next step depends on, in one file that appears whole or not at all."""
         if self.processes.first:
             state = {"step": step, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
-            state |= {"settings": self.settings(), "averages": self.averages, "answers": self.answers}
+            state |= {"settings": self.settings, "averages": self.averages, "answers": self.answers}
             state["seconds"] = time.monotonic() - self.start_time
             write_atomically(self.out / "checkpoint.pt", lambda tmp: torch.save(state, tmp))
         self.processes.barrier()
@@ -326,8 +316,6 @@ class Run:
             for path in (*self.out.glob("*.tmp*"), self.out / "checkpoint.pt"):
                 path.unlink(missing_ok=True)
             print(flush=True)
-
-    # -- metrics
 
     def log(self, step: int, **values: float) -> None:
         """Collect values; every `log_every` steps write means to metrics.csv and refresh the line. step: steps done."""

@@ -1,11 +1,7 @@
 """Checkpoints: a folder with model.safetensors, config.json and the tokenizer's files.
 
-    save_folder(folder, write)              write(staging folder) makes the files; they replace the old ones together
-    load_tensors(model, [file])             fill a model built on the meta device
-    dataclass_from_dict(Config, values)     JSON -> dataclass; an unknown key or an absurd value is an error
-
 Reading a file executes nothing, and allocates nothing until the names and shapes of ALL tensors match the model. Then
-the tensors are read one at a time into the model's own memory and dtype: there is never a second copy of the weights.
+the tensors are read one at a time and become the model's parameters: there is never a second copy of the weights.
 """
 
 import math
@@ -25,7 +21,7 @@ from common.files import write_atomically
 # Endings of parameter names that are never 16-bit: a rounded decay is applied again at every token.
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 LARGEST = {"n_layer": 2**10, "expand": 64, "mlp_ratio": 64, "d_state": 2**12, "image_size": 2**14}  # others: 2**20
-LOWEST = {"dt_rank": 0, "fine": 0, "select_layer": -LARGEST["n_layer"]}  # others: 1
+LOWEST = {"dt_rank": 0, "fine": 0, "turn": 0, "select_layer": -LARGEST["n_layer"]}  # others: 1, floats above 0
 RETIRED = (("mixer", "mamba"),)  # entries of older configs that nothing depends on
 
 
@@ -76,9 +72,8 @@ def _check_field(key: str, value, default, name: str):
             raise ValueError(f"{name}: expected a list of numbers, got {value!r}")
         whole = isinstance(default[0], int)
         return tuple(check_number(name, x, whole, 1 if whole else -1e6) for x in value)
-    if isinstance(default, int):
-        return check_number(name, value, True, LOWEST.get(key, 1), key)
-    return check_number(name, value, False, 1e-12, key)
+    whole = isinstance(default, int)
+    return check_number(name, value, whole, LOWEST.get(key, 1 if whole else 1e-12), key)
 
 
 def save_tensors(path: Path, module: nn.Module, rename: Callable[[str], str] = str, half: bool = False) -> None:
@@ -149,9 +144,8 @@ def load_tensors(model, files, rename=str, tied=None, dtype=torch.float32, open_
     wanted = expected | {alias: expected[name] for alias, name in tied.items()}
     problems += [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"surplus {name}" for name in found.keys() - wanted.keys()]
-    for name in wanted.keys() & found.keys():
-        if found[name] != wanted[name]:
-            problems.append(f"{name} is {found[name]}, expected {wanted[name]}")
+    wrong = [name for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+    problems += [f"{name} is {found[name]}, expected {wanted[name]}" for name in wrong]
     if problems:
         raise ValueError(f"{files[0] if len(files) == 1 else files[0].parent}: " + "; ".join(sorted(problems)))
 
