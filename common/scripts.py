@@ -1,4 +1,11 @@
-"""Shared by all scripts: flags, one-line errors, workers, progress; no torch. Only for training: common/training.py."""
+"""Shared by all scripts: flags, one-line errors, workers, progress. Does not load torch.
+
+    cfg = cli(Config, __doc__)         every field of a dataclass is a flag
+    run_main(main)                     bad input and Ctrl-C end with one line, exit codes 2 and 130
+    for job, result in parallel(...)   a pool of workers
+
+What only training needs is in common/training.py.
+"""
 
 import argparse
 import contextlib
