@@ -149,9 +149,7 @@ def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.round(noisy * MM_PER_M) / MM_PER_M).astype(np.float32)
 
 
-def refine(
-    u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0
-) -> tuple[float, float, np.ndarray | None]:
+def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0) -> tuple:
     """Find a contact near the predicted one that suits a suction cup, from the depth picture alone: no training.
 
     The pixel with the highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, where

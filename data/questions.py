@@ -460,13 +460,11 @@ def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None 
     if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
         raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
     nouns, words = vocabulary(tuple((shares or dict.fromkeys(SEEN, 1.0)).items()), tuple(untold))
-    whole, naming = general_turns(facts, nouns, rng)
+    groups = general_turns(facts, nouns, rng)
     if allowed == "all":
-        more = part_turns(facts, words, rng)
-        whole += more[0]
-        naming += more[1]
+        groups = [general + more for general, more in zip(groups, part_turns(facts, words, rng), strict=True)]
     found: dict[str, Turn] = {}
-    for group in (whole, naming):
+    for group in groups:
         for i in rng.permutation(len(group)):
             found.setdefault(group[i].question, group[i])  # "Is there a door?": about the object, or about a part
     return list(found.values())

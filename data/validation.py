@@ -124,7 +124,4 @@ def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
 
 def show_answers(model, shown: list[tuple[str, str, str]]) -> list[tuple[str, str, str, str]]:
     """The model's greedily decoded answers to `shown_questions`: rows (picture, question, model, truth)."""
-    rows = []
-    for image, question, truth in shown:
-        rows.append((Path(image).name, question, model.generate(image, question), truth))
-    return rows
+    return [(Path(image).name, question, model.generate(image, question), truth) for image, question, truth in shown]
