@@ -48,12 +48,9 @@ BLOCK = 64  # pictures that a process encodes at a time
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB the way a viewer shows it: EXIF rotation applied, transparency on white, 16 bits scaled.
-
-    Raises: ValueError for pictures of floats, whose range is unknown.
-    """
+    """Any PIL picture as RGB, as a viewer shows it: EXIF rotation applied, transparency on white, 16 bits scaled."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
+    if picture.mode == "F":  # of unknown range
         raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would clip them to 255
         grey = np.clip(np.asarray(picture, np.float32) / 257, 0, 255).round()
@@ -76,10 +73,7 @@ def read_picture(path, size: int) -> np.ndarray:
     """Any picture file -> uint8 (size, size, 3); resized if needed."""
     try:
         with open_picture(path) as file:
-            picture = upright_rgb(file)
-        if picture.size != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(picture)
+            return np.asarray(upright_rgb(file).resize((size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
@@ -100,9 +94,8 @@ def grey_picture(size: int) -> np.ndarray:
 def load_records(file, root=None) -> list[dict]:
     """Read and check a conversation file; one ValueError lists all bad records (file, index, field)."""
     file = Path(file)
-    folder = file.parent if file.suffix else file
     root = Path(root) if root else file.parent
-    records = read_json(file, list, f"`python -m data.build --out {folder}` makes one")
+    records = read_json(file, list, f"`python -m data.build --out {file.parent if file.suffix else file}` makes one")
     if not records:
         raise ValueError(f"{file}: expected a list of at least one record (LLaVA's layout)")
     problems = [p for i, record in enumerate(records) for p in check_record(record, root, i, str(file))]
@@ -123,15 +116,13 @@ def check_image(image: str, root) -> str | None:
             return f"{image!r} is a link that leaves {root}"
         return None if path.is_file() else f"no file {path}"
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link that leads to itself
-        reason = getattr(error, "strerror", None) or str(error)
-        return f"{image[:80]!r} is no usable path ({reason})"
+        return f"{image[:80]!r} is no usable path ({getattr(error, 'strerror', None) or error})"
 
 
 def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
     """The problems in one record of a LLaVA-format file, one line each: "source, record index: field: problem".
 
-    Unknown keys are fine; `image` (text only) and `families` may be missing. Whether an image can be decoded only
-    shows when it is read.
+    Unknown keys are fine; `image` (text only) and `families` may be missing. Whether an image decodes is not checked.
     """
     problems = []
 
@@ -364,9 +355,8 @@ class Conversations:
     def draw(self, rows, rng, per_picture: int, contact: float, grounding: float) -> list[Item]:
         """`per_picture` questions for each record, row by row.
 
-        contact, grounding: probability that a question asks for a contact (N_NUMBERS numbers), or is another one that
-        is answered with numbers (where, box); the rest are answered in words. If a record has no question of the drawn
-        sort, any of its questions is used.
+        contact, grounding: probability that a question asks for a contact (N_NUMBERS numbers), or is another that is
+        answered with numbers (where, box); the rest are in words. A record without that sort gives any question.
         """
         chosen = []
         for row in rows:

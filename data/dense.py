@@ -164,10 +164,7 @@ class DensePictures:
 
 
 def read_parts(file: Path) -> list[list[dict]]:
-    """facts.jsonl -> the parts of each picture that have a contact: verb, label, index, contact (u, v, approach).
-
-    Raises: ValueError naming file and line.
-    """
+    """facts.jsonl -> each picture's parts with a contact, and their index. Raises: ValueError naming file and line."""
     pictures = []
     for number, row in read_json_lines(file):
         try:
@@ -204,10 +201,7 @@ def draw_augmentation(rng) -> Augmentation:
 
 
 def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.ndarray:
-    """(H, H, ..) shifted, with the border repeated, and mirrored.
-
-    x_channel: the channel with the x of a direction, which mirroring negates.
-    """
+    """(H, H, ..) shifted, its border repeated, and mirrored. x_channel: x of a direction, which mirroring negates."""
     H = len(x)
     rows, columns = (np.clip(np.arange(H) - by * (H // GRID), 0, H - 1) for by in (how.dy, how.dx))
     x = x[rows][:, columns]

@@ -56,8 +56,7 @@ def check_intrinsics(intrinsics) -> tuple[float, float, float, float]:
 def lift(u: float, v: float, side: int, depth: np.ndarray, intrinsics) -> np.ndarray:
     """Pixel (u, v) of the model's picture of `side` x `side` pixels -> point (3,) in metres, camera frame.
 
-    depth (H, W), intrinsics: of the same view, at any resolution. Raises: ValueError for absurd intrinsics, and if
-    nothing was measured there.
+    depth (H, W), intrinsics: of the same view, at any resolution. ValueError for absurd intrinsics or no depth nearby.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     H, W = depth.shape

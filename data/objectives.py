@@ -148,8 +148,7 @@ def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
 class AnswerObjective(nn.Module):
     """Stages 1.1 and 1.2: the model's own next-token loss on answers, and the auxiliary head for their numbers.
 
-    Args: soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no
-        auxiliary head.
+    soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no such head.
     """
 
     def __init__(self, model: nn.Module, soft_numbers: float, number_weight: float):
@@ -160,8 +159,7 @@ class AnswerObjective(nn.Module):
             D = model.config.lm.d_model
             self.numbers = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, N_NUMBERS))
         bins = torch.arange(NUMBERS, dtype=torch.float32)
-        distance = bins[:, None] - bins
-        soft = torch.softmax(-(distance**2) / (2 * soft_numbers**2), 1) if soft_numbers else None
+        soft = torch.softmax(-((bins[:, None] - bins) ** 2) / (2 * soft_numbers**2), 1) if soft_numbers else None
         self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
 
     def forward(self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets, all_numbers) -> tuple:

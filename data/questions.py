@@ -36,8 +36,7 @@ and the same plate is called a lid, a cover or a flap.
 
 Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the robot's types
 (possible and contact: discriminative and generative affordance); ManipLLM for movable; LLaVA (arXiv 2304.08485) for the
-layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from templates, not from people; one picture,
-not a video.
+layout; POPE (arXiv 2305.10355) for balanced presence. Differs: templates, not people's words; one picture, not a video.
 """
 
 import functools
@@ -230,8 +229,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) ->
     if other is None:
         return whole, []
     yes = rng.random() < 0.5
-    asked = with_article(noun if yes else other)
-    return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=asked)]
+    return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=with_article(noun if yes else other))]
 
 
 def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
