@@ -16,8 +16,7 @@ Files in DIR (--out) after a build:
     vocab.tiktoken              the tokenizer learned from the texts (train only)
     manifest.json               settings, counts, intrinsics, versions, seconds
 
-Deterministic given --seed and --scenes, for any --workers. An interrupted build resumes where it stopped: finished
-groups of scenes stay in DIR/parts until all are done.
+Deterministic given --seed and --scenes, for any --workers. An interrupted build resumes from the groups in DIR/parts.
 
 A train split shows the 20 seen categories; grammar objects (sim/grammar.py) with all labels; and, under the paper's
 rule (README, "Unseen"), unseen categories with general questions only: no part, contact, plan or affordance.
@@ -166,8 +165,7 @@ def draw_points(links: np.ndarray, rng: np.random.Generator) -> list[list]:
 def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Render scene number `index` in `scene` -> (row of facts.jsonl, pictures by suffix, row of dense.npz).
 
-    Pictures: ".png" (S, S, 3) uint8, ".depth.png" (S, S) uint16 millimetres and, with full_labels, ".parts.png"
-    (S, S) uint8: 0 background, 1 body, 2 + j part j.
+    .png (S, S, 3) uint8; .depth.png uint16, mm; with full_labels .parts.png uint8: 0 background, 1 body, 2 + j part j.
     """
     from sim import expert  # here, so that only the workers load PyBullet
     from sim.scene import rotation_from_approach
@@ -178,8 +176,7 @@ def make_scene(scene, cfg: BuildConfig, index: int) -> tuple[dict, dict[str, np.
     event = expert.attempt(scene, rng) if state == "after" else None
     if state == "opened":  # open most parts by 30 to 80 % of their remaining range
         pairs = zip(scene.spec.parts, scene.joints, strict=True)
-        left = [(joint, part.upper - joint) for part, joint in pairs]
-        scene.set_joints([q + rng.uniform(0.3, 0.8) * room if rng.random() < 0.7 else q for q, room in left])
+        scene.set_joints([q + rng.uniform(0.3, 0.8) * (p.upper - q) if rng.random() < 0.7 else q for p, q in pairs])
     picture = scene.render()
     facts = expert.facts(scene, rng, expert=question_set == "all" and state == "closed")
     if event:

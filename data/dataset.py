@@ -42,25 +42,21 @@ N_NUMBERS = 5  # maximum number of numbers in an answer: u, v and the approach's
 GREY = 128
 MAX_LENGTH = 1024  # tokens; longer turns are cut
 MAX_RECORDS_NAMED = 20  # in one error
+BLOCK = 64  # pictures that a process encodes at a time
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB the way a viewer shows it: EXIF rotation applied, transparency on white, 16 bits scaled.
-
-    Raises: ValueError for pictures of floats, whose range is unknown.
-    """
+    """Any PIL picture as RGB, as a viewer shows it: EXIF rotation applied, transparency on white, 16 bits scaled."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
+    if picture.mode == "F":  # of unknown range
         raise ValueError("its pixels are floats; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16 bits; Pillow itself would clip them to 255
         grey = np.clip(np.asarray(picture, np.float32) / 257, 0, 255).round()
         picture = Image.fromarray(grey.astype(np.uint8))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
@@ -77,10 +73,7 @@ def read_picture(path, size: int) -> np.ndarray:
     """Any picture file -> uint8 (size, size, 3); resized if needed."""
     try:
         with open_picture(path) as file:
-            picture = upright_rgb(file)
-        if picture.size != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(picture)
+            return np.asarray(upright_rgb(file).resize((size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
@@ -101,9 +94,8 @@ def grey_picture(size: int) -> np.ndarray:
 def load_records(file, root=None) -> list[dict]:
     """Read and check a conversation file; one ValueError lists all bad records (file, index, field)."""
     file = Path(file)
-    folder = file.parent if file.suffix else file
     root = Path(root) if root else file.parent
-    records = read_json(file, list, f"`python -m data.build --out {folder}` makes one")
+    records = read_json(file, list, f"`python -m data.build --out {file.parent if file.suffix else file}` makes one")
     if not records:
         raise ValueError(f"{file}: expected a list of at least one record (LLaVA's layout)")
     problems = [p for i, record in enumerate(records) for p in check_record(record, root, i, str(file))]
@@ -124,15 +116,13 @@ def check_image(image: str, root) -> str | None:
             return f"{image!r} is a link that leaves {root}"
         return None if path.is_file() else f"no file {path}"
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link that leads to itself
-        reason = getattr(error, "strerror", None) or str(error)
-        return f"{image[:80]!r} is no usable path ({reason})"
+        return f"{image[:80]!r} is no usable path ({getattr(error, 'strerror', None) or error})"
 
 
 def check_record(record, root: str | Path, index: int, source: str) -> list[str]:
     """The problems in one record of a LLaVA-format file, one line each: "source, record index: field: problem".
 
-    Unknown keys are fine; `image` (text only) and `families` may be missing. Whether an image can be decoded only
-    shows when it is read.
+    Unknown keys are fine; `image` (text only) and `families` may be missing. Whether an image decodes is not checked.
     """
     problems = []
 
@@ -176,8 +166,7 @@ def load_manipulation(file) -> list[dict]:
     """manipulation.jsonl as data/build.py writes it: samples with image, instruction, u, v, approach, rotation6d.
 
     Each sample gets "size": the (width, height) in pixels of its picture, in which u and v are measured.
-    Raises: ValueError with file, line and field for an invalid sample, such as a pixel outside the picture, or a
-        direction or rotation of zero length.
+    Raises: ValueError with file, line and field for an invalid sample, such as a pixel outside the picture.
     """
     file = Path(file)
     sizes: dict[str, tuple[int, int]] = {}
@@ -278,12 +267,9 @@ def pad(items: list[tuple], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns: tokens (n, T), labels (n, T), lengths (n,) of the sequences without padding, prompts (n,); all int64.
     """
     # exercise 6: padding of a batch
-    T = max(len(item[0]) for item in items)
-    tokens = torch.full((len(items), T), end)
-    labels = torch.full((len(items), T), IGNORE)
-    for k, item in enumerate(items):
-        tokens[k, : len(item[0])] = torch.tensor(item[0])
-        labels[k, : len(item[1])] = torch.tensor(item[1])
+    pad_sequence = torch.nn.utils.rnn.pad_sequence
+    tokens = pad_sequence([torch.tensor(item[0]) for item in items], batch_first=True, padding_value=end)
+    labels = pad_sequence([torch.tensor(item[1]) for item in items], batch_first=True, padding_value=IGNORE)
     lengths = torch.tensor([len(item[0]) for item in items])
     return tokens, labels, lengths, torch.tensor([item[2] for item in items])
     # end of exercise 6
@@ -300,10 +286,9 @@ def question_weights(records: list[dict], more: str) -> dict[str, float]:
 
 
 def factors(more: str, known, what: str) -> dict[str, float]:
-    """Parse --more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}.
+    """Parse --more: "presence=4,plan=0" -> {"presence": 4.0, "plan": 0.0}. what: what the names stand for.
 
-    Raises: ValueError for a malformed entry, and for a name that is not in `known` or occurs twice. what: what the
-    names stand for, used in the message.
+    Raises: ValueError for a malformed entry, and for a name that is not in `known` or occurs twice.
     """
     found = {}
     for pair in filter(None, more.split(",")):
@@ -348,14 +333,11 @@ class Conversations:
         types = record.get("families", [""] * (len(said) // 2))
         asked = list(zip(said[::2], said[1::2], types, strict=True))
         asked = [turn for turn in asked if weights.get(turn[2], 1.0) > 0] or asked[:1]
-        pairs = [self._tokens(question, answer) for question, answer, _ in asked]
+        encode = self.encoding.encode_ordinary
+        pairs = [([self.user, *encode(q), self.assistant], [*encode(answer), self.end]) for q, answer, _ in asked]
         if turns == "pack":
             return [self._item(pairs, 1.0)]
         return [self._item([pair], weights.get(turn[2]) or 1.0) for pair, turn in zip(pairs, asked, strict=True)]
-
-    def _tokens(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        prompt = [self.user, *self.encoding.encode_ordinary(question), self.assistant]
-        return prompt, [*self.encoding.encode_ordinary(answer), self.end]
 
     def _item(self, turns: list[tuple[list[int], list[int]]], weight: float) -> Item:
         tokens, labels, prompt = pack(turns)
@@ -373,9 +355,8 @@ class Conversations:
     def draw(self, rows, rng, per_picture: int, contact: float, grounding: float) -> list[Item]:
         """`per_picture` questions for each record, row by row.
 
-        contact, grounding: probability that a question asks for a contact (N_NUMBERS numbers), or is another one that
-        is answered with numbers (where, box); the rest are answered in words. If a record has no question of the drawn
-        sort, any of its questions is used.
+        contact, grounding: probability that a question asks for a contact (N_NUMBERS numbers), or is another that is
+        answered with numbers (where, box); the rest are in words. A record without that sort gives any question.
         """
         chosen = []
         for row in rows:
@@ -396,9 +377,8 @@ class Conversations:
 
     def collate(self, items: list[Item]) -> Batch:
         tokens, labels, lengths, prompts = pad(items, self.end)
-        numbers = torch.full((len(items), N_NUMBERS), float("nan"))
-        for k, item in enumerate(items):
-            numbers[k, : len(item.numbers)] = torch.tensor(item.numbers)
+        missing = [float("nan")] * N_NUMBERS
+        numbers = torch.tensor([(item.numbers + missing)[:N_NUMBERS] for item in items])
         return Batch(tokens, lengths, labels, prompts, numbers)
 
 
@@ -428,18 +408,14 @@ def _intrinsics(folder: Path) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def visual_tokens(
-    vision, folder, names: list[str], processes, cache: str = "", out: str = "", depth: bool = False
-) -> np.ndarray:
+def visual_tokens(vision, folder, names: list[str], processes, cache="", out="", depth=False) -> np.ndarray:
     """Visual tokens (n, P, W) float16 of picture files `names` under `folder`; "" is the grey picture.
-
-    depth: an RGB-D encoder also sees the depth pictures; otherwise it sees zeros in their place.
 
     Computed once and cached on disk. The file name is a digest of the encoder and of every picture's name, size and
     modification time, so other weights or pictures never read it; a checksum at its end shows that it is complete.
     Several processes share the work. The file is memory-mapped, and read whole only for its checksum.
-
-    Args: cache: folder of the file; default `folder`, or `out` if `folder` is not writable.
+    Args: cache: folder of the file; default `folder`, or `out` if `folder` is not writable. depth: an RGB-D encoder
+        also sees the depth pictures; otherwise it sees zeros in their place.
     """
     cfg = vision.cfg
     shape = (len(names), (cfg.image_size // cfg.patch_size) ** 2, cfg.width)
@@ -460,10 +436,7 @@ def visual_tokens(
 
 @torch.no_grad()
 def tokens_and_maps(vision, folder, names: list[str], processes, depth: bool = False) -> list[np.ndarray]:
-    """Visual tokens (n, P, W) and fine maps (n, C, H, H) of picture files, float16, in memory.
-
-    A map of the preset tiny takes 100 kB. depth: as in `visual_tokens`.
-    """
+    """The same tokens and the fine maps (n, C, H, H), float16, both in memory: 100 kB per map of the preset tiny."""
     blocks = _encode(vision, folder, names, processes, depth, fine=True)
     return [np.concatenate(kind) for kind in zip(*blocks, strict=True)]
 
@@ -480,34 +453,25 @@ def _pictures_digest(vision, folder, names: list[str], depth: bool) -> str:
     return h.hexdigest()
 
 
-def _encode(
-    vision, folder, names: list[str], processes, depth: bool, batch: int = 64, fine: bool = False
-) -> Iterator[list[np.ndarray]]:
-    """Blocks of [visual tokens], or with `fine` of [tokens, maps], in the order of `names`.
-
-    Every process encodes its share of each block.
-    """
+def _encode(vision, folder, names: list[str], processes, depth, fine=False) -> Iterator[list[np.ndarray]]:
+    """Blocks of [tokens], with `fine` of [tokens, maps], in the order of `names`; the processes share each block."""
     size = vision.cfg.image_size
-    step = batch * processes.size
 
-    def read(start: int) -> tuple[Tensor, Tensor | None]:
-        first = start + processes.rank * batch
-        part = names[first : first + batch]
-        images = [read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part]
+    def read(start: int) -> tuple[Tensor, ...]:
+        first = start + processes.rank * BLOCK
+        part = names[first : first + BLOCK]
         if processes.size > 1:  # gather needs equal shapes
-            images += [grey_picture(size)] * (batch - len(part))
-        channels = None
-        if depth:
-            blank = np.zeros((4, size, size), np.float32)
-            channels = [read_geometry(folder, name, size) if name else blank for name in part]
-            channels += [blank] * (len(images) - len(part))
-            channels = torch.from_numpy(np.stack(channels))
-        return to_tensor(images), channels
+            part = part + [""] * (BLOCK - len(part))
+        images = to_tensor([read_picture(Path(folder, name), size) if name else grey_picture(size) for name in part])
+        if not depth:
+            return (images,)
+        blank = np.zeros((4, size, size), np.float32)
+        channels = [read_geometry(folder, name, size) if name else blank for name in part]
+        return images, torch.from_numpy(np.stack(channels))
 
-    starts = range(0, len(names), step)
-    for start, (images, channels) in zip(starts, processes.ahead(read, starts), strict=True):
-        channels = channels if channels is None else channels.to(processes.device)
-        out = vision(images.to(processes.device), channels, fine=fine)
+    starts = range(0, len(names), BLOCK * processes.size)
+    for start, inputs in zip(starts, processes.ahead(read, starts), strict=True):
+        out = vision(*(x.to(processes.device) for x in inputs), fine=fine)
         kinds = [processes.gather(kind.half()) for kind in (out if fine else (out,))]
         yield [kind[: len(names) - start].cpu().numpy() for kind in kinds]
 
@@ -529,12 +493,9 @@ def _is_whole(path: Path, shape: tuple) -> bool:
         tokens = np.load(path, mmap_mode="r")
         if tokens.shape != shape or tokens.dtype != np.float16:
             return False
-        checksum = 0
-        for start in range(0, len(tokens), 1024):
-            checksum = zlib.crc32(tokens[start : start + 1024].tobytes(), checksum)
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
-            return int.from_bytes(file.read(), "big") == checksum
+            return int.from_bytes(file.read(), "big") == zlib.crc32(tokens)
     except (OSError, ValueError, EOFError):  # missing or truncated
         return False
 

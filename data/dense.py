@@ -42,7 +42,7 @@ class NamedParts(NamedTuple):
     """M parts, each picked out by the words of an instruction: ASKED per picture, or as many as it has."""
 
     owners: Tensor  # (M,) int64: index of the picture each part is in
-    words: Tensor  # token ids of all "verb label" texts, concatenated
+    words: Tensor  # int64: token ids of all "verb label" texts, concatenated for nn.EmbeddingBag
     starts: Tensor  # (M,) int64: where each text starts in words
     contact: Tensor  # (M, 2) float32: column and row of the contact in cells of the 32 x 32 raster
     approach: Tensor  # (M, 3) float32: the gripper's direction there, camera frame
@@ -80,19 +80,20 @@ class DensePictures:
         self.depth = depth
         self.encoding = encoding
         file = self.folder / "dense.npz"
-        names = ("targets", "kinds", "category", "colour")
-        arrays = read_npz(file, names, "`python -m data.build` makes it")
-        self.targets, self.kinds, self.category, self.colour = (arrays[name] for name in names)
-        n = len(self.targets) if self.targets.ndim else 0
-        shapes = ((n, GRID, GRID, 7), (n, GRID, GRID), (n,), (n,))
-        for name, shape in zip(names, shapes, strict=True):
-            if arrays[name].shape != shape or arrays[name].dtype.kind not in "fiu":
-                was = f"{arrays[name].dtype} {arrays[name].shape}, expected {shape}"
+        facts = self.folder / "facts.jsonl"
+        shapes = {"targets": (GRID, GRID, 7), "kinds": (GRID, GRID), "category": (), "colour": ()}
+        if facts.exists():
+            shapes |= {"part": (FINE, FINE), "act": (FINE, FINE, 3), "arm": (FINE, FINE)}
+        self.arrays = read_npz(file, tuple(shapes), "`python -m data.build` makes it")
+        n = len(self.arrays["targets"]) if self.arrays["targets"].ndim else 0
+        for name, array in self.arrays.items():
+            if array.shape != (n, *shapes[name]) or array.dtype.kind not in "fiu":
+                was = f"{array.dtype} {array.shape}, expected {(n, *shapes[name])}"
                 raise ValueError(f"{file}: {name} {was}; remove the folder and build it again")
         for name, low, high in (("kinds", -1, N_KINDS), ("category", 0, N_CATEGORIES), ("colour", 0, N_COLOURS)):
-            if n and not (low <= arrays[name].min() and arrays[name].max() < high):
+            if n and not (low <= self.arrays[name].min() and self.arrays[name].max() < high):
                 raise ValueError(f"{file}: {name} must lie in {low} .. {high - 1}")
-        if not np.isfinite(self.targets).all():
+        if not np.isfinite(self.arrays["targets"]).all():
             raise ValueError(f"{file}: targets hold values that are not finite")
 
         records = load_records(self.folder / "conversations.json")
@@ -102,16 +103,9 @@ class DensePictures:
             if "image" not in record:
                 raise ValueError(f"{self.folder / 'conversations.json'}, record {index}: image: stage vision needs one")
         self.names = [record["image"] for record in records]
-        self.parts: list[list[dict]] = []  # for each picture, the parts with a contact
-        if (self.folder / "facts.jsonl").exists():
-            self.part, self.act, self.arm = read_npz(file, ("part", "act", "arm"), "build the folder again").values()
-            for name, tail in (("part", ()), ("act", (3,)), ("arm", ())):
-                shape = getattr(self, name).shape
-                if shape != (n, FINE, FINE, *tail):
-                    raise ValueError(f"{file}: {name} {shape}; remove the folder and build it again")
-            self.parts = read_parts(self.folder / "facts.jsonl")
-            if len(self.parts) != n:
-                raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")
+        self.parts = read_parts(facts) if facts.exists() else []  # for each picture, the parts with a contact
+        if facts.exists() and len(self.parts) != n:
+            raise ValueError(f"{self.folder}: {n} rows in dense.npz, {len(self.parts)} in facts.jsonl")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,8 +113,8 @@ class DensePictures:
     def batch(self, rows, seed: list[int] | None = None) -> DenseBatch:
         """With a seed each picture and its targets are shifted, mirrored and relit; some pictures lose their depth."""
         pictures = np.stack([read_picture(self.folder / self.names[row], self.size) for row in rows])
-        targets = self.targets[rows].astype(np.float32)
-        kinds = self.kinds[rows].astype(np.int64)
+        targets = self.arrays["targets"][rows].astype(np.float32)
+        kinds, category, colour = (self.arrays[name][rows].astype(np.int64) for name in ("kinds", "category", "colour"))
         channels = np.zeros((len(rows), 4, self.size, self.size), np.float32)
         named = []
         for i, row in enumerate(rows):
@@ -130,25 +124,24 @@ class DensePictures:
             targets[i] = moved(targets[i], how, x_channel=1)
             kinds[i] = moved(kinds[i], how)
             if self.depth and not (seed is not None and rng.random() < DEPTH_DROPPED):
-                geometry = read_geometry(self.folder, self.names[row], self.size)
-                channels[i] = moved(geometry.transpose(1, 2, 0), how, x_channel=1).transpose(2, 0, 1)
+                seen = read_geometry(self.folder, self.names[row], self.size)
+                channels[i] = moved(seen.transpose(1, 2, 0), how, x_channel=1).transpose(2, 0, 1)
             named += [(i, row, part, how) for part in self.draw_parts(row, how, rng)]
-        channels_last = torch.from_numpy(targets)
+        geometry, rest = torch.from_numpy(targets).split([4, 3], -1)
         return DenseBatch(
             to_tensor(pictures),
             torch.from_numpy(channels) if self.depth else None,
             self.name_parts(named) if named else None,
-            Cells(channels_last[..., :4], *channels_last[..., 4:].unbind(-1), torch.from_numpy(kinds)),
-            torch.from_numpy(self.category[rows].astype(np.int64)),
-            torch.from_numpy(self.colour[rows].astype(np.int64)),
+            Cells(geometry, *rest.unbind(-1), torch.from_numpy(kinds)),
+            torch.from_numpy(category),
+            torch.from_numpy(colour),
         )
 
     def draw_parts(self, row: int, how: "Augmentation", rng) -> list[dict]:
         """Up to ASKED parts of picture `row` whose contact is still in the picture after the augmentation."""
         if not self.parts:
             return []
-        inside = [part for part in self.parts[row] if 0 <= contact_column(part, how, self.size) < self.size]
-        inside = [part for part in inside if 0 <= contact_row(part, how, self.size) < self.size]
+        inside = [part for part in self.parts[row] if all(0 <= x < self.size for x in contact_of(part, how, self.size))]
         return [inside[k] for k in rng.permutation(len(inside))[:ASKED]]
 
     def name_parts(self, named: list[tuple]) -> NamedParts:
@@ -157,24 +150,21 @@ class DensePictures:
         for _, row, part, how in named:
             text = f"{part['verb']} {part['label']}"
             words.append(self.encoding.encode_ordinary(swap_sides(text) if how.mirror else text))
-            pixel = np.array([contact_column(part, how, self.size), contact_row(part, how, self.size)])
-            contacts.append((pixel + 0.5) * FINE / self.size - 0.5)
+            contacts.append((np.array(contact_of(part, how, self.size)) + 0.5) * FINE / self.size - 0.5)
             x, y, z = part["contact"]["approach"]
             approaches.append((-x if how.mirror else x, y, z))
-            masks.append(moved(self.part[row] == part["index"], how))
-            acts.append(moved(self.act[row], how, x_channel=0))
-            arms.append(moved(self.arm[row], how))
-        ids, starts = flat(words)
+            masks.append(moved(self.arrays["part"][row] == part["index"], how))
+            acts.append(moved(self.arrays["act"][row], how, x_channel=0))
+            arms.append(moved(self.arrays["arm"][row], how))
         owners = torch.tensor([place for place, *_ in named])
+        ids = torch.tensor([token for text in words for token in text])
+        starts = torch.tensor([0, *map(len, words[:-1])]).cumsum(0)
         floats = (torch.from_numpy(np.stack(x)).float() for x in (contacts, approaches, masks, acts, arms))
         return NamedParts(owners, ids, starts, *floats)
 
 
 def read_parts(file: Path) -> list[list[dict]]:
-    """facts.jsonl -> the parts of each picture that have a contact: verb, label, index, contact (u, v, approach).
-
-    Raises: ValueError naming file and line.
-    """
+    """facts.jsonl -> each picture's parts with a contact, and their index. Raises: ValueError naming file and line."""
     pictures = []
     for number, row in read_json_lines(file):
         try:
@@ -192,12 +182,6 @@ def read_parts(file: Path) -> list[list[dict]]:
     return pictures
 
 
-def flat(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The token ids concatenated, and where each sequence starts: the input of nn.EmbeddingBag."""
-    lengths = [len(ids) for ids in sequences]
-    return torch.tensor([token for ids in sequences for token in ids]), torch.tensor([0, *lengths[:-1]]).cumsum(0)
-
-
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -213,15 +197,14 @@ class Augmentation(NamedTuple):
 
 def draw_augmentation(rng) -> Augmentation:
     dy, dx = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2)
-    mirror = rng.random() < 0.5
-    gain = rng.uniform(1 - LIGHT, 1 + LIGHT)
-    return Augmentation(dy, dx, mirror, gain, rng.uniform(-127, 127) * LIGHT)
+    return Augmentation(dy, dx, rng.random() < 0.5, rng.uniform(1 - LIGHT, 1 + LIGHT), rng.uniform(-127, 127) * LIGHT)
 
 
 def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.ndarray:
-    """(H, W, ..) shifted and mirrored. x_channel: the channel with the x of a direction, which mirroring negates."""
-    cell = len(x) // GRID
-    x = shift(x, how.dy * cell, how.dx * cell)
+    """(H, H, ..) shifted, its border repeated, and mirrored. x_channel: x of a direction, which mirroring negates."""
+    H = len(x)
+    rows, columns = (np.clip(np.arange(H) - by * (H // GRID), 0, H - 1) for by in (how.dy, how.dx))
+    x = x[rows][:, columns]
     if how.mirror:
         x = x[:, ::-1].copy()
         if x_channel is not None:
@@ -230,28 +213,16 @@ def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.
 
 
 def relit(picture: np.ndarray, how: Augmentation) -> np.ndarray:
-    if (how.gain, how.offset) == (1.0, 0.0):
-        return picture
     return np.clip((picture - 127.0) * how.gain + 127 + how.offset, 0, 255).astype(np.uint8)
 
 
-def contact_column(part: dict, how: Augmentation, size: int) -> float:
+def contact_of(part: dict, how: Augmentation, size: int) -> tuple[float, float]:
+    """Column and row of a part's contact in the augmented picture."""
     u = part["contact"]["u"] + how.dx * (size // GRID)
-    return size - 1 - u if how.mirror else u
-
-
-def contact_row(part: dict, how: Augmentation, size: int) -> float:
-    return part["contact"]["v"] + how.dy * (size // GRID)
+    v = part["contact"]["v"] + how.dy * (size // GRID)
+    return size - 1 - u if how.mirror else u, v
 
 
 def swap_sides(text: str) -> str:
     """Swap the words "left" and "right", for mirrored pictures."""
     return re.sub(r"\b(left|right)\b", lambda side: "right" if side[0] == "left" else "left", text)
-
-
-def shift(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """(H, W, ..) moved by (dy, dx); the border is repeated."""
-    H, W = x.shape[:2]
-    rows = np.clip(np.arange(H) - dy, 0, H - 1)
-    columns = np.clip(np.arange(W) - dx, 0, W - 1)
-    return x[rows][:, columns]

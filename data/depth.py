@@ -56,8 +56,7 @@ def check_intrinsics(intrinsics) -> tuple[float, float, float, float]:
 def lift(u: float, v: float, side: int, depth: np.ndarray, intrinsics) -> np.ndarray:
     """Pixel (u, v) of the model's picture of `side` x `side` pixels -> point (3,) in metres, camera frame.
 
-    depth (H, W), intrinsics: of the same view, at any resolution. Raises: ValueError for absurd intrinsics, and if
-    nothing was measured there.
+    depth (H, W), intrinsics: of the same view, at any resolution. ValueError for absurd intrinsics or no depth nearby.
     """
     fx, fy, cx, cy = check_intrinsics(intrinsics)
     H, W = depth.shape
@@ -149,9 +148,7 @@ def camera_depth(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.round(noisy * MM_PER_M) / MM_PER_M).astype(np.float32)
 
 
-def refine(
-    u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0
-) -> tuple[float, float, np.ndarray | None]:
+def refine(u: float, v: float, approach, depth: np.ndarray, intrinsics, turn: float = 180.0) -> tuple:
     """Find a contact near the predicted one that suits a suction cup, from the depth picture alone: no training.
 
     The pixel with the highest exp(-distance^2 / (2 SIGMA^2)) x flatness x max(0, cos(approach, -normal))^POWER, where

@@ -36,31 +36,26 @@ class DenseObjective(nn.Module):
         W = model.config.vision.width
         self.side = model.config.vision.image_size // model.config.vision.patch_size  # patches along one side
         if GRID % self.side or (model.config.vision.fine and FINE % (4 * self.side)):
-            raise ValueError(
-                f"vision: {self.side} x {self.side} patches do not divide the labels, {GRID} x {GRID} cells, or the "
-                f"cells of their fine map not the raster, {FINE} x {FINE}"
-            )
+            patches = f"{self.side} x {self.side} patches do not divide the labels, {GRID} x {GRID} cells"
+            raise ValueError(f"vision: {patches}, or the cells of their fine map not the raster, {FINE} x {FINE}")
         self.cells = GRID // self.side  # cells along one side of a patch
         self.dense = nn.Linear(W, self.cells**2 * (7 + N_KINDS))
         self.category = nn.Linear(W, N_CATEGORIES)
         self.colour = nn.Linear(W, N_COLOURS)
         self.named = NamedPart(model.config.lm.vocab_size, model.config.vision) if named else None
-        weight = torch.ones(N_KINDS)
-        weight[0] = 0.3  # most of an object is its fixed body
+        weight = torch.tensor([0.3] + [1.0] * (N_KINDS - 1))  # most of an object is its fixed body
         self.register_buffer("kind_weight", weight, persistent=False)
 
     def predict(self, b: DenseBatch) -> tuple[list[Tensor], Cells, Tensor, Tensor]:
         """-> maps (B, channels, side, side): tokens and, if any, fine; predicted Cells, category and colour logits."""
-        fine = []
-        if self.vision.cfg.fine:
-            x, *fine = self.vision(b.pictures, b.geometry, fine=True)
-        else:
-            x = self.vision(b.pictures, b.geometry)
+        fine = self.vision.cfg.fine > 0
+        seen = self.vision(b.pictures, b.geometry, fine=fine)
+        x, *maps = seen if fine else (seen,)
         B, s, c = len(x), self.side, self.cells
         out = self.dense(x).view(B, s, s, c, c, -1).permute(0, 1, 3, 2, 4, 5).reshape(B, s * c, s * c, -1)
         geometry, rest, kind = out.split([4, 3, N_KINDS], -1)
         cells = Cells(geometry, *rest.unbind(-1), kind)
-        return [as_map(x), *fine], cells, self.category(x.mean(1)), self.colour(x.mean(1))
+        return [as_map(x), *maps], cells, self.category(x.mean(1)), self.colour(x.mean(1))
 
     def forward(self, b: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms. Those of cells, but for the mask, are means over labelled cells of the object.
@@ -73,12 +68,11 @@ class DenseObjective(nn.Module):
         told = solid & (true.movable >= 0) & (true.kind >= 0)
         on_part = told & (true.kind > 0)
         none = said.movable.sum() * 0.0
+        bce = F.binary_cross_entropy_with_logits
         parts = {
             "geometry": F.l1_loss(said.geometry[solid], true.geometry[solid]) if solid.any() else none,
-            "mask": F.binary_cross_entropy_with_logits(said.mask, true.mask),
-            "movable": F.binary_cross_entropy_with_logits(said.movable[told], true.movable[told])
-            if told.any()
-            else none,
+            "mask": bce(said.mask, true.mask),
+            "movable": bce(said.movable[told], true.movable[told]) if told.any() else none,
             "kinds": F.cross_entropy(said.kind[told], true.kind[told], weight=self.kind_weight) if told.any() else none,
             "openness": (said.openness - true.openness).abs()[on_part].sum() / max(on_part.sum(), 1),
             "words": F.cross_entropy(category, b.category) + F.cross_entropy(colour, b.colour),
@@ -154,8 +148,7 @@ def named_losses(out: Tensor, named: NamedParts) -> dict[str, Tensor]:
 class AnswerObjective(nn.Module):
     """Stages 1.1 and 1.2: the model's own next-token loss on answers, and the auxiliary head for their numbers.
 
-    Args: soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no
-        auxiliary head.
+    soft_numbers: standard deviation of a number's soft label in bins, 0 = one-hot. number_weight: 0 = no such head.
     """
 
     def __init__(self, model: nn.Module, soft_numbers: float, number_weight: float):
@@ -166,14 +159,11 @@ class AnswerObjective(nn.Module):
             D = model.config.lm.d_model
             self.numbers = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, N_NUMBERS))
         bins = torch.arange(NUMBERS, dtype=torch.float32)
-        distance = bins[:, None] - bins
-        soft = torch.softmax(-(distance**2) / (2 * soft_numbers**2), 1) if soft_numbers else None
+        soft = torch.softmax(-((bins[:, None] - bins) ** 2) / (2 * soft_numbers**2), 1) if soft_numbers else None
         self.register_buffer("soft", soft, persistent=False)  # (100, 100): row n = the target distribution of number n
 
-    def forward(
-        self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets: float, all_numbers: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: images, owners, .. labels as in RoboMamba.forward; prompts, numbers as in data.dataset.Batch.
+    def forward(self, images, owners, tokens, lengths, labels, prompts, numbers, all_targets, all_numbers) -> tuple:
+        """The loss and its terms. Args: images .. labels as in RoboMamba.forward; prompts, numbers as in Batch.
 
         all_targets, all_numbers: what sums are divided by, the mean counts per process, so that averaging gradients
         over processes gives the mean over all of them.

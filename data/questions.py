@@ -36,8 +36,7 @@ and the same plate is called a lid, a cover or a flap.
 
 Source: RoboMamba (arXiv 2406.04339) section 3.3 and Figures 1, 4; RoboVQA (arXiv 2311.00899) for the robot's types
 (possible and contact: discriminative and generative affordance); ManipLLM for movable; LLaVA (arXiv 2304.08485) for the
-layout; POPE (arXiv 2305.10355) for balanced presence. Differs: sentences from templates, not from people; one picture,
-not a video.
+layout; POPE (arXiv 2305.10355) for balanced presence. Differs: templates, not people's words; one picture, not a video.
 """
 
 import functools
@@ -230,8 +229,7 @@ def general_turns(facts: Mapping, nouns: Mapping[str, float], rng: Generator) ->
     if other is None:
         return whole, []
     yes = rng.random() < 0.5
-    asked = with_article(noun if yes else other)
-    return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=asked)]
+    return whole, [draw_turn(rng, "presence", "yes" if yes else "no", a=with_article(noun if yes else other))]
 
 
 def overview_turns(parts: Sequence[Mapping], facts: Mapping, rng: Generator) -> list[Turn]:
@@ -460,13 +458,11 @@ def turns(facts: Mapping, rng: Generator, allowed="all", shares: Mapping | None 
     if unknown := {facts["category"], *(shares or {})} - set(NOUNS):
         raise ValueError(f"unknown category {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(NOUNS)}")
     nouns, words = vocabulary(tuple((shares or dict.fromkeys(SEEN, 1.0)).items()), tuple(untold))
-    whole, naming = general_turns(facts, nouns, rng)
+    groups = general_turns(facts, nouns, rng)
     if allowed == "all":
-        more = part_turns(facts, words, rng)
-        whole += more[0]
-        naming += more[1]
+        groups = [general + more for general, more in zip(groups, part_turns(facts, words, rng), strict=True)]
     found: dict[str, Turn] = {}
-    for group in (whole, naming):
+    for group in groups:
         for i in rng.permutation(len(group)):
             found.setdefault(group[i].question, group[i])  # "Is there a door?": about the object, or about a part
     return list(found.values())

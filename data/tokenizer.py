@@ -115,8 +115,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 class PublishedEncoding:
-    """A published tokenizer.json (GPT-NeoX-20b's), read by the package `tokenizers`, with the part of
-    tiktoken.Encoding's interface that this project uses.
+    """A published tokenizer.json (GPT-NeoX-20b's) with the part of tiktoken.Encoding's interface that is used here.
 
     USER and ASSISTANT get the first ids after the file's own: GPT-NeoX's 50,277 tokens leave 3 spare rows in the
     embedding of 50,280. Raises: ValueError naming the file and what is wrong with it, or that the package is missing;

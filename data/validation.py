@@ -18,8 +18,7 @@ SHOWN_TYPES = ("caption", "plan", "contact")  # answers.md: one question of each
 def evaluate_dense(objective, data: DensePictures, device, batch: int = 64) -> dict[str, float]:
     """Movable-part IoU and part-kind accuracy over cells, normal error in degrees on the object, category accuracy.
 
-    If the folder has labels for named parts, also the contact error in pixels and the IoU of the part asked for.
-    Args: objective: data.objectives.DenseObjective.
+    If parts are named, also the contact error in pixels and the IoU of the part asked for. objective: DenseObjective.
     """
     both = either = right = parts = categories = 0
     angles, pixels, overlaps = [], [], []
@@ -83,8 +82,7 @@ def evaluate_answers(model, data: Conversations, cached: np.ndarray | None, devi
             hits.setdefault(kind, []).append(torch.equal(said[i], target[i]))
             blanks.setdefault(kind, []).append(torch.equal(said_blank[i], target[i]))
             if kind == "contact":
-                inside = target[i] != IGNORE
-                texts = (data.encoding.decode(ids[i][inside][:-1].tolist()) for ids in (said, target))
+                texts = (data.encoding.decode(ids[i][target[i] != IGNORE][:-1].tolist()) for ids in (said, target))
                 guess, true = (parse_contact(text) for text in texts)
                 if guess and true:
                     pixels.append(S * float(np.hypot(guess[0] - true[0], guess[1] - true[1])))
@@ -100,8 +98,7 @@ def teacher_forced(model, images: Tensor, b, owners: Tensor, device) -> Tensor:
     """The most likely token at each answer position, IGNORE elsewhere: (n, T - 1), aligned with labels[:, 1:]."""
     inputs = (x.to(device) for x in (images, b.tokens, b.lengths))
     logits, _ = model(*inputs, owners=owners.to(device))
-    inside = b.labels[:, 1:] != IGNORE
-    return torch.where(inside, logits[:, :-1].argmax(-1).cpu(), IGNORE)
+    return torch.where(b.labels[:, 1:] != IGNORE, logits[:, :-1].argmax(-1).cpu(), IGNORE)
 
 
 def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
@@ -124,7 +121,4 @@ def shown_questions(data: Conversations) -> list[tuple[str, str, str]]:
 
 def show_answers(model, shown: list[tuple[str, str, str]]) -> list[tuple[str, str, str, str]]:
     """The model's greedily decoded answers to `shown_questions`: rows (picture, question, model, truth)."""
-    rows = []
-    for image, question, truth in shown:
-        rows.append((Path(image).name, question, model.generate(image, question), truth))
-    return rows
+    return [(Path(image).name, question, model.generate(image, question), truth) for image, question, truth in shown]

@@ -31,7 +31,7 @@ WRONG = [
     [
         (1, SCAN, [("torch.exp(dt[..., None] * A)", "1 + dt[..., None] * A")], "Euler's step"),
         (3, SCAN, [(STORE, EARLY + STORE)], "off by one: a chunk starts from the state before the last token"),
-        (6, "data/dataset.py", [("[len(item[0]) for item in items]", "[T for item in items]")], "a pad position"),
+        (6, "data/dataset.py", [("[len(item[0]) for", "[tokens.shape[1] for")], "a pad position"),
         (7, "finetune_policy.py", [("1 - 1e-6))", "1 - 1e-6)).rad2deg()")], "degrees instead of radians"),
         (8, "sim/scene.py", [("(columns - cx)", "(columns + 0.5 - cx)"), ("(rows -", "(rows + 0.5 -")], "half-pixel"),
     ],
