@@ -58,7 +58,7 @@ MORE = "presence=3,possible=4,count=2,parts=2,state=3,success=4,past=4"
 RECIPE = {
     "vision": dict(init="", out="runs/vision", max_steps=6000, lr=2e-3, muon=True, more=""),
     "align": dict(init="runs/vision", out="runs/align", max_steps=100, lr=1e-3, muon=False, more=""),
-    "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=3000, lr=2e-3, muon=True, more=MORE),
+    "cotrain": dict(init="runs/align", out="runs/cotrain", max_steps=6000, lr=2e-3, muon=True, more=MORE),
 }
 TRAINED = {"vision": ("vision",), "align": ("projector",), "cotrain": ("projector", "lm")}
 NUMERIC = {"align": (0.0, 0.0), "cotrain": (0.35, 0.15)}  # fractions of contact questions; of where and box questions
