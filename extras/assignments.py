@@ -58,7 +58,8 @@ TEACHER_ONLY = {
 MARKER = re.compile(r"^ *# (end of )?exercise \d+(: .+)?\n", re.M)
 BEGIN = r"^(?P<begin>(?P<indent> *)# exercise (?P<number>\d+): (?P<what>.+)\n)"
 SOLUTION = re.compile(BEGIN + r"(?P<body>(?:.*\n)*?)(?P<end> *# end of exercise (?P=number)\n)", re.M)
-SOURCE_BYTES, REPLY_BYTES = 2**20, 2**22  # limits: a submission's file (larger ones are not copied), an answer
+# Limits: a submission's file and levels of folders (what is beyond is not copied), an answer
+SOURCE_BYTES, DEEPEST, REPLY_BYTES = 2**20, 8, 2**22
 START_SECONDS = 120  # time allowed for loading torch
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1"}
 UNPROTECTED = "none (no unshare here): it can read your files, use the network and leave processes; use a container"
@@ -106,9 +107,7 @@ def stub(text: str, file: str, exercises=tuple(EXERCISES)) -> str:
 
 def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
     """Write a student's tree to the new folder `out`, completely or not at all; returns the files of each exercise.
-
-    Raises: ValueError if `out` exists.
-    """
+    Raises: ValueError if `out` exists."""
     out = Path(out)
     partial = Path(f"{out}.tmp{os.getpid()}")
     places = {}
@@ -134,12 +133,15 @@ def write_student(out, exercises=tuple(EXERCISES)) -> dict[int, list[str]]:
 
 def copy_sources(tree: Path, out: Path) -> None:
     """Copies the .py files of a submission except its tests. No links or pipes: they may lead outside of it."""
+    out.mkdir(parents=True)
     for folder, folders, files in os.walk(tree):
-        folders[:] = [f for f in folders if not f.startswith(".") and f != "site-packages"]
+        deep = len(Path(folder).relative_to(tree).parts) >= DEEPEST
+        folders[:] = [f for f in folders if not deep and not f.startswith(".") and f != "site-packages"]
         for path in (Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("test_")):
-            if path.is_file() and not path.is_symlink() and path.stat().st_size <= SOURCE_BYTES:
-                (out / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, out / path.relative_to(tree))
+            with contextlib.suppress(PermissionError):
+                if path.is_file() and not path.is_symlink() and path.stat().st_size <= SOURCE_BYTES:
+                    (out / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, out / path.relative_to(tree))
 
 
 def isolated(new: Path, visible: list, hidden: list) -> list[str]:
@@ -156,10 +158,8 @@ def isolated(new: Path, visible: list, hidden: list) -> list[str]:
 
 
 class Student:
-    """A submission's process, started at the first call and restarted after it has ended.
-
-    folder: an empty one, for the copy of `tree`; seconds: time limit per exercise.
-    """
+    """A submission's process, started at the first call and restarted after it has ended. folder: an empty one, for
+    the copy of `tree`; seconds: time limit per exercise."""
 
     def __init__(self, folder: Path, tree: Path, hidden: list, seconds: int):
         work = folder / "work"
@@ -182,10 +182,8 @@ class Student:
         self.command = [*before, *python, start + serve]
 
     def call(self, name: str, *arguments, weights=None, count=False) -> dict:
-        """`exercise_calls.answer` in the student's process.
-
-        Raises: ChildProcessError if it ends before it answers; RuntimeError with what the student's code raised.
-        """
+        """`exercise_calls.answer` in the student's process. Raises: ChildProcessError if it ends before it answers;
+        RuntimeError with what the student's code raised."""
         if self.process is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             options = {"env": ENVIRONMENT, "start_new_session": True, "pipesize": 2**20, "bufsize": 0}
@@ -216,7 +214,7 @@ class Student:
         except (ValueError, TypeError, RecursionError):
             raise ChildProcessError("was stopped, its answer is not readable") from None
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self.process is not None:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -235,7 +233,7 @@ def grade_exercise(student: Student, exercise: int, checks, seed: int, seconds: 
             checks.run(name, student.call, seed)
         except ChildProcessError as error:
             failed |= {name: f"the process {error}"} | dict.fromkeys(names[k + 1 :], "not run")
-            student.stop()
+            student.close()
             break
         except Exception as error:  # a check that cannot even use what came back has failed too
             text = "".join(c if c.isprintable() else " " for c in f"{error}"[:600])
@@ -249,17 +247,13 @@ def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int 
     """The score of a tree: {points, max_points, isolation, exercises: {number: as from `grade_exercise`}}.
 
     Args: checks: the module tests/test_exercises.py; seconds: per exercise; hidden: folders it must not see.
-    Raises: ValueError if `tree` is not a folder. Anything wrong inside it is part of the score.
-    """
+    Raises: ValueError if `tree` is not a folder. Anything wrong inside it is part of the score."""
     tree = Path(tree).resolve()
     if not tree.is_dir():
         raise ValueError(f"{tree}: no such folder; name the root of a student's tree")
     with tempfile.TemporaryDirectory(prefix="grading-") as folder:
-        student = Student(Path(folder), tree, [ROOT, tree, *hidden], seconds)
-        try:
+        with contextlib.closing(Student(Path(folder), tree, [ROOT, tree, *hidden], seconds)) as student:
             scores = {n: grade_exercise(student, n, checks, seed, seconds) for n in exercises}
-        finally:
-            student.stop()
     totals = {key: round(sum(s[key] for s in scores.values()), 1) for key in ("points", "max_points")}
     return totals | {"isolation": student.isolation, "exercises": scores}
 
@@ -302,8 +296,7 @@ def main() -> None:
 
     scores = {}
     for tree in args.grade:
-        hidden = map(os.path.abspath, args.grade)
-        scores[tree] = grade(tree, test_exercises, exercises, args.seed, args.seconds, hidden)
+        scores[tree] = grade(tree, test_exercises, exercises, args.seed, args.seconds, map(os.path.abspath, args.grade))
         print(summary(tree, scores[tree]), flush=True)
         write_json(args.out, {"seed": args.seed, "trees": scores})
 

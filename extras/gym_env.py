@@ -114,10 +114,13 @@ class RoboMambaEnv(gymnasium.Env):
         return self.observe(scene), info | {"expert": np.float32([label.u, label.v, *label.approach])}
 
     def step(self, action) -> tuple[dict, float, bool, bool, dict]:
+        """Raises: ResetNeeded before the first reset; ValueError for an action that is not (5,)."""
         if self.joints is None:
             raise gymnasium.error.ResetNeeded("step() before reset()")
         scene = self.world()
-        outcome = grip(scene, action)
+        u, v, *direction = np.asarray(action, float).reshape(5)
+        zero = np.linalg.norm(direction) < 1e-9
+        outcome = Outcome(0.0, False, False, "zero direction") if zero else scene.act(u, v, direction)
         if outcome.joints is not None:
             scene.set_joints(self.start)
             self.moved = float(scene.opened(scene.target, outcome.joints[scene.target]))
@@ -157,14 +160,6 @@ class RoboMambaEnv(gymnasium.Env):
         tokens = np.array(ids + [self.encoding.eot_token] * (TOKENS - len(ids)))
         seen = {"picture": o.image, "depth": o.depth, "intrinsics": np.float32(o.intrinsics)}
         return seen | {"sentence": o.instruction, "tokens": tokens, "length": len(ids)}
-
-
-def grip(scene: Scene, action) -> Outcome:
-    """Scene.act, with a failure reason for a zero direction. Raises: ValueError for an action that is not (5,)."""
-    u, v, *direction = np.asarray(action, float).reshape(5)
-    if np.linalg.norm(direction) < 1e-9:
-        return Outcome(0.0, False, False, "zero direction")
-    return scene.act(u, v, direction)
 
 
 def random_agent(split: str, episodes: int, seed: int) -> dict:

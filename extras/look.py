@@ -76,8 +76,7 @@ def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
     seen = {block.mixer: [] for block in model.lm.backbone.layers}  # first the picture's u, then the words'
     with contextlib.ExitStack() as hooks:
         for mixer, parts in seen.items():
-            hook = mixer.x_proj.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0]))
-            hooks.callback(hook.remove)
+            hooks.enter_context(mixer.x_proj.register_forward_pre_hook(lambda _, args, to=parts: to.append(args[0])))
         model(model.image_tensor(rgb), torch.tensor([ids]), torch.tensor([len(ids)]))
     inputs = {mixer: torch.cat(parts, 1)[0] for mixer, parts in seen.items()}
     return [Layer(*(x.double() for x in (u, *mixer.selection(u), mixer.D))) for mixer, u in inputs.items()]
@@ -86,8 +85,7 @@ def read(model, rgb: np.ndarray, ids: list[int]) -> list[Layer]:
 def scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scan as a matrix: dt (L, E), A (E, N), B, C (L, N), D (E,) or None -> M (E, L, L), R (E, L, N).
 
-    y[t, e] = sum_s M[e, t, s] u[s, e] + sum_n R[e, t, n] state[e, n]; M is zero above its diagonal. O(L^2) memory.
-    """
+    y[t, e] = sum_s M[e, t, s] u[s, e] + sum_n R[e, t, n] state[e, n]; M is zero above its diagonal. O(L^2) memory."""
     age = dt.cumsum(0).T  # (E, L)
     gap = (age[:, :, None] - age[:, None, :]).clamp(min=0)  # (E, t, s); above the diagonal exp would overflow
     M = torch.zeros_like(gap)
@@ -125,10 +123,9 @@ def shown(layers: list) -> list[int]:
 
 def over_picture(axes, rgb: np.ndarray, values: np.ndarray, most: float | None = None) -> None:
     """Draws the picture (S, S, 3) in grey, with `values` (P,) as colours of its patches, 0 = no colour."""
-    side = math.isqrt(len(values))
     most = max(np.abs(values).max(), SPAN) if most is None else most
     place = (-0.5, len(rgb) - 0.5, len(rgb) - 0.5, -0.5)
-    patches = values.reshape(side, side)
+    patches = values.reshape(math.isqrt(len(values)), -1)
     axes.imshow(rgb.mean(2), cmap="gray", vmin=0, vmax=255)
     axes.imshow(patches, cmap="bwr", vmin=-most, vmax=most, alpha=0.9 * np.abs(patches) / most, extent=place)
     axes.set_axis_off()
@@ -141,20 +138,19 @@ def name_words(axes, words: list[str], first: int, most: int = WORDS) -> None:
 
 
 def log_ratio(values: np.ndarray) -> np.ndarray:
-    """Number of doublings above the median."""
-    return np.log2(values / np.median(values))
+    """Number of doublings above the median, of values (L,) or of every row of (n, L)."""
+    return np.log2(values / np.median(values, -1, keepdims=True))
 
 
 def draw_steps(rgb: np.ndarray, words: list[str], layers: list[Layer]):
     chosen, P = shown(layers), len(layers[0].dt) - len(words)
     figure = new_figure(3 * (1 + len(chosen)), 6)
     grid = figure.add_gridspec(2, 1 + len(chosen))
-    axes = figure.add_subplot(grid[0, 0])
+    axes = figure.add_subplot(grid[0, 0], title="what the model sees")
     axes.imshow(rgb)
-    axes.set_title("what the model sees")
     axes.set_axis_off()
     mean = np.stack([layers[i].dt.mean(1).numpy() for i in chosen])  # (layers, L)
-    ratio = np.stack([log_ratio(row) for row in mean])
+    ratio = log_ratio(mean)
     most = max(np.abs(ratio).max(), SPAN)
     for j, i in enumerate(chosen):
         axes = figure.add_subplot(grid[0, 1 + j])
@@ -211,9 +207,7 @@ def draw_memory(rgb: np.ndarray, words: list[str], layers: list[Layer]):
 
 def save(out: Path, pictures: dict[str, list[Image.Image]]) -> list[Path]:
     """Writes OUT/README.md with the captions of the files present, then the pictures: one frame, or a GIF of several.
-
-    Raises: ValueError naming a file that cannot be written.
-    """
+    Raises: ValueError naming a file that cannot be written."""
     names = [name for name in CAPTIONS if name in pictures or (out / name).exists()]
     text = "".join(f"## {name}\n\n{CAPTIONS[name]}\n\n![{name}]({name})\n\n" for name in names)
     write_text(out / "README.md", "# Inside the model\n\n" + text)
@@ -288,10 +282,8 @@ def draw_film(frames: list[Frame]) -> list[Image.Image]:
 
 def episode(model, category: str, seed: int) -> dict[str, list[Image.Image]]:
     """opening.gif: the model's own action in the first scene from `seed` on where it opens a drawer ("long" success in
-    sim/scene.py); and the pictures of the start state of that scene.
-
-    Raises: ValueError for an unknown category, or if none of EPISODE_TRIES scenes qualifies.
-    """
+    sim/scene.py); and the pictures of the start state of that scene. Raises: ValueError for an unknown category, or if
+    none of EPISODE_TRIES scenes qualifies."""
     from sim.scene import Scene
 
     with Scene(model.config.vision.image_size) as scene:

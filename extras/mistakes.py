@@ -13,6 +13,7 @@ import contextlib
 import io
 import math
 import statistics
+from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -51,8 +52,7 @@ def samples(size: int) -> list[Sample]:
             scene.spawn(category, FIRST_SEED + k).render()
             label = expert(scene, np.random.default_rng(k))
             if label is not None:
-                instruction = f"open the {scene.spec.parts[scene.target].label}"
-                found.append(Sample(scene.rgb, instruction, label))
+                found.append(Sample(scene.rgb, f"open the {scene.spec.parts[scene.target].label}", label))
     return found
 
 
@@ -64,62 +64,56 @@ def batch(model, scenes: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torc
     return pictures, tokens, torch.tensor([len(prompt) for prompt in prompts])
 
 
-def swapped_b_and_c():
+def replaces(owner, name: str):
+    """Decorator: wrong(right, ..) becomes a mistake: it is called in place of the function owner.name, its `right`."""
+
+    def decorate(wrong):
+        def plant():
+            right = getattr(owner, name)
+            return patch.object(owner, name, lambda *args, **options: wrong(right, *args, **options))
+
+        return wraps(wrong)(plant)
+
+    return decorate
+
+
+@replaces(scan, "_forward_chunk")
+def swapped_b_and_c(right, dt, dtu, A2, B, C, *rest):
     """B and C swapped in the scan: same shapes, no error; the contact is somewhere else"""
-    right = scan._forward_chunk
-    return patch.object(scan, "_forward_chunk", lambda dt, dtu, A2, B, C, *rest: right(dt, dtu, A2, C, B, *rest))
+    return right(dt, dtu, A2, C, B, *rest)
 
 
-def no_softplus():
+@replaces(robomamba.MambaMixer, "selection")
+def no_softplus(right, self, u):
     """softplus of dt left out: negative steps, so the state grows instead of fading"""
-    right = robomamba.MambaMixer.selection
-
-    def wrong(self, u):
-        dt, A, B, C = right(self, u)
-        return dt + torch.log(-torch.expm1(-dt)), A, B, C  # the input of the softplus
-
-    return patch.object(robomamba.MambaMixer, "selection", wrong)
+    dt, A, B, C = right(self, u)
+    return dt + torch.log(-torch.expm1(-dt)), A, B, C  # the input of the softplus
 
 
-def state_in_bfloat16():
+@replaces(scan, "_prepare")
+def state_in_bfloat16(right, *args, **options):
     """scan in bfloat16: slow memories stand still: 0.999 times a state rounds to the state"""
-    right = scan._prepare
-
-    def wrong(*args, **options):
-        return [x.bfloat16() if x.dtype == torch.float32 else x for x in right(*args, **options)]
-
-    return patch.object(scan, "_prepare", wrong)
+    return [x.bfloat16() if x.dtype == torch.float32 else x for x in right(*args, **options)]
 
 
-def divided_by_product():
+@replaces(scan, "_states")
+def divided_by_product(right, dt, dtu, A2, B, h, decay, hs):
     """divide by the cumulative product of decays: right on short inputs; on long ones the product underflows
     and 0 / 0 follows"""
-
-    def wrong(dt, dtu, A2, B, h, decay, hs):
-        product = torch.mul(dt.unsqueeze(2), A2, out=decay).exp2_().cumprod(0)
-        torch.mul(dtu.unsqueeze(2), B.unsqueeze(3), out=hs).div_(product).cumsum_(0).add_(h).mul_(product)
-
-    return patch.object(scan, "_states", wrong)
+    product = torch.mul(dt.unsqueeze(2), A2, out=decay).exp2_().cumprod(0)
+    torch.mul(dtu.unsqueeze(2), B.unsqueeze(3), out=hs).div_(product).cumsum_(0).add_(h).mul_(product)
 
 
-def centred_convolution():
+@replaces(robomamba.MambaMixer, "conv")
+def centred_convolution(right, self, x):
     """conv1d centred instead of causal: the loss is too good to be true: a word sees the next one"""
-    right = robomamba.MambaMixer.conv
-
-    def wrong(self, x):
-        return right(self, torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1))  # one token of the future
-
-    return patch.object(robomamba.MambaMixer, "conv", wrong)
+    return right(self, torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1))  # one token of the future
 
 
-def forgotten_convolution():
+@replaces(robomamba.MambaMixer, "step")
+def forgotten_convolution(right, self, x, state):
     """`step` forgets the inputs of conv1d: loss and head are right, generated text is noise (inf: no contact)"""
-    right = robomamba.MambaMixer.step
-
-    def wrong(self, x, state):
-        return right(self, x, robomamba.LayerState(torch.zeros_like(state.conv), state.ssm))
-
-    return patch.object(robomamba.MambaMixer, "step", wrong)
+    return right(self, x, robomamba.LayerState(torch.zeros_like(state.conv), state.ssm))
 
 
 def read_at_the_padding():
@@ -194,35 +188,21 @@ MISTAKES = (  # the function that plants it, what is measured, its format, the t
     (no_softplus, largest_state, "largest state {:.2g}", "model.py::test_the_picture_reaches_the_last_state_at_step_0"),
     (state_in_bfloat16, left_of_memory, "{:.2f} left after 1,000 tokens", "scan.py::test_mixed_precision_and_autocast"),
     (divided_by_product, not_finite, "{:.0%} inf or nan", "scan.py::test_extreme_steps"),
-    (
-        centred_convolution,
-        moved_by_the_future,
-        "outputs move by {:.2g} with the next word",
-        "model.py::test_language_model_is_causal",
-    ),
-    (
-        forgotten_convolution,
-        written_px,
-        "{:.1f} px off in words",
-        "model.py::test_step_equals_forward_for_the_whole_tiny_model",
-    ),
+    (centred_convolution, moved_by_the_future, "outputs move by {:.2g} with the next word",
+     "model.py::test_language_model_is_causal"),
+    (forgotten_convolution, written_px, "{:.1f} px off in words",
+     "model.py::test_step_equals_forward_for_the_whole_tiny_model"),
     (read_at_the_padding, contact_px, "{:.1f} px off", "model.py::test_padding_never_reaches_the_pooled_state"),
-    (
-        row_for_column,
-        direction_deg,
-        "{:.0f} degrees off",
-        "model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops",
-    ),
-)
+    (row_for_column, direction_deg, "{:.0f} degrees off",
+     "model.py::test_predict_action_stays_in_the_picture_and_does_not_depend_on_full_stops"),
+)  # fmt: skip
 
 
 def rows(model, scenes: list[Sample]) -> list[dict]:
     """One row per mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; None if not finite."""
     table = []
-    right = {}
+    right = {measure: measure(model, scenes) for measure in {measure for _, measure, *_ in MISTAKES}}
     for plant, measure, form, test in MISTAKES:
-        if measure not in right:
-            right[measure] = measure(model, scenes)
         with plant():
             wrong = measure(model, scenes)
         name, see = " ".join(plant.__doc__.split()).split(": ", 1)
@@ -232,10 +212,8 @@ def rows(model, scenes: list[Sample]) -> list[dict]:
 
 
 def prove(table: list[dict]) -> None:
-    """Adds "caught" to the rows: does its test fail with the mistake in place?
-
-    Raises: ValueError if a test fails without a mistake.
-    """
+    """Adds "caught" to the rows: does its test fail with the mistake in place? Raises: ValueError if a test fails
+    without a mistake."""
     import pytest
 
     def run(*tests) -> int:

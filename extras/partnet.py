@@ -27,13 +27,14 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from common.files import read_json, read_text
 from sim import objects
-from sim.objects import ObjectSpec, Part, Shape, roll_pitch_yaw, rotation
+from sim.objects import ObjectSpec, Part, Shape, box, roll_pitch_yaw, rotation
 from sim.scene import Scene, need_pybullet, p
 
 PREFIX = "objects/"  # of an object's name wherever catalogue categories are accepted too
@@ -74,10 +75,8 @@ class UserObject:
 
 
 def read_obj(path: Path) -> np.ndarray:
-    """The vertices (n, 3) used by the faces of an .obj file, in file order.
-
-    Raises: ValueError naming file and line, also for a face whose vertex is missing and for faces without area.
-    """
+    """The vertices (n, 3) used by the faces of an .obj file, in file order. Raises: ValueError naming file and line,
+    also for a face whose vertex is missing and for faces without area."""
     vertices, faces, triangles = [], [], []
     counts = {"v": 0, "vt": 0, "vn": 0}
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -172,8 +171,7 @@ def read_object(folder: Path) -> UserObject:
     meshes = {name: _meshes(links[name], pose[name], folder) for name in (root, *order)}
     size = _fit([mesh for group in meshes.values() for mesh in group], pose, path)
 
-    # Link -> the part it belongs to (None: the base) and that part's meshes. One motion per part: a joint on a part
-    # that already moves is held fixed.
+    # Link -> the part it belongs to (None: the base) and that part's meshes.
     owner = {root: (None, meshes[root])}
     moving, held = [], 0
     for name in order:
@@ -298,8 +296,7 @@ def _part(joint, pose: np.ndarray, limits: tuple[float, float], where: str) -> P
 def _box_around(mesh: Mesh, origin: tuple) -> Shape:
     """A box around a mesh, in the frame of its part."""
     low, high = mesh.points.min(0), mesh.points.max(0)
-    middle = (low + high) / 2 - np.array(origin)
-    return Shape("box", tuple((high - low).tolist()), tuple(middle.tolist()), (0.0, 0.0, 0.0), GREY)
+    return box((high - low).tolist(), ((low + high) / 2 - origin).tolist(), GREY)
 
 
 def _name_parts(parts: list[Part]) -> None:
@@ -317,8 +314,7 @@ def _name_parts(parts: list[Part]) -> None:
 def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
     """A unique label for every part: "door"; "top drawer", "bottom drawer"; "left door"; else "first key" ...
 
-    Args: kinds: one word per part. centres: (3,) each, metres, world: z up, y to the right of a viewer in front.
-    """
+    Args: kinds: one word per part. centres: (3,) each, metres, world: z up, y to the right of a viewer in front."""
     out = list(kinds)
     for kind in set(kinds):
         same = [i for i, other in enumerate(kinds) if other == kind]
@@ -343,7 +339,7 @@ def to_urdf(thing: UserObject, mass: float, inertia: float) -> str:
     for group, origin in zip(thing.meshes, [(0, 0, 0), *(part.origin for part in thing.spec.parts)], strict=True):
         bodies.append([])
         for mesh in group:
-            values = (mesh.scale, mesh.offset - np.array(origin), roll_pitch_yaw(mesh.turn))
+            values = (mesh.scale, mesh.offset - origin, roll_pitch_yaw(mesh.turn))
             scale, at, rpy = (" ".join(f"{x:.9g}" for x in vector) for vector in values)
             element = ElementTree.Element("mesh", filename=str(mesh.path), scale=scale)
             shape = ElementTree.tostring(element, encoding="unicode")
@@ -364,42 +360,34 @@ def _folders(directory: str) -> dict[str, Path]:
 
 def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Names, for ObjectScene.spawn, of the usable objects in `directory`; {folder: what is wrong} for the rest; and
-    {name: number of its joints held fixed}. Raises: ValueError when nothing is usable.
-    """
+    {name: number of its joints held fixed}. Raises: ValueError when nothing is usable."""
     need_pybullet()
-    good, bad, held = [], {}, {}
+    held, bad = {}, {}
     for name, folder in _folders(directory).items():
         try:
-            fixed = read_object(folder).held
+            held[name] = read_object(folder).held
         except ValueError as error:
             bad[folder.name] = str(error)
-            continue
-        good.append(name)
-        if fixed:
-            held[name] = fixed
-    if not good:
+    if not held:
         why = "; ".join(bad.values()) or "it has no folders"
         raise ValueError(f"--objects {directory}: none of {len(bad)} objects can be used: {why}")
-    return good, bad, held
+    return list(held), bad, {name: count for name, count in held.items() if count}
 
 
 class ObjectScene(Scene):
     """A Scene that knows the user's objects as well as the catalogue: spawn("objects/45261", seed).
 
-    .category is the object's own ("model_cat" of its meta.json); .object is the name it was spawned by.
-    """
+    .category is the object's own ("model_cat" of its meta.json); .object is the name it was spawned by."""
 
     def __init__(self, directory: str, image_size: int = 128):
         super().__init__(image_size)
         self._folders = _folders(directory)
-        self._read: dict[str, UserObject] = {}
+        self._read = cache(read_object)
 
     def make(self, category: str, seed: int) -> tuple[ObjectSpec, str, int]:
         if category not in self._folders:
             return super().make(category, seed)
-        if category not in self._read:
-            self._read[category] = read_object(self._folders[category])
-        thing = self._read[category]
+        thing = self._read(self._folders[category])
         urdf = to_urdf(thing, self.physics.mass_kg, self.physics.inertia)
         return thing.spec, urdf, p.URDF_USE_MATERIAL_COLORS_FROM_MTL  # otherwise everything is white
 

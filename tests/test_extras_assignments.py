@@ -388,12 +388,20 @@ def test_a_broken_tree_is_a_result(tmp_path):
     }
     broken = write_tree(tmp_path / "broken", syntax)
     folder = write_tree(tmp_path / "folder", {"tests/adapters.py/x.py": ""})
-    scores = grade(tmp_path, broken, folder)
+    empty = write_tree(tmp_path / "empty", {"README.md": ""})
+    scores = grade(tmp_path, broken, folder, empty)
     assert failing(scores[broken]["exercises"]) == {1, 2, 3, 4, 5, 7}  # 6 and 8 need no scan
     message = scores[broken]["exercises"]["1"]["failed"]["decay and write, one token"]
     assert message.startswith("SyntaxError") and "selective_scan.py" in message
-    assert scores[folder]["points"] == 0
+    assert scores[folder]["points"] == scores[empty]["points"] == 0
     assert "No module named 'adapters'" in scores[folder]["exercises"]["6"]["failed"]["labels are the replies"]
+
+
+def test_folders_are_followed_to_a_limit(tmp_path):
+    """Through a thousand of them, one in the other, os.walk ends the grader with a RecursionError."""
+    tree = write_tree(tmp_path / "tree", {"a/b/x.py": "", "a/b/c/d/e/f/g/h/i/x.py": ""})
+    assignments.copy_sources(tree, tmp_path / "copy")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("copy/**/*.py")] == ["copy/a/b/x.py"]
 
 
 @pytest.mark.parametrize(
