@@ -562,6 +562,8 @@ def test_a_failed_command_leaves_a_finished_run_as_it_is(data, start, tmp_path):
     with pytest.raises(ValueError):
         train(config(data, start, tmp_path / "o", "vision", val="nowhere"))
     with pytest.raises(ValueError):
+        train(config(data, start, tmp_path / "o", "vision", more="no term of the loss=1"))
+    with pytest.raises(ValueError):
         finetune(policy(data, start, tmp_path / "p", val="nowhere"))
     assert files == {p: p.read_bytes() for name in "op" for p in (tmp_path / name).iterdir()}
 
