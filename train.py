@@ -49,7 +49,7 @@ from common.weights import count
 from data.dataset import IGNORE, Batch, Conversations, visual_tokens, ways
 from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
-from data.tokenizer import PublishedEncoding, load_encoding
+from data.tokenizer import load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import RoboMamba, RoboMambaConfig
 
@@ -170,7 +170,11 @@ def fit(cfg: TrainConfig, run: Run, objective: nn.Module, batch_of_step, inputs,
         arguments = inputs(batch)
         with torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda"):
             loss, terms = parallel(*arguments)
-        descend(loss, objective, optimizer, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        stop_on_nan(step, loss, objective)
+        nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
+        optimizer.step()
         means = processes.mean([loss.item(), *(term.item() for term in terms.values())])
         run.log(done, **dict(zip(("loss", *terms), means, strict=True)))
         if cfg.val and (done % EVAL_EVERY == 0 or done == cfg.max_steps):
@@ -184,15 +188,6 @@ def fit(cfg: TrainConfig, run: Run, objective: nn.Module, batch_of_step, inputs,
         if done % SAVE_EVERY == 0 and done < cfg.max_steps:
             run.save(done, [objective], optimizer)
     return result
-
-
-def descend(loss: Tensor, objective: nn.Module, optimizer, step: int) -> None:
-    """One optimizer step on the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    stop_on_nan(step, loss, objective)
-    nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], CLIP)
-    optimizer.step()
 
 
 def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
@@ -227,8 +222,7 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
         cached = cached_tokens(cfg, model, data, run)
         val_cached = cached_tokens(cfg, model, val, run)[-1] if cfg.val else None
     shown = shown_questions(val) if cfg.val else []
-    has_numbers = not isinstance(model.encoding, PublishedEncoding)  # a published vocabulary has none
-    weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
+    weights = (cfg.soft_numbers, cfg.number_weight) if data.has_numbers else (0.0, 0.0)
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)
     torch.manual_seed(cfg.seed + 1)  # for the auxiliary head
