@@ -11,8 +11,8 @@ the approach (sim.scene.rotation_from_approach), because a suction cup leaves it
 mean angle could not fall below 90 degrees.
 
 A model with a fine map (`fine` in common/config.py) has a second head, the pointing head, about as small. It trains on
-part of each batch to predict, for each cell of the map, whether it is the contact. An RGB-D encoder sees every picture
-twice, with and without depth.
+part of each batch to predict, for each cell of the map, whether it is the contact and in which direction to grip there.
+An RGB-D encoder sees every picture twice, with and without depth.
 
 Written to OUT: the checkpoint, policy.json (errors on --val, sizes, seconds), run.json, metrics.csv and curves.png:
     loss, averaged per epoch; on --val every five epochs, with depth if the encoder takes it: pixel_px (median distance
@@ -143,8 +143,8 @@ def text_states(model: RoboMamba, images: Tensor, samples: list[dict], owners: T
     device = model.lm.lm_head.weight.device
     prompts = [model.prompt(contact_question(s["instruction"])) for s in samples]
     tokens, _, lengths, _ = pad([pack([(prompt, [])]) for prompt in prompts], model.encoding.eot_token)
-    tokens, lengths = tokens.to(device), lengths.to(device)
-    _, _, states = model(images.to(device), tokens, lengths, owners=owners.to(device), return_states=True)
+    lengths = lengths.to(device)
+    states = model.text_states(images.to(device), tokens.to(device), owners.to(device), lengths=lengths)
     return model.pool(states, lengths)
 
 
@@ -251,11 +251,11 @@ def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Sam
     weights = [p for learner in learners for p in learner.parameters()]  # everything a checkpoint must hold
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     n = len(data.pixel)
-    steps = steps_per_epoch(cfg, n)
+    steps = math.ceil(n / cfg.batch_size)  # of an epoch
     first = run.begin()
     run.load(learners, optimizer)
     result = {}
-    for epoch in range(first // steps, -(-run.total // steps)):
+    for epoch in range(first // steps, math.ceil(run.total / steps)):
         order = torch.from_numpy(order_of_pass(cfg.seed, epoch, n))
         batches = order.split(cfg.batch_size)[: run.total - epoch * steps]
         losses = 0.0
@@ -285,10 +285,6 @@ def learn(cfg: PolicyConfig, run: Run, model: RoboMamba, data: Samples, val: Sam
     return result
 
 
-def steps_per_epoch(cfg: PolicyConfig, samples: int) -> int:
-    return math.ceil(samples / cfg.batch_size)
-
-
 def finetune(cfg: PolicyConfig) -> dict:
     """Train the head; returns the last validation errors, sizes and seconds (also written to OUT/policy.json)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -304,7 +300,7 @@ def finetune(cfg: PolicyConfig) -> dict:
     frozen = freeze(model, PARTS if cfg.unfreeze else HEADS)
     heads = {name: count(getattr(model, name)) for name in HEADS if getattr(model, name)}
     shown = (False,) if cfg.unfreeze else ways(model.vision, cfg.data, [s["image"] for s in samples])
-    total = cfg.max_steps or cfg.epochs * steps_per_epoch(cfg, len(shown) * len(samples))
+    total = cfg.max_steps or cfg.epochs * math.ceil(len(shown) * len(samples) / cfg.batch_size)
     with Run(cfg, processes, total, log_every=1) as run:
         rest = "the rest is frozen" if frozen else "the rest is trained too"
         sizes = ", ".join(f"{name} {n:,d} ({n / count(model):.3%})" for name, n in heads.items())

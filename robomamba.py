@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from common.config import HeadConfig, LMConfig, RoboMambaConfig, VisionConfig
 from common.files import read_json, write_json
 from common.pointing import FineMap, PointingHead, peak
+from common.scripts import run_main
 from common.weights import KEEP_FLOAT32, load_tensors, save_folder, save_tensors
 from data import depth as depth_camera
 from data import tokenizer
@@ -85,38 +86,35 @@ class ViTBlock(nn.Module):
 
 
 def patch_embedding(cfg: VisionConfig) -> nn.Module:
-    """CLIP's single patch convolution, or the stem of strided ones; pixels -> (B, W, S / patch, S / patch)."""
+    """CLIP's single patch convolution, or a `stem` of strided 3x3 ones; pixels -> (B, W, S / patch, S / patch)."""
     channels = 7 if cfg.depth else 3
     if not cfg.stem:
         return nn.Conv2d(channels, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
     layers = []
-    for width in cfg.stem:
-        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GELU()]
-        channels = width
-    return nn.Sequential(*layers, nn.Conv2d(channels, cfg.width, 3, stride=2, padding=1))
+    for c_in, c_out in zip((channels, *cfg.stem), (*cfg.stem, cfg.width), strict=True):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
+    return nn.Sequential(*layers[:-1])  # no GELU after the last convolution
 
 
 class VisionTransformer(nn.Module):
     """CLIP's image tower: class token, learned positions, pre-norm blocks; returns the patch tokens of one layer.
 
     Source: CLIP section 2.4; RoboMamba section 3.1 takes the second-to-last layer of ViT-L and drops the class token.
-    Differs: `stem` replaces the one patch convolution with strided 3x3 ones (see the module docstring); () is CLIP's.
-    `depth` adds four input channels, `fine` a map of higher resolution."""
+    Differs: `stem`, see `patch_embedding`; `depth` adds four input channels, `fine` a map of higher resolution."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
-        W = cfg.width
         self.embeddings = nn.Module()  # a namespace
-        self.embeddings.class_embedding = nn.Parameter(torch.zeros(W))
+        self.embeddings.class_embedding = nn.Parameter(torch.zeros(cfg.width))
         self.embeddings.patch_embedding = patch_embedding(cfg)
-        self.embeddings.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, W)
-        self.pre_layrnorm = nn.LayerNorm(W)  # spelt as in the published checkpoints
+        self.embeddings.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.width)
+        self.pre_layrnorm = nn.LayerNorm(cfg.width)  # spelt as in the published checkpoints
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layer))
-        self.post_layernorm = nn.LayerNorm(W)
-        if cfg.fine:
-            self.fine = FineMap(cfg)
+        self.used = cfg.select_layer % (cfg.n_layer + 1)  # number of blocks that run: -1 is all, -2 all but the last
+        self.post_layernorm = nn.LayerNorm(cfg.width)
+        self.fine = FineMap(cfg) if cfg.fine else None
 
     @classmethod
     def from_pretrained(cls, folder, select_layer: int = -2, dtype=torch.float32) -> "VisionTransformer":
@@ -150,10 +148,16 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
-        for block in self.encoder.layers[: self.cfg.select_layer % (self.cfg.n_layer + 1)]:
+        for block in self.encoder.layers[: self.used]:
             x = block(x)
         tokens = (self.post_layernorm(x) if self.cfg.output_norm else x)[:, 1:]
         return (tokens, self.fine(tokens, seen)) if fine else tokens
+
+    def unread(self, fine: bool) -> list[nn.Module]:
+        """The parts that no output of `forward` depends on, called with this `fine`."""
+        parts = [*self.encoder.layers[self.used :]]
+        parts += [] if self.cfg.output_norm else [self.post_layernorm]
+        return [*parts, self.fine] if self.fine and not fine else parts
 
 
 def mlp(widths: tuple, activation: type, last_bias: bool = True) -> nn.Sequential:
@@ -169,8 +173,7 @@ def position_code(side: int, d_model: int) -> Tensor:
         w = math.pi * torch.linspace(0.5, side, d_model // 4)
         angle = (torch.arange(side)[:, None] + 0.5) / side * w  # (side, d_model / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, d_model / 2)
-    rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
-    return 0.5 * torch.cat([rows, columns], 2).reshape(side * side, d_model)
+    return 0.5 * torch.cat([code.repeat_interleave(side, 0), code.repeat(side, 1)], 1)
 
 
 # ---- mamba -----------------------------------------------------------------------------------------------------------
@@ -407,8 +410,7 @@ class RoboMamba(nn.Module):
         self.projector = mlp((config.vision.width, *config.projector_hidden, config.lm.d_model), nn.GELU)
         self.lm = MambaLM(config.lm)
         self.head = PolicyHead(config.head, config.lm.d_model)
-        C = config.vision.fine
-        self.point = PointingHead(config.lm.d_model, C) if C else None
+        self.point = PointingHead(config.lm.d_model, config.vision.fine) if config.vision.fine else None
         side = config.vision.image_size // config.vision.patch_size
         position = position_code(side, config.lm.d_model) if config.position_code else None
         self.register_buffer("position", position, persistent=False)  # computed, not learned: not in checkpoints
@@ -516,13 +518,11 @@ class RoboMamba(nn.Module):
 
     def pool(self, states: Tensor, lengths: Tensor) -> Tensor:
         """(n, T, D) -> (n, D), the policy head's input. "last" is the last TRUE token; `[:, -1]` could be padding."""
+        if self.config.head.pool == "mean":
+            inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+            return (states * inside[..., None]).sum(1) / lengths[:, None]
         last = states[torch.arange(len(states), device=states.device), lengths - 1]
-        if self.config.head.pool == "last":
-            return last
-        if self.config.head.pool == "first_last":
-            return (states[:, 0] + last) / 2
-        inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-        return (states * inside[..., None]).sum(1) / lengths[:, None]
+        return last if self.config.head.pool == "last" else (states[:, 0] + last) / 2  # "first_last"
 
     @torch.inference_mode()
     def generate(self, image, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
@@ -638,8 +638,8 @@ def init_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             fan_in = module.weight[0].numel()
-            small = 0.02 * math.sqrt(768 / fan_in)
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in) if isinstance(module, nn.Conv2d) else small)
+            std = math.sqrt(2 / fan_in) if isinstance(module, nn.Conv2d) else 0.02 * math.sqrt(768 / fan_in)
+            nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -695,6 +695,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from common.scripts import run_main  # only the command line needs it
-
     run_main(main)

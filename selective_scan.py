@@ -129,7 +129,7 @@ def selective_scan(u, dt, A, B, C, D=None, state=None, *, method="auto", chunk=N
         None: zeros. All float64, or any mix of float32, bfloat16 and float16, which is computed in float32; all on one
         device.
         method: "reference" (the definition), "chunked", "parallel", or "auto": chunked on a CPU, where it is faster;
-        parallel elsewhere, as it launches fewer kernels; the definition under torch.compile, which takes it apart.
+        parallel elsewhere, as it launches fewer kernels; the definition under torch.compile, which fuses it itself.
         chunk: time steps per chunk of the chunked form; None chooses. The result does not depend on it.
     Returns: y (B, L, E) in u's dtype; the state after the last token (B, E, N) in float32 (float64 for float64).
         Both are differentiable in every argument. A sequence may be split anywhere, handing the state on.
@@ -203,8 +203,7 @@ def _fast(form, u, dt, A, B, C, D, state, *options):
 
 
 def _no_autocast(u):
-    device = "cpu" if u.device.type == "meta" else u.device.type  # autocast knows no meta device
-    return torch.autocast(device, enabled=False)
+    return torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False)  # autocast knows no meta device
 
 
 def _refuse_graph():
@@ -297,11 +296,7 @@ def _block_sizes(batch, L, N, E, chunk):
 
 
 def _blocks(total, size):
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _views(buffers, size):
-    return [x[: math.prod(size)].view(size) for x in buffers]
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 class _ChunkedScan(_Scan):
@@ -323,11 +318,11 @@ class _ChunkedScan(_Scan):
             h = state[rows].contiguous()
             for i, steps in enumerate(_blocks(L, T)):
                 u_, dt_, B_, C_ = (x[rows, steps].transpose(0, 1) for x in (u, dt, B, C))
-                size = (*dt_.shape[:2], N, E)
+                views = buffers[:, : dt_.numel() * N].view(2, *dt_.shape[:2], N, E)
                 if keep:
                     bounds[i, rows] = h
                 dtu = torch.mul(dt_, u_, out=u.new_empty(dt_.shape))
-                y_, h = _forward_chunk(dt_, dtu, A2, B_, C_, h, _views(buffers, size))
+                y_, h = _forward_chunk(dt_, dtu, A2, B_, C_, h, views)
                 y[rows, steps] = y_.addcmul_(u_, D).transpose(0, 1)
             last[rows] = h
         # end of exercise 3
@@ -347,7 +342,7 @@ class _ChunkedScan(_Scan):
                 carry = g_last[rows].contiguous()
                 for i, steps in reversed(list(enumerate(_blocks(L, T)))):
                     u_, dt_, B_, C_, gy_ = (x[rows, steps].transpose(0, 1) for x in (u, dt, B, C, gy))
-                    views = _views(buffers, (*dt_.shape[:2], N, E))
+                    views = buffers[:, : dt_.numel() * N].view(3, *dt_.shape[:2], N, E)
                     found, gA_, carry = _backward_chunk(u_, dt_, A, B_, C_, gy_, bounds[i, rows], carry, views)
                     gA += gA_
                     for whole, part in zip(grads, found, strict=True):

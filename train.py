@@ -49,7 +49,7 @@ from common.weights import count
 from data.dataset import IGNORE, Batch, Conversations, visual_tokens, ways
 from data.dense import DenseBatch, DensePictures
 from data.objectives import AnswerObjective, DenseObjective
-from data.tokenizer import PublishedEncoding, load_encoding
+from data.tokenizer import load_encoding
 from data.validation import evaluate_answers, evaluate_dense, show_answers, shown_questions
 from robomamba import RoboMamba, RoboMambaConfig
 
@@ -143,88 +143,70 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     if cfg.unfreeze_vision:
         trained = ("vision", *trained)
     frozen = freeze(model, trained)
-    vision = model.vision
-    unread = [*vision.encoder.layers[vision.cfg.select_layer % (vision.cfg.n_layer + 1) :]]
-    unread += [] if vision.cfg.output_norm else [vision.post_layernorm]
-    unread += [vision.fine] if vision.cfg.fine and cfg.stage != "vision" else []
-    for part in unread:  # data parallelism refuses weights without a gradient
+    for part in model.vision.unread(fine=cfg.stage == "vision"):  # data parallelism refuses weights without a gradient
         part.requires_grad_(False)
     run = Run(cfg, processes, cfg.max_steps, LOG_EVERY)
-    sizes = (
-        f"{name} {count(part):,d} {'frozen' if name in frozen else 'trained'}" for name, part in parts_of(model).items()
-    )
+    sizes = (f"{k} {count(part):,d} {'frozen' if k in frozen else 'trained'}" for k, part in parts_of(model).items())
     run.say("  ".join(sizes))
     return model, frozen, run
 
 
-def prepare(cfg: TrainConfig, run: Run, objective: nn.Module) -> tuple[nn.Module, Muon]:
-    """The objective, wrapped for data parallelism, and its optimizer; both restored when resuming."""
-    objective.to(run.processes.device).train()
-    groups = parameter_groups(objective, WEIGHT_DECAY, cfg.muon)
-    optimizer = Muon(groups, lr=cfg.lr, betas=(0.9, 0.98))
+def fit(cfg: TrainConfig, run: Run, objective: nn.Module, batch_of_step, inputs, validate) -> dict:
+    """Train; log, validate and save when due; resume if asked to. Returns the last validation numbers.
+
+    batch_of_step: step -> batch, called in advance by other processes with --workers. inputs: batch -> the arguments of
+    the objective, which returns the loss and its terms. validate: steps done -> {name: number}.
+    """
+    processes = run.processes
+    steps = range(run.begin(), cfg.max_steps)
+    objective.to(processes.device).train()
+    optimizer = Muon(parameter_groups(objective, WEIGHT_DECAY, cfg.muon), lr=cfg.lr, betas=(0.9, 0.98))
     run.load([objective], optimizer)
-    return run.processes.wrap(objective), optimizer
-
-
-def descend(loss: Tensor, objective: nn.Module, optimizer, step: int) -> None:
-    """One optimizer step on the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    stop_on_nan(step, loss, objective)
-    nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], CLIP)
-    optimizer.step()
-
-
-def after_step(cfg: TrainConfig, run: Run, done: int, loss, parts: dict, objective, optimizer, validate) -> dict | None:
-    """Log; validate and save when due. done: steps done in the whole run. Returns new validation numbers, if any."""
-    means = run.processes.mean([loss.item(), *(part.item() for part in parts.values())])
-    run.log(done, **dict(zip(("loss", *parts), means, strict=True)))
-    result = None
-    last = done == run.total
-    if cfg.val and (done % EVAL_EVERY == 0 or last):
-        objective.eval()
-        if run.processes.first:
-            result = validate(done)
-            run.write(done, **result)
-            run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
-        run.processes.barrier()
-        objective.train()
-    if done % SAVE_EVERY == 0 and not last:
-        run.save(done, [objective], optimizer)
+    parallel = processes.wrap(objective)
+    result = {}
+    for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+        done = step + 1
+        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
+        arguments = inputs(batch)
+        with torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda"):
+            loss, terms = parallel(*arguments)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        stop_on_nan(step, loss, objective)
+        nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
+        optimizer.step()
+        means = processes.mean([loss.item(), *(term.item() for term in terms.values())])
+        run.log(done, **dict(zip(("loss", *terms), means, strict=True)))
+        if cfg.val and (done % EVAL_EVERY == 0 or done == cfg.max_steps):
+            objective.eval()
+            if processes.first:
+                result = validate(done)
+                run.write(done, **result)
+                run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+            processes.barrier()
+            objective.train()
+        if done % SAVE_EVERY == 0 and done < cfg.max_steps:
+            run.save(done, [objective], optimizer)
     return result
-
-
-def autocast(processes: Processes):
-    return torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda")
 
 
 def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     """Stage 0. Returns the last validation numbers."""
-    size = model.config.vision.image_size
+    vision = model.config.vision
     processes = run.processes
-    depth = model.config.vision.depth
-    data = DensePictures(cfg.data, size, model.encoding, depth)
-    val = DensePictures(cfg.val, size, model.encoding, depth) if cfg.val else None
-    steps = range(run.begin(), cfg.max_steps)
+    data = DensePictures(cfg.data, vision.image_size, model.encoding, vision.depth)
+    val = DensePictures(cfg.val, vision.image_size, model.encoding, vision.depth) if cfg.val else None
     torch.manual_seed(cfg.seed + 1)  # for the auxiliary heads
     objective = DenseObjective(model, bool(data.parts), cfg.more)
-    parallel, optimizer = prepare(cfg, run, objective)
-    result = {}
-
-    def validate(done: int) -> dict:
-        return evaluate_dense(objective, val, processes.device)
 
     def batch_of_step(step: int) -> DenseBatch:
         everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
         return data.batch(everyone[processes.rank :: processes.size], [cfg.seed, step])
 
-    for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
-        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
-        with autocast(processes):
-            loss, parts = parallel(batch.to(processes.device))
-        descend(loss, objective, optimizer, step)
-        result = after_step(cfg, run, step + 1, loss, parts, objective, optimizer, validate) or result
-    return result
+    def validate(done: int) -> dict:
+        return evaluate_dense(objective, val, processes.device)
+
+    return fit(cfg, run, objective, batch_of_step, lambda batch: [batch.to(processes.device)], validate)
 
 
 def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
@@ -234,28 +216,17 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     data = Conversations(conversation_file(cfg.data), model.encoding, size, cfg.images, cfg.turns, more=cfg.more)
     if data.cut:
         run.say(f"{data.cut} turns are cut: they are longer than the model is trained on")
-    val = None
-    if cfg.val:
-        val = Conversations(conversation_file(cfg.val), model.encoding, size, limit=EVAL_RECORDS)
+    val = Conversations(conversation_file(cfg.val), model.encoding, size, limit=EVAL_RECORDS) if cfg.val else None
     cached = val_cached = None
     if not cfg.unfreeze_vision:
         cached = cached_tokens(cfg, model, data, run)
         val_cached = cached_tokens(cfg, model, val, run)[-1] if cfg.val else None
     shown = shown_questions(val) if cfg.val else []
-    has_numbers = not isinstance(model.encoding, PublishedEncoding)  # a published vocabulary has none
-    weights = (cfg.soft_numbers, cfg.number_weight) if has_numbers else (0.0, 0.0)
+    weights = (cfg.soft_numbers, cfg.number_weight) if data.has_numbers else (0.0, 0.0)
     questions = QUESTIONS if cfg.turns == "branch" else 1
     owners = torch.arange(cfg.batch_size // processes.size).repeat_interleave(questions)
-    steps = range(run.begin(), cfg.max_steps)
     torch.manual_seed(cfg.seed + 1)  # for the auxiliary head
     objective = AnswerObjective(model, *weights)
-    parallel, optimizer = prepare(cfg, run, objective)
-    result = {}
-
-    def validate(done: int) -> dict:
-        numbers = evaluate_answers(model, val, val_cached, processes.device)
-        run.add_answers(done, show_answers(model, shown))
-        return numbers
 
     def batch_of_step(step: int) -> tuple[Tensor, Batch]:
         everyone = rows_of_step(cfg.seed, step, cfg.batch_size, len(data))
@@ -269,16 +240,18 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
             images = torch.from_numpy(cached[step % len(cached)][rows]).float()
         return images, data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
 
-    for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
-        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
-        counts = [(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()]
-        counts = [max(n, 1) for n in processes.mean(counts)]
-        inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
-        with autocast(processes):
-            loss, parts = parallel(*(x.to(processes.device) for x in inputs), *counts)
-        descend(loss, objective, optimizer, step)
-        result = after_step(cfg, run, step + 1, loss, parts, objective, optimizer, validate) or result
-    return result
+    def inputs(batch: tuple[Tensor, Batch]) -> tuple:
+        images, b = batch
+        counts = processes.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
+        tensors = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
+        return (*(x.to(processes.device) for x in tensors), *(max(n, 1) for n in counts))
+
+    def validate(done: int) -> dict:
+        numbers = evaluate_answers(model, val, val_cached, processes.device)
+        run.add_answers(done, show_answers(model, shown))
+        return numbers
+
+    return fit(cfg, run, objective, batch_of_step, inputs, validate)
 
 
 def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> list[np.ndarray]:
@@ -288,24 +261,19 @@ def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: 
     return [visual_tokens(model.vision, data.root, names, *place, way) for way in ways(model.vision, data.root, names)]
 
 
-def finish(model: RoboMamba, frozen: dict[str, str], run: Run) -> None:
-    """Check that frozen parts have not changed by a single bit, then write the checkpoint."""
-    check_frozen(model, frozen)
-    if run.processes.first:
-        model.save_pretrained(run.out)
-        run.finish()
-    run.say(f"saved {run.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}")
-    run.processes.barrier()
-
-
 def train(cfg: TrainConfig) -> dict:
-    """Run one stage; returns the last validation numbers."""
+    """Run one stage; returns the last validation numbers. No bit of a frozen part may change."""
     if cfg.resume and finished(Path(cfg.out), "model.safetensors"):
         return {}
     model, frozen, run = set_up(cfg)
     with run:
         result = train_vision(cfg, model, run) if cfg.stage == "vision" else train_language(cfg, model, run)
-        finish(model, frozen, run)
+        check_frozen(model, frozen)
+        if run.processes.first:
+            model.save_pretrained(run.out)
+        run.finish()
+        run.say(f"saved {run.out}; frozen and bit-equal: {', '.join(frozen) or 'nothing'}")
+        run.processes.barrier()
     return result
 
 

@@ -307,11 +307,11 @@ def test_each_stage_trains_its_parts_and_leaves_the_others_bit_equal(data, start
 
 
 def test_a_frozen_part_that_moves_is_an_error(data, start, tmp_path, monkeypatch):
-    def nudge(loss, objective, *rest):
+    def nudge(step, loss, objective):
         with torch.no_grad():
             objective.model.vision.post_layernorm.bias[0] += 1e-6
 
-    monkeypatch.setattr(train_module, "descend", nudge)
+    monkeypatch.setattr(train_module, "stop_on_nan", nudge)
     with pytest.raises(RuntimeError, match="vision was frozen but has changed"):
         train(config(data, start, tmp_path / "o", max_steps=1))
     assert not (tmp_path / "o/model.safetensors").exists()
@@ -561,6 +561,8 @@ def test_a_failed_command_leaves_a_finished_run_as_it_is(data, start, tmp_path):
         train(config(data, start, tmp_path / "o", data="nowhere"))
     with pytest.raises(ValueError):
         train(config(data, start, tmp_path / "o", "vision", val="nowhere"))
+    with pytest.raises(ValueError):
+        train(config(data, start, tmp_path / "o", "vision", more="no term of the loss=1"))
     with pytest.raises(ValueError):
         finetune(policy(data, start, tmp_path / "p", val="nowhere"))
     assert files == {p: p.read_bytes() for name in "op" for p in (tmp_path / name).iterdir()}
