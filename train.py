@@ -151,43 +151,45 @@ def set_up(cfg: TrainConfig) -> tuple[RoboMamba, dict[str, str], Run]:
     return model, frozen, run
 
 
-def fit(cfg: TrainConfig, run: Run, objective: nn.Module, batch_of_step, inputs, validate) -> dict:
-    """Train; log, validate and save when due; resume if asked to. Returns the last validation numbers.
-
-    batch_of_step: step -> batch, called in advance by other processes with --workers. inputs: batch -> the arguments of
-    the objective, which returns the loss and its terms. validate: steps done -> {name: number}.
-    """
-    processes = run.processes
+def prepare(cfg: TrainConfig, run: Run, objective: nn.Module) -> tuple[nn.Module, Muon, range]:
+    """The objective, wrapped for data parallelism; its optimizer; the steps to do. A resumed run restores them."""
     steps = range(run.begin(), cfg.max_steps)
-    objective.to(processes.device).train()
+    objective.to(run.processes.device).train()
     optimizer = Muon(parameter_groups(objective, WEIGHT_DECAY, cfg.muon), lr=cfg.lr, betas=(0.9, 0.98))
     run.load([objective], optimizer)
-    parallel = processes.wrap(objective)
-    result = {}
-    for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
-        done = step + 1
-        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
-        arguments = inputs(batch)
-        with torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda"):
-            loss, terms = parallel(*arguments)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        stop_on_nan(step, loss, objective)
-        nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
-        optimizer.step()
-        means = processes.mean([loss.item(), *(term.item() for term in terms.values())])
-        run.log(done, **dict(zip(("loss", *terms), means, strict=True)))
-        if cfg.val and (done % EVAL_EVERY == 0 or done == cfg.max_steps):
-            objective.eval()
-            if processes.first:
-                result = validate(done)
-                run.write(done, **result)
-                run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
-            processes.barrier()
-            objective.train()
-        if done % SAVE_EVERY == 0 and done < cfg.max_steps:
-            run.save(done, [objective], optimizer)
+    return run.processes.wrap(objective), optimizer, steps
+
+
+def descend(loss: Tensor, objective: nn.Module, optimizer, step: int) -> None:
+    """One optimizer step on the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    stop_on_nan(step, loss, objective)
+    nn.utils.clip_grad_norm_(objective.parameters(), CLIP)
+    optimizer.step()
+
+
+def after_step(cfg: TrainConfig, run: Run, done: int, loss, terms: dict, objective, optimizer, validate) -> dict | None:
+    """Log; validate and save when due. done: steps done in the whole run. Returns new validation numbers, if any."""
+    means = run.processes.mean([loss.item(), *(term.item() for term in terms.values())])
+    run.log(done, **dict(zip(("loss", *terms), means, strict=True)))
+    result = None
+    last = done == run.total
+    if cfg.val and (done % EVAL_EVERY == 0 or last):
+        objective.eval()
+        if run.processes.first:
+            result = validate(done)
+            run.write(done, **result)
+            run.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+        run.processes.barrier()
+        objective.train()
+    if done % SAVE_EVERY == 0 and not last:
+        run.save(done, [objective], optimizer)
     return result
+
+
+def autocast(processes: Processes):
+    return torch.autocast("cuda", torch.bfloat16, enabled=processes.device.type == "cuda")
 
 
 def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
@@ -206,7 +208,15 @@ def train_vision(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
     def validate(done: int) -> dict:
         return evaluate_dense(objective, val, processes.device)
 
-    return fit(cfg, run, objective, batch_of_step, lambda batch: [batch.to(processes.device)], validate)
+    parallel, optimizer, steps = prepare(cfg, run, objective)
+    result = {}
+    for step, batch in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
+        with autocast(processes):
+            loss, terms = parallel(batch.to(processes.device))
+        descend(loss, objective, optimizer, step)
+        result = after_step(cfg, run, step + 1, loss, terms, objective, optimizer, validate) or result
+    return result
 
 
 def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
@@ -240,18 +250,22 @@ def train_language(cfg: TrainConfig, model: RoboMamba, run: Run) -> dict:
             images = torch.from_numpy(cached[step % len(cached)][rows]).float()
         return images, data.collate([drawn[i * questions + q] for i in mine for q in range(questions)])
 
-    def inputs(batch: tuple[Tensor, Batch]) -> tuple:
-        images, b = batch
-        counts = processes.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
-        tensors = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
-        return (*(x.to(processes.device) for x in tensors), *(max(n, 1) for n in counts))
-
     def validate(done: int) -> dict:
         numbers = evaluate_answers(model, val, val_cached, processes.device)
         run.add_answers(done, show_answers(model, shown))
         return numbers
 
-    return fit(cfg, run, objective, batch_of_step, inputs, validate)
+    parallel, optimizer, steps = prepare(cfg, run, objective)
+    result = {}
+    for step, (images, b) in zip(steps, processes.ahead(batch_of_step, steps), strict=True):
+        set_lr(optimizer, cfg.lr * cosine(step, cfg.max_steps, WARMUP))
+        counts = processes.mean([(b.labels[:, 1:] != IGNORE).sum().item(), (~b.numbers.isnan()).sum().item()])
+        inputs = (images, owners, b.tokens, b.lengths, b.labels, b.prompts, b.numbers)
+        with autocast(processes):
+            loss, terms = parallel(*(x.to(processes.device) for x in inputs), *(max(n, 1) for n in counts))
+        descend(loss, objective, optimizer, step)
+        result = after_step(cfg, run, step + 1, loss, terms, objective, optimizer, validate) or result
+    return result
 
 
 def cached_tokens(cfg: TrainConfig, model: RoboMamba, data: Conversations, run: Run) -> list[np.ndarray]:

@@ -307,11 +307,11 @@ def test_each_stage_trains_its_parts_and_leaves_the_others_bit_equal(data, start
 
 
 def test_a_frozen_part_that_moves_is_an_error(data, start, tmp_path, monkeypatch):
-    def nudge(step, loss, objective):
+    def nudge(loss, objective, *rest):
         with torch.no_grad():
             objective.model.vision.post_layernorm.bias[0] += 1e-6
 
-    monkeypatch.setattr(train_module, "stop_on_nan", nudge)
+    monkeypatch.setattr(train_module, "descend", nudge)
     with pytest.raises(RuntimeError, match="vision was frozen but has changed"):
         train(config(data, start, tmp_path / "o", max_steps=1))
     assert not (tmp_path / "o/model.safetensors").exists()
