@@ -53,8 +53,6 @@ Category mean: mean over categories of the rates at 0.01 / 0.1. Every policy act
 instructions. The depth image comes from an imperfect camera: noise, holes, ragged edges. Refined: moved to the nearby
 place that best suits a suction cup, flat and facing the predicted direction (`refine` in data/depth.py)."""
 ABLATIONS = """`-depth`: depth as input too, pointing head, refined. All other rows: RGB alone, the paper's head.
-`mean-pool`, `one-mlp`, `hidden-48` and `all-fine-tuned` were trained beside a pointing head of 27,476 parameters, which
-is not used here.
 
 | row | difference from `model` |
 | --- | --- |

@@ -250,7 +250,7 @@ def test_read_outs_lie_where_their_cells_are(start):
     tokens[0, 6] = 1  # row 1, column 2
     nn.init.ones_(objective.dense.weight)
     nn.init.zeros_(objective.dense.bias)
-    objective.vision.forward = lambda tokens, geometry: tokens
+    objective.vision.forward = lambda tokens, geometry, fine: tokens
     mask = objective.predict(DenseBatch(tokens, *[None] * 5))[1].mask[0]
     assert (mask[4:8, 8:12] == 24).all() and mask.sum() == 24 * 16
 
