@@ -267,7 +267,7 @@ def lift_off(rng):
     plate = box((body.deep * share, body.wide * share, thick), (0, 0, thick / 2), rgb)
     disc = cylinder(min(body.deep, body.wide) * share / 2, thick, (0, 0, thick / 2), rgb)
     shapes = [pick(rng, plate, disc) if body.flat else disc, *top_grip(rng, 0, thick, rgb)]
-    word, verb = pick(rng, "lid", "cap", "cover"), pick(rng, "lift", "pull off", "open")
+    word, verb = pick(rng, "lid", "cap", "cover"), pick(rng, "lift", "pull off", "lift")
     part = slide(word, (0, 0, body.top + 0.003), (0, 0, 1), rng.uniform(0.2, 0.4), shapes, verb)
     return finish(rng, body, [part], fixtures=2)
 
