@@ -3,7 +3,7 @@
 # make quick    train your own policy in ten minutes: data, stages, heads, evaluation (runs/quick)
 # make short    the same for all categories, in half an hour; SEED=1, ARCHETYPES=strict or a number
 # make train    the shipped checkpoint from scratch (hours on two cores); make ship, make evaluate: install and score it
-# make results  regenerates RESULTS.md and the README's table from the committed JSON
+# make results  regenerates RESULTS.md and the tables of README and model card from the committed JSON
 #
 # Steps and rates are the defaults of the scripts. DATA_FLAGS, TRAIN_FLAGS and EVAL_FLAGS are added to every command of
 # that kind: make train DATA_FLAGS="--scenes 2000" TRAIN_FLAGS="--max-steps 100"

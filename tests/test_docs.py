@@ -110,17 +110,23 @@ def numbers_in(path: Path) -> list[float]:
 
 @pytest.mark.parametrize(("document", "at_least"), [("README.md", 15), ("LOG.md", 60), (CARD, 8)])
 def test_every_number_in_a_paragraph_stands_in_the_files_that_it_names(document, at_least):
-    """Decimals (also as percent) and k/n, rounded as they are written, outside of tables and code blocks.
+    """Decimals (also as percent) and k/n, rounded as they are written, outside of code blocks.
 
-    In LOG.md a paragraph with such numbers has to name a file; elsewhere one with a measured number (unit behind).
+    In LOG.md a paragraph with such numbers has to name a file, and a table is checked with the paragraph before it;
+    elsewhere tables are skipped, and a paragraph with a measured number (unit behind) has to name one.
     """
-    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$|^---.*?^---", "", read(document), flags=re.S | re.M)
+    text = re.sub(r"```.*?```|^#.*?$|^---.*?^---", "", read(document), flags=re.S | re.M)
+    if document == "LOG.md":
+        text = text.replace("\n\n|", "\n|")
+    else:
+        text = re.sub(r"^\|.*?$", "", text, flags=re.M)
     checked, unknown = 0, []
     for paragraph in re.split(r"\n\s*\n|\n\* ", text):
         named = re.findall(r"[\w/.-]+\.(?:json|csv)\b", paragraph)
         files = {p for f in named for p in (ROOT / f, (ROOT / document).parent / f) if p.exists()}
         have = sorted(THRESHOLDS | {n for file in files for n in numbers_in(file)})
         said = re.findall(r"(?<![\w.,/:-])(?:\d[\d,]*\.\d+|\d+/\d+)(?![\w/-])", paragraph)
+        said += re.findall(r"(?<=\| )\d+(?= \|)", paragraph)  # a table's cells
         measured = re.findall(r"\d\.\d+ (?:px|degrees|ms|Hz|points|steps/s)\b|\b\d+/\d+\b", paragraph)
         if not files and (said if document == "LOG.md" else measured):
             unknown.append((said, "no file is named", paragraph[:60]))
