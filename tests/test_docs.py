@@ -88,6 +88,8 @@ def test_the_readme_counts_lines_parameters_and_questions_right():
     assert f"{count(model) / 1e6:.1f} million parameters" in text and f"the head of {count(model.head):,d} para" in text
     assert f"ViT of {count(model.vision) / 1e6:.1f} M" in text
     assert f"{data['turns'] / data['pictures']:.0f} questions each" in text
+    drawing = read("data/figures/model.svg")
+    assert all(f">{count(part):,d}<" in drawing for part in model.children()), "parameters of the drawing"
 
 
 def test_the_table_of_make_quick_is_that_of_its_file():
