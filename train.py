@@ -20,9 +20,9 @@ Differences from the paper: stage `vision` replaces CLIP's pre-training. No weig
 learns from the simulator's dense labels. The language model also starts from random weights. Numbers ("37" of 00..99)
 are learned with Gaussian soft labels (`--soft-numbers`), and an auxiliary head predicts all of an answer's numbers at
 once from the last prompt state (`--number-weight`), which the policy head will read; both can be switched off. With
-Muon (common/optim.py) the answers' loss falls in 200 steps below AdamW's after 300. NUMERIC sets the shares of questions
-answered with numbers; the other types are sampled in proportion to the square root of their count, times `--more`: when
-10 % of the questions were "is there an X?" (`presence`), the model did not learn them.
+Muon (common/optim.py) the answers' loss falls in 200 steps below AdamW's after 300. NUMERIC sets the shares of
+questions answered with numbers; the other types are sampled in proportion to the square root of their count, times
+`--more`: when 10 % of the questions were "is there an X?" (`presence`), the model did not learn them.
 
 Written to OUT: the checkpoint; run.json (the settings); metrics.csv (step, seconds, name, value) and curves.png:
     loss; vision: geometry, mask, movable, kinds, openness, words; of named parts (0 if there is none) contact, aim,
