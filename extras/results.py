@@ -257,7 +257,7 @@ each patch (red: more than the median), and the scan of every layer as a matrix,
 `python -m extras.play`, a page to click in: the actions of the model, the vision-free baseline and the oracle.
 
 ![a page with a cabinet, an instruction, three contacts and the stroke](data/figures/play.png)"""
-TIMES = "Wall time of `make train` on two cores shared with other jobs, from policy.json and metrics.csv next to it."
+TIMES = "Wall time of `make train` on two cores shared with other jobs; also from its metrics.csv and policy.json."
 KEPT = "data/results"
 SECTIONS = {  # title: file, then what to print: texts, or functions of the file's content
     "Manipulation": (f"{RGBD}/results.json", GLOSSARY, report.report),
