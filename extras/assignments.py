@@ -65,6 +65,7 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "OMP_NUM
 UNPROTECTED = "none (no unshare here): it can read your files, use the network and leave processes; use a container"
 # Shell: $new becomes the root directory; it contains, read-only, what Python needs and $visible.
 NEW_ROOT = """set -e
+umask 022
 mount -t tmpfs -o size=64m none "$new"
 mkdir -m 1777 "$new/tmp" "$new/old" "$new/proc"
 show() {
@@ -165,10 +166,12 @@ class Student:
         work = folder / "work"
         self.seconds = seconds
         self.process = None
+        umask = os.umask(0o022)  # for `nobody` must be able to read the copies
         copy_sources(tree, work / "tree")
         shutil.copyfile(ROOT / "tests/exercise_calls.py", work / "exercise_calls.py")
         (folder / "root").mkdir()
         folder.chmod(0o755)
+        os.umask(umask)
         path = [str(work), *(p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix)))]
         python = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c"]
         start = f"import sys; sys.path[:] = {path}; import "
@@ -248,7 +251,7 @@ def grade(tree, checks, exercises=tuple(EXERCISES), seed: int = 1, seconds: int 
 
     Args: checks: the module tests/test_exercises.py; seconds: per exercise; hidden: folders it must not see.
     Raises: ValueError if `tree` is not a folder. Anything wrong inside it is part of the score."""
-    tree = Path(tree).resolve()
+    tree = Path(os.path.realpath(tree))
     if not tree.is_dir():
         raise ValueError(f"{tree}: no such folder; name the root of a student's tree")
     with tempfile.TemporaryDirectory(prefix="grading-") as folder:

@@ -201,7 +201,8 @@ MISTAKES = (  # the function that plants it, what is measured, its format, the t
 def rows(model, scenes: list[Sample]) -> list[dict]:
     """One row per mistake: {"mistake", "see", "right", "wrong" (numbers), "form", "test"}; None if not finite."""
     table = []
-    right = {measure: measure(model, scenes) for measure in {measure for _, measure, *_ in MISTAKES}}
+    measures = dict.fromkeys(measure for _, measure, *_ in MISTAKES)
+    right = {measure: measure(model, scenes) for measure in measures}
     for plant, measure, form, test in MISTAKES:
         with plant():
             wrong = measure(model, scenes)

@@ -34,23 +34,20 @@ import numpy as np
 
 from common.files import read_json, read_text
 from sim import objects
-from sim.objects import ObjectSpec, Part, Shape, box, roll_pitch_yaw, rotation
+from sim.objects import COLUMN, ROW, ObjectSpec, Part, Shape, box, roll_pitch_yaw, rotation
 from sim.scene import Scene, need_pybullet, p
 
 PREFIX = "objects/"  # of an object's name wherever catalogue categories are accepted too
 DIAGONAL_M = 1.0  # of the bounding box, after scaling
 LEAST_RANGE = 0.02  # rad, or m after scaling: a joint that moves less cannot succeed and is held fixed
 MAX_PARTS = 127  # PyBullet keeps the state of at most this many links per body
-TURN = np.eye(4)
-TURN[:3, :3] = rotation((0.0, 0.0, math.pi))  # the front faces -x in the file and +x in the world
+TURN = np.diag((-1.0, -1.0, 1.0, 1.0))  # half a turn about z: the front faces -x in the file and +x in the world
 GREY = (0.5, 0.5, 0.5)
 JOINT_TYPES = ("revolute", "prismatic", "continuous", "fixed")
 NAME = re.compile(r"[\w .&'()-]{1,60}", re.ASCII)  # of a category, since it is printed in tables
 # word of semantics.txt -> verb of the instruction; all others are opened
 VERBS = {"button": "press down", "key": "press down"} | dict.fromkeys(("knob", "lever", "switch", "wheel"), "turn")
 APART = 0.1  # share of the diagonal by which parts must be apart to be called "top" or "left"
-DOWN = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-RIGHT = {2: ("left", "right"), 3: ("left", "middle", "right")}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
@@ -321,7 +318,7 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
         if len(same) == 1:
             continue
         down, right = [-centres[i][2] for i in same], [centres[i][1] for i in same]
-        for along, words in ((down, DOWN.get(len(same))), (right, RIGHT.get(len(same)))):
+        for along, words in ((down, COLUMN.get(len(same))), (right, ROW.get(len(same)))):
             if words and np.diff(sorted(along)).min() > APART * DIAGONAL_M:
                 order = np.argsort(along)
                 break
@@ -329,7 +326,7 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
             words = [ORDINALS[k] if k < len(ORDINALS) else f"{k + 1}th" for k in range(len(same))]
             order = np.lexsort([right, np.round(down, 2)])
         for word, k in zip(words, order, strict=True):
-            out[same[k]] = f"{word} {kind}"
+            out[same[k]] = f"{word.strip()} {kind}"
     return out
 
 
@@ -362,16 +359,16 @@ def find_objects(directory: str) -> tuple[list[str], dict[str, str], dict[str, i
     """Names, for ObjectScene.spawn, of the usable objects in `directory`; {folder: what is wrong} for the rest; and
     {name: number of its joints held fixed}. Raises: ValueError when nothing is usable."""
     need_pybullet()
-    held, bad = {}, {}
+    usable, bad = {}, {}
     for name, folder in _folders(directory).items():
         try:
-            held[name] = read_object(folder).held
+            usable[name] = read_object(folder).held
         except ValueError as error:
             bad[folder.name] = str(error)
-    if not held:
+    if not usable:
         why = "; ".join(bad.values()) or "it has no folders"
         raise ValueError(f"--objects {directory}: none of {len(bad)} objects can be used: {why}")
-    return list(held), bad, {name: count for name, count in held.items() if count}
+    return list(usable), bad, {name: held for name, held in usable.items() if held}
 
 
 class ObjectScene(Scene):

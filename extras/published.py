@@ -112,8 +112,8 @@ def open_tensors(file: Path) -> tuple[dict, Callable[[str], Tensor]]:
         with warnings.catch_warnings(action="ignore"):  # about the pickle's age
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=in_zip)
         values = tensors.values() if isinstance(tensors, dict) else [None]
-        if not all(isinstance(value, Tensor) and value.layout == torch.strided for value in values):
-            raise ValueError("not a table of tensors, or a sparse one among them")
+        if not all(isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta for t in values):
+            raise ValueError("not a table of tensors, or one among them is sparse or has no data")
         shapes = {str(k): tuple(t.shape) if t.is_floating_point() else t.dtype for k, t in tensors.items()}
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL (\S+)", str(error))
@@ -239,6 +239,9 @@ def save_clip(vision: VisionTransformer, folder) -> None:
         write_json(staging / "config.json", config)
 
     save_folder(folder, write)
+
+
+# ---- a whole model ---------------------------------------------------------------------------------------------------
 
 
 def read_parts(vision_folder, mamba_folder, preset="robomamba-2.8b", dtype=torch.float32):

@@ -117,7 +117,7 @@ VARIETY = "![success over the number of archetypes](data/figures/variety.png)"
 
 
 def made_by(results: dict) -> str:
-    """The command; then commit, hardware, seed, versions. What a file does not say is left out."""
+    """The command; then versions and, where the file says them, commit, hardware, seed."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     told = {key: results.get(key) for key in ("commit", "hardware", "seed")} | {"versions": versions}
     said = "; ".join(f"{name} {value}" for name, value in told.items() if value is not None)

@@ -173,6 +173,9 @@ def cumprod(L):
     return row
 
 
+# --- the drawing ---
+
+
 def figure(path):
     """Plots one channel and state over 32 tokens in chunks of 8: local states, what is carried in, their sum."""
     drawing = new_figure(7, 2.8)
@@ -192,8 +195,7 @@ def figure(path):
     for k in range(T, L, T):
         axes.axvline(k + 0.5, color="grey", linestyle=":")
         axes.annotate("", (k + 1, whole[k - 1].item()), (k, whole[k - 1].item()), arrowprops={"arrowstyle": "->"})
-    axes.set_xlabel(f"token; dotted: a chunk of {T} ends, its last state (arrow) enters the next")
-    axes.set_ylabel("state")
+    axes.set(xlabel=f"token; dotted: a chunk of {T} ends, its last state (arrow) enters the next", ylabel="state")
     axes.legend(fontsize=8)
     drawing.savefig(path, dpi=100)
 

@@ -359,6 +359,15 @@ def test_without_namespaces_it_is_said(student, tmp_path):
     assert score["points"] == 0 and score["isolation"].startswith("none (no unshare here): it can")
 
 
+def test_a_strict_umask_keeps_the_isolation(student, tmp_path):
+    said = []
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        said.append(grade(tmp_path, student, flags=("--exercises", "7"))[student]["isolation"])
+        os.umask(before)
+    assert said[0] == said[1]
+
+
 def test_what_breaks_costs_only_its_own_exercise(tmp_path):
     """An endless loop, sleep, a flood, a crash; links are not followed, what is missing comes from nowhere else."""
     pytest.importorskip("pybullet")

@@ -523,7 +523,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path, form):
     assert not marker.exists()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps([1, 2]))
     fails("pytorch_model.bin: ", read_mamba, folder)
-    for content in ([torch.zeros(2)], weights | {"backbone.norm_f.weight": torch.eye(2).to_sparse()}):
+    odd = (torch.eye(2).to_sparse(), torch.empty(32, device="meta"))
+    for content in ([torch.zeros(2)], *(weights | {"backbone.norm_f.weight": tensor} for tensor in odd)):
         torch.save(content, folder / "pytorch_model.bin")
         fails("not a table of tensors", read_mamba, folder)
 
