@@ -261,7 +261,7 @@ def lidded_box(rng):
 
 
 def lift_off(rng):
-    """A lid, cap or head on the top that goes straight up."""
+    """A lid, cap or cover on the top that goes straight up."""
     body = pick(rng, drum, stack, goblet, block, tower, tray)(rng)
     rgb, thick, share = other_colour(rng, body.rgb), *sizes(rng, (0.02, 0.14), (0.5, 1.08))
     plate = box((body.deep * share, body.wide * share, thick), (0, 0, thick / 2), rgb)
