@@ -84,7 +84,7 @@ class DensePictures:
         shapes = {"targets": (GRID, GRID, 7), "kinds": (GRID, GRID), "category": (), "colour": ()}
         if facts.exists():
             shapes |= {"part": (FINE, FINE), "act": (FINE, FINE, 3), "arm": (FINE, FINE)}
-        self.arrays = read_npz(file, tuple(shapes), "`python -m data.build` makes it")
+        self.arrays = read_npz(file, tuple(shapes), "`python -m data.build` makes it; remove an old folder first")
         n = len(self.arrays["targets"]) if self.arrays["targets"].ndim else 0
         for name, array in self.arrays.items():
             if array.shape != (n, *shapes[name]) or array.dtype.kind not in "fiu":
@@ -220,7 +220,7 @@ def contact_of(part: dict, how: Augmentation, size: int) -> tuple[float, float]:
     """Column and row of a part's contact in the augmented picture."""
     u = part["contact"]["u"] + how.dx * (size // GRID)
     v = part["contact"]["v"] + how.dy * (size // GRID)
-    return size - 1 - u if how.mirror else u, v
+    return (size - 1 - u if how.mirror else u), v
 
 
 def swap_sides(text: str) -> str:

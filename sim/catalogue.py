@@ -52,9 +52,10 @@ def door(rng):
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
-    leaves, size = [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT], (0.03, wide, tall)
+    leaves = [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
     if not double:
         leaves = [("door", pick(rng, *ENDS), 0)]
+    size = (0.03, wide, tall)
     return base, [side_door(rng, label, s, size, (0, y, tall / 2), rgb, grip, 0.2, panels) for label, s, y in leaves]
 
 
@@ -245,8 +246,9 @@ def storage_furniture(rng):
     drawer_grip, door_grip = pick(rng, "knob", "bar", "recess"), pick(rng, "knob", "upright bar")
     base = shell(wide, deep, tall, bottom, 0.02, rgb) + legs(wide, deep, bottom, 0.04, shade(rgb, 0.6))
     x, inner, low, top = deep / 2, wide - 0.03, bottom + 0.015, bottom + tall - 0.015
+    # Rows and columns of drawers; number of doors, below them
     layouts = ((1, 1, 0), (2, 1, 0), (3, 1, 0), (2, 2, 0), (0, 0, 1), (0, 0, 2), (1, 1, 1), (1, 1, 2))
-    rows, columns, doors = layouts[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]  # doors below
+    rows, columns, doors = layouts[rng.choice(8, p=[0.11, 0.14, 0.14, 0.08, 0.13, 0.16, 0.14, 0.10])]
     split = top if doors else low  # height of the edge between drawers and doors
     if rows and doors:
         split = top - (top - low) * rng.uniform(0.25, 0.35)
