@@ -323,7 +323,7 @@ def labels(kinds: list[str], centres: list[np.ndarray]) -> list[str]:
                 order = np.argsort(along)
                 break
         else:  # line by line from the top left
-            words = [ORDINALS[k] if k < len(ORDINALS) else f"{k + 1}th" for k in range(len(same))]
+            words = [ORDINALS[k] if k < len(ORDINALS) else f"number {k + 1}" for k in range(len(same))]
             order = np.lexsort([right, np.round(down, 2)])
         for word, k in zip(words, order, strict=True):
             out[same[k]] = f"{word.strip()} {kind}"
