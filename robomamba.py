@@ -154,9 +154,10 @@ class VisionTransformer(nn.Module):
         return (tokens, self.fine(tokens, seen)) if fine else tokens
 
     def unread(self, fine: bool) -> list[nn.Module]:
-        """The parts that no output of `forward` depends on, called with this `fine`."""
-        parts = [*self.encoder.layers[self.used :]]
-        parts += [] if self.cfg.output_norm else [self.post_layernorm]
+        """The parts that no output of `forward(.., fine=fine)` depends on."""
+        parts = list(self.encoder.layers[self.used :])
+        if not self.cfg.output_norm:
+            parts.append(self.post_layernorm)
         return [*parts, self.fine] if self.fine and not fine else parts
 
 

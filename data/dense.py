@@ -93,8 +93,9 @@ class DensePictures:
         for name, low, high in (("kinds", -1, N_KINDS), ("category", 0, N_CATEGORIES), ("colour", 0, N_COLOURS)):
             if n and not (low <= self.arrays[name].min() and self.arrays[name].max() < high):
                 raise ValueError(f"{file}: {name} must lie in {low} .. {high - 1}")
-        if not np.isfinite(self.arrays["targets"]).all():
-            raise ValueError(f"{file}: targets hold values that are not finite")
+        for name, array in self.arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{file}: {name} holds values that are not finite")
 
         records = load_records(self.folder / "conversations.json")
         if len(records) != n:
@@ -197,7 +198,9 @@ class Augmentation(NamedTuple):
 
 def draw_augmentation(rng) -> Augmentation:
     dy, dx = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2)
-    return Augmentation(dy, dx, rng.random() < 0.5, rng.uniform(1 - LIGHT, 1 + LIGHT), rng.uniform(-127, 127) * LIGHT)
+    mirror = rng.random() < 0.5
+    gain = rng.uniform(1 - LIGHT, 1 + LIGHT)
+    return Augmentation(dy, dx, mirror, gain, offset=rng.uniform(-127, 127) * LIGHT)
 
 
 def moved(x: np.ndarray, how: Augmentation, x_channel: int | None = None) -> np.ndarray:
@@ -220,7 +223,9 @@ def contact_of(part: dict, how: Augmentation, size: int) -> tuple[float, float]:
     """Column and row of a part's contact in the augmented picture."""
     u = part["contact"]["u"] + how.dx * (size // GRID)
     v = part["contact"]["v"] + how.dy * (size // GRID)
-    return (size - 1 - u if how.mirror else u), v
+    if how.mirror:
+        u = size - 1 - u
+    return u, v
 
 
 def swap_sides(text: str) -> str:

@@ -52,10 +52,11 @@ def door(rng):
     base += [box((0.08, whole + 0.1, 0.05), (0, 0, tall + 0.025), shade(rgb, 0.7))]
     base += [box((0.2, whole + 0.2, 0.01), (0, 0, -0.005), COLOURS["grey"])]
     panels = [box((0.006, wide * 0.6, tall * 0.3), (0.003, 0, tall * z), shade(rgb, 0.85)) for z in (-0.25, 0.25)]
-    leaves = [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
-    if not double:
-        leaves = [("door", pick(rng, *ENDS), 0)]
     size = (0.03, wide, tall)
+    if double:
+        leaves = [(f"{word} door", s, s * wide / 2) for s, word in LEFT_RIGHT]
+    else:
+        leaves = [("door", pick(rng, *ENDS), 0)]
     return base, [side_door(rng, label, s, size, (0, y, tall / 2), rgb, grip, 0.2, panels) for label, s, y in leaves]
 
 

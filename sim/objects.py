@@ -73,8 +73,8 @@ class Part:
 
     label: its everyday name, unique within the object. joint: "revolute" | "prismatic". origin: metres, base frame; the
     link's frame has the same axes as the base at joint value 0. axis: unit vector. lower, upper: radians or metres.
-    verb: imperative for the instruction. start: joint value of the closed state (None: lower). both_ways: either sense
-    of motion counts (a lever that turns).
+    verb: imperative for the instruction; decides `primitive`. start: joint value of the closed state (None: lower).
+    both_ways: either sense of motion counts (a lever that turns).
     """
 
     label: str
@@ -99,7 +99,7 @@ class Part:
 
     @property
     def primitive(self) -> str:
-        """How the gripper moves after contact: "pull" or "push"."""
+        """How the gripper moves after contact: "push" for the verbs "press down" and "push back", else "pull"."""
         return "push" if self.verb in ("press down", "push back") else "pull"
 
 
