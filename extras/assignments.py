@@ -166,7 +166,7 @@ class Student:
         work = folder / "work"
         self.seconds = seconds
         self.process = None
-        umask = os.umask(0o022)  # for `nobody` must be able to read the copies
+        umask = os.umask(0o022)  # `nobody`, as whom root lets it run, must be able to read the copies
         copy_sources(tree, work / "tree")
         shutil.copyfile(ROOT / "tests/exercise_calls.py", work / "exercise_calls.py")
         (folder / "root").mkdir()

@@ -62,7 +62,6 @@ class ReasoningConfig:
     data: str = flag("data/cache/test-seen,data/cache/test-unseen", "folders made by data.build, comma separated")
     train: str = flag("data/cache/train", "data.build folder for the majority baseline")
     out: str = flag("runs/reasoning", "folder for reasoning.json, reasoning.md and answers.jsonl")
-    pictures: int = flag(0, "use only the first N pictures of each folder; 0 = all", low=0)
     batch_size: int = flag(8, "pictures per batch, with all their questions", low=1)
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
@@ -161,8 +160,8 @@ class Question:
     answer: str
 
 
-def read_questions(folder, limit: int = 0) -> list[Question]:
-    """All turns of a data.build folder, or of its first `limit` pictures. Raises: ValueError naming file and record."""
+def read_questions(folder) -> list[Question]:
+    """All turns of a data.build folder. Raises: ValueError naming file and record."""
     file, facts = Path(folder) / "conversations.json", Path(folder) / "facts.jsonl"
     records = load_records(file)
     try:
@@ -171,7 +170,7 @@ def read_questions(folder, limit: int = 0) -> list[Question]:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{facts}: a line is not what data.build writes ({error}); build the folder again") from None
     found = []
-    for index, record in enumerate(records[: limit or None]):
+    for index, record in enumerate(records):
         said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
         families, image = record.get("families"), record.get("image")
         if not families or not image:
@@ -275,7 +274,7 @@ def evaluate(cfg: ReasoningConfig, command: str = "") -> tuple[dict, list[dict]]
     named = [split_name(folder) for folder in folders]
     if len({name for name, _ in named}) < len(named):
         raise ValueError(f"--data {cfg.data}: two folders of the same split {[name for name, _ in named]}")
-    asked = [read_questions(folder, cfg.pictures) for folder in folders]  # bad input is reported here
+    asked = [read_questions(folder) for folder in folders]  # bad input is reported here
     most_frequent = majority(read_questions(cfg.train))
     model = RoboMamba.from_pretrained(cfg.checkpoint, device=Processes(cfg.device).device)
     results = {"checkpoint": cfg.checkpoint, "parameters": count(model), "command": command, **environment()}

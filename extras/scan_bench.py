@@ -36,7 +36,6 @@ INDEXED = "Classic failure: indexing inside the loop is quadratic; (1, L, 128, 1
 class Config:
     quick: bool = flag(False, "one small shape, one thread, few rounds")
     rounds: int = flag(5, "number of timed rounds", low=2, high=1000)
-    shapes: int = flag(6, "how many of the six shapes to run", low=1, high=6)
     device: str = flag("cpu", "where to compute", choices=("cpu", "cuda"))
     out: str = flag("", "write the numbers to this JSON file")
     figure: str = flag("", "only draw chunk boundaries to this PNG file")
@@ -211,7 +210,7 @@ def main(short=False):
     if importlib.util.find_spec("mambapy"):
         result["versions"]["mambapy"] = importlib.metadata.version("mambapy")
         methods["mambapy"] = scan_mambapy
-    shapes = QUICK_SHAPES if cfg.quick else (SHAPES + TRAINING_SHAPES)[: cfg.shapes]
+    shapes = QUICK_SHAPES if cfg.quick else SHAPES + TRAINING_SHAPES
     if device.type == "cuda":
         result["hardware"] = f"{torch.cuda.get_device_name()}; {result['hardware']}"
         shapes = shapes + GPU_SHAPES

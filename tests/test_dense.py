@@ -135,14 +135,21 @@ def test_geometry_changes_the_tokens_and_has_a_cache_of_its_own(folder, rgbd):
         assert len(list(folder.glob("tokens-*.npy"))) == files
 
 
-def test_labels_of_named_parts_must_have_their_shapes(folder, rgbd, tmp_path):
+def test_labels_of_named_parts_must_be_there_whole_and_finite(folder, rgbd, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     with np.load(folder / "dense.npz") as file:
         arrays = dict(file)
-    for name in ("part", "act", "arm"):
-        np.savez(tmp_path / "dense.npz", **(arrays | {name: arrays[name][:1]}))
-        with pytest.raises(ValueError, match=f"dense.npz: {name}"):
+
+    def refused(changed, said):
+        np.savez(tmp_path / "dense.npz", **changed)
+        with pytest.raises(ValueError, match=f"dense.npz: {said}"):
             DensePictures(tmp_path, SIDE, rgbd.encoding)
+
+    for name in ("part", "act", "arm"):
+        refused(arrays | {name: arrays[name][:1]}, name)
+        refused({k: x for k, x in arrays.items() if k != name}, ".*remove an old folder first")
+    for name in ("act", "arm"):
+        refused(arrays | {name: np.full_like(arrays[name], np.nan)}, f"{name} holds values that are not finite")
 
 
 def test_all_stages_train_an_rgbd_model(folder, rgbd, tmp_path):

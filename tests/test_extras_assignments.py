@@ -363,8 +363,12 @@ def test_a_strict_umask_keeps_the_isolation(student, tmp_path):
     said = []
     for mask in (0o022, 0o077):
         before = os.umask(mask)
-        said.append(grade(tmp_path, student, flags=("--exercises", "7"))[student]["isolation"])
-        os.umask(before)
+        try:
+            folder = tmp_path / str(mask)
+            folder.mkdir()
+            said.append(assignments.Student(folder, student, [], 20).isolation)
+        finally:
+            os.umask(before)
     assert said[0] == said[1]
 
 
@@ -426,6 +430,12 @@ def test_folders_are_followed_to_a_limit(tmp_path):
 def test_bad_flags_are_one_line_and_exit_code_2(flags, said, monkeypatch, refused):
     monkeypatch.chdir(ROOT)
     refused(said, assignments, *flags)
+
+
+def test_a_tree_that_is_a_link_to_itself_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop: no such folder"):
+        assignments.grade(tmp_path / "loop", test_exercises)
 
 
 def test_some_exercises_only(tmp_path):
